@@ -1,0 +1,1 @@
+"""Networks; the norm arrives as a callable."""

@@ -1,0 +1,355 @@
+"""What a recipe may say: frozen sections with units, ranges and defaults. No torch here.
+
+A section whose settings depend on its name (norm, optimizer, schedule) is a union by that name, so a setting that would
+be ignored is an unknown key. Reading files, `--set` and error places are in `recipe_file.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.functional_validators import AfterValidator
+
+from bln_train.errors import UsageError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen, strict (no silent casts), and closed (an unknown key is an error)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Augment(Section):
+    """Random changes of a training image; drawn per (seed, epoch, image), so the split cannot change them."""
+
+    flip: bool = True
+    """Mirror left-right with probability 1/2."""
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    """Reflect-pad by this many pixels and crop back at a random place; 0 turns it off."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side of a square, in pixels, replaced by the channel mean; 0 turns it off."""
+
+
+class Data(Section):
+    """Which images."""
+
+    name: Literal["cifar10", "cifar100", "folder", "shapes"]
+    """`cifar10` and `cifar100` (downloaded, or an image folder at `root`), `folder` (`root/train/<class>/*`,
+    `root/test/<class>/*`), `shapes` (drawn by the program, nothing to download)."""
+    root: str | None = None
+    """Where the images are; default $BLN_DATA, else ~/.cache/bln-train."""
+    download: bool = True
+    """Fetch CIFAR when it is not at `root`."""
+    num_train: Positive | None = None
+    """Train on a seeded, class-balanced subset of this many images; default all (shapes: 5000)."""
+    num_test: Positive | None = None
+    """The same for the test images (shapes: 1000)."""
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels to which a folder's images are scaled and centre-cropped; default 32. Folders only."""
+    normalize: Literal["standardize", "symmetric"] = "standardize"
+    """`standardize`: each colour channel to mean 0, standard deviation 1 over the training images; `symmetric`: to [-1, 1]."""
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.image_size is not None and self.name != "folder":
+            raise ValueError(f"image_size: {self.name} images have a fixed size; only `folder` can be scaled")
+        if self.name == "folder" and self.root is None:
+            raise ValueError("root: a folder needs one, with train/<class>/* and test/<class>/* inside")
+        return self
+
+
+class Model(Section):
+    """Which network."""
+
+    name: str
+    """`resnet8|20|32|44|56|110` (He et al. 2015, for CIFAR), `resnet18` (32x32 stem), `wrn<depth>_<width>`, `paper_cnn`."""
+    shortcut: Literal["A", "B"] | None = None
+    """CIFAR ResNets: A pads channels with zeros (default), B projects with a 1x1 convolution."""
+    weight_standardization: bool | Literal["auto"] = "auto"
+    """Scaled weight standardisation of the convolutions; auto is on for `batchless` and `group`."""
+    zero_init_residual: bool = False
+    """ResNets: start the last scale of each residual block at 0."""
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    """Number of outputs; default that of the data, and it must agree with it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        from bln_train.models.names import check_model_name  # a table of names, no torch
+
+        problem = check_model_name(self.name)
+        if problem:
+            raise ValueError(f"name: {problem}")
+        if self.shortcut and not (self.name.startswith("resnet") and self.name != "resnet18"):
+            raise ValueError(f"shortcut: only the CIFAR ResNets have a choice; {self.name} does not")
+        if self.zero_init_residual and not self.name.startswith("resnet"):
+            raise ValueError(f"zero_init_residual: {self.name} has no norm at the end of a residual block")
+        return self
+
+
+_PAPER = {"statistics": "gradient", "statistics_rate": None, "correction_rate": 0.0, "probe_images": 0}
+NORM_PRESETS: dict[str, dict[str, Any]] = {
+    "batchless": {"parametrization": "log", "statistics": "natural"},
+    "batchless-paper": {"parametrization": "log", **_PAPER},
+    "batchless-paper-abs": {"parametrization": "abs", **_PAPER},
+    "batchless-paper-inv": {"parametrization": "inv", **_PAPER},
+}
+
+
+class BatchlessNormSection(Section):
+    """Batchless Normalization; the presets differ in the defaults of the settings below."""
+
+    name: Literal["batchless", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
+    parametrization: Literal["log", "abs", "inv", "var"]
+    """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
+    share: Literal["channel", "layer"] = "channel"
+    """One mean and standard deviation per channel, or one pair for the whole layer."""
+    eps: PositiveFloat = 1e-5
+    """Added to |s| by `abs`, and to 1/|s| inside `inv`; the smallest standard deviation of the others."""
+    statistics: Literal["natural", "gradient"]
+    """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the paper."""
+    statistics_rate: PositiveFloat | None = 0.1
+    """natural: rate of the moving averages, at most 1, outside the schedule; gradient: learning rate of the statistics
+    (under the schedule), default that of the weights."""
+    nll_weight: PositiveFloat = 1.0
+    """Weight of the likelihood in the loss; `gradient` only, a natural gradient does not depend on it."""
+    nll_reduction: Literal["mean", "sum"] = "mean"
+    """Over channels: the paper's mean, or their sum; `gradient` only."""
+    gauge: bool = True
+    """Report the likelihood shifted to be 0 for inputs that follow the statistics; changes no gradient."""
+    correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Rate of the running backward correction; 0 turns it off."""
+    probe_images: Annotated[int, Field(ge=0)] = 16
+    """Images of each effective batch on which the statistics follow the weights (at most all of them); 0 turns it off."""
+    init_images: Annotated[int, Field(ge=0)] = 128
+    """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        return {**NORM_PRESETS.get(data.get("name"), {}), **data} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchlessNormSection:
+        if self.statistics == "natural":
+            if self.statistics_rate is None or self.statistics_rate > 1:
+                raise ValueError("statistics_rate: natural statistics need a rate of at most 1")
+            for key, neutral in (("nll_weight", 1.0), ("nll_reduction", "mean")):
+                if getattr(self, key) != neutral:
+                    raise ValueError(f"{key}: natural statistics do not depend on it; set statistics_rate, or statistics: gradient")
+        return self
+
+
+class GroupNormSection(Section):
+    """Group normalisation (Wu & He 2018)."""
+
+    name: Literal["group"]
+    num_groups: Positive = 8
+    """Groups of each layer; a layer whose channels do not divide uses the greatest common divisor."""
+
+
+class BatchNormSection(Section):
+    """Batch normalisation over each micro-batch, or with statistics frozen after initialisation."""
+
+    name: Literal["batch", "batch-frozen"]
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Rate of the running averages that evaluation uses; `batch` only."""
+    init_images: Positive = 128
+    """Training images from which frozen statistics are taken; `batch-frozen` only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            foreign = {"batch": "init_images", "batch-frozen": "momentum"}.get(data.get("name"))
+            if foreign in data and data[foreign] != cls.model_fields[foreign].default:
+                raise ValueError(f"{foreign}: {data['name']} does not use it")
+        return data
+
+
+class PlainNormSection(Section):
+    """Norms without settings: layer (over channels and space), instance (per channel, over space), none."""
+
+    name: Literal["layer", "instance", "none"]
+
+
+Norm = Annotated[
+    BatchlessNormSection | GroupNormSection | BatchNormSection | PlainNormSection, Field(discriminator="name")
+]
+NORM_NAMES: tuple[str, ...] = tuple(
+    name
+    for section in get_args(get_args(Norm)[0])
+    for name in get_args(section.model_fields["name"].annotation)
+)
+
+
+class _Optimizer(Section):
+    lr: PositiveFloat
+    """Peak learning rate."""
+    weight_decay: NonNegative = 5e-4
+    """On convolution and linear weights only; not on biases, norms and statistics."""
+    clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
+    """Bound on the global gradient norm; auto is 1.0 for `batchless` and none for every other norm."""
+
+
+class SgdSection(_Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"]
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SgdSection:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: needs a momentum above 0")
+        return self
+
+
+class AdamSection(_Optimizer):
+    """Adam (L2 penalty in the gradient) or AdamW (decoupled weight decay)."""
+
+    name: Literal["adam", "adamw"]
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+Optimizer = Annotated[SgdSection | AdamSection, Field(discriminator="name")]
+
+
+class _Schedule(Section):
+    warmup_epochs: NonNegative = 0.0
+    """Linear rise from 0, in epochs; fractions allowed."""
+
+
+class CosineSection(_Schedule):
+    """Half a cosine from the peak rate down to `final_fraction` of it."""
+
+    name: Literal["cosine"]
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class StepSection(_Schedule):
+    """Multiply the rate by `gamma` at each milestone."""
+
+    name: Literal["step"]
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
+    """Epochs, rising."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> StepSection:
+        if not self.milestones or list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones: name at least one epoch, in rising order")
+        return self
+
+
+class ConstantSection(_Schedule):
+    """The peak rate throughout."""
+
+    name: Literal["constant"]
+
+
+Schedule = Annotated[CosineSection | StepSection | ConstantSection, Field(discriminator="name")]
+
+
+class Train(Section):
+    """How long, in which slices, at which precision."""
+
+    epochs: Positive
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps even if epochs are left; the schedule still spans all epochs."""
+    effective_batch_size: Positive = 128
+    """Images behind one optimizer step."""
+    micro_batch_size: Positive
+    """Images in memory at once; down to 1, at most the effective batch."""
+    eval_batch_size: Positive | Literal["auto"] = "auto"
+    """Images evaluated at once; auto keeps evaluation below the memory of training."""
+    eval_every_epochs: Positive = 1
+    label_smoothing: Fraction = 0.0
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16 and fp16 are autocast with fp32 weights; fp16 needs CUDA; fp64 is for checking exactness."""
+    channels_last: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.micro_batch_size > self.effective_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} is above effective_batch_size {self.effective_batch_size}"
+            )
+        return self
+
+
+class Runtime(Section):
+    """Where and how it runs; nothing here may change the result beyond rounding."""
+
+    device: Annotated[str, AfterValidator(lambda d: _check_device(d))] = "auto"
+    """`auto` (CUDA if present), `cpu`, `cuda` or `cuda:<index>`."""
+    num_threads: Positive | None = None
+    """CPU threads; default PyTorch's."""
+    deterministic: bool = False
+    """Only algorithms that repeat bit for bit on CUDA (slower); the CPU always does."""
+    log_every_steps: Positive = 10
+    checkpoint_every_steps: Positive | None = None
+    """Besides the checkpoint at the end of each epoch."""
+
+
+def _check_device(device: str) -> str:
+    kind, _, index = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+        raise ValueError("is `auto`, `cpu`, `cuda` or `cuda:<index>`")
+    return device
+
+
+class Recipe(Section):
+    """A whole experiment."""
+
+    data: Data
+    model: Model
+    norm: Norm
+    train: Train
+    optimizer: Optimizer
+    schedule: Schedule = Field(default_factory=lambda: ConstantSection(name="constant"))
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        problems = []
+        classes = {"cifar10": 10, "cifar100": 100, "shapes": 10}.get(self.data.name)
+        if classes and self.model.num_classes not in (None, classes):
+            problems.append(f"model.num_classes: {self.model.num_classes}, but {self.data.name} has {classes} classes")
+        if self.train.precision == "fp16" and self.runtime.device == "cpu":
+            problems.append("train.precision: fp16 needs CUDA; use bf16 or fp32 on the CPU")
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            problems.append(f"schedule.warmup_epochs: {self.schedule.warmup_epochs} leaves nothing of {self.train.epochs} epochs")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def weight_standardization(self) -> bool:
+        """Whether convolutions are standardised, `auto` resolved."""
+        setting = self.model.weight_standardization
+        return self.norm.name in ("batchless", "group") if setting == "auto" else setting
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Bound on the gradient norm, `auto` resolved."""
+        setting = self.optimizer.clip_norm
+        return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
+
+    def with_norm(self, name: str) -> Recipe:
+        """The same recipe with another norm at its defaults, or unchanged where that norm is the recipe's own."""
+        if name not in NORM_NAMES:
+            raise UsageError(f"unknown norm '{name}'", f"Norms: {', '.join(NORM_NAMES)}.")
+        if name == self.norm.name:
+            return self
+        return Recipe.model_validate({**self.model_dump(), "norm": {"name": name}})

@@ -1,0 +1,19 @@
+"""Norms: Batchless Normalization, its statistics, weight standardisation, and the way from and to BatchNorm."""
+
+from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics
+from bln_train.norm.calibrate import initialize_statistics
+from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
+from bln_train.norm.functional import batchless_norm
+from bln_train.norm.standardize import StandardizedConv2d, standardize_weight
+
+__all__ = [
+    "BatchlessNorm1d",
+    "BatchlessNorm2d",
+    "BatchlessStatistics",
+    "StandardizedConv2d",
+    "batchless_norm",
+    "convert_batchnorm",
+    "convert_to_batchnorm",
+    "initialize_statistics",
+    "standardize_weight",
+]

@@ -1,0 +1,326 @@
+"""Batchless Normalization as torch.nn layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bln_train.norm.functional import (
+    Parametrization,
+    as_rows,
+    batchless_norm,
+    raw_from_std,
+    std_from_raw,
+    std_slope,
+)
+
+
+class _BatchlessNorm(nn.Module):
+    """Normalise each channel by a learned mean and standard deviation, for any number of images, down to one.
+
+        out = weight * (x - mean) / std + bias
+
+    Reduced axes: none in the output. `mean` and `std` are fitted by a Gaussian negative log likelihood over images and
+    positions, which `training` forwards leave in the layer for `BatchlessStatistics.nll` to add to the loss. In eval mode
+    the layer is the affine map above.
+
+    Args:
+        num_features: C, channels of the input (N, C, *spatial).
+        parametrization: what `raw_std` stores, see `functional.std_from_raw`.
+        share: "channel" for (C,) statistics, "layer" for one pair, shape (1,).
+        eps: smallest standard deviation, in units of the input.
+        affine: learn weight and bias, each (C,).
+        init_mean, init_std: statistics before any data, in units of the input.
+        statistics: "natural" updates them by `BatchlessStatistics.update` (a natural-gradient step, an exact moving average
+            of the second moment); "gradient" leaves their gradients to the optimizer, as the paper does.
+        statistics_rate: step of the natural update, in (0, 1].
+        nll_weight, nll_reduction, gauge: see `functional.batchless_norm`.
+        correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
+
+    Attributes:
+        mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
+        correction (2, C): buffer, running means of the output gradient g and of g*xhat per position, for a summed loss.
+
+    Raises:
+        ValueError: an argument is out of range, a correction without affine, or an input of another shape.
+
+    Source: Berger & Uc Cetina, arXiv 2212.14729.
+    """
+
+    _version = 1
+    _dims: tuple[int, ...] = ()
+
+    correction: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        parametrization: Parametrization = "log",
+        share: Literal["channel", "layer"] = "channel",
+        eps: float = 1e-5,
+        affine: bool = True,
+        init_mean: float = 0.0,
+        init_std: float = 1.0,
+        statistics: Literal["natural", "gradient"] = "natural",
+        statistics_rate: float = 0.1,
+        nll_weight: float = 1.0,
+        nll_reduction: Literal["mean", "sum"] = "mean",
+        gauge: bool = True,
+        correction_rate: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features is {num_features}; a norm needs at least one channel")
+        if not init_std > eps > 0:
+            raise ValueError(f"need init_std > eps > 0, got init_std {init_std} and eps {eps}")
+        if statistics == "natural" and not 0 < statistics_rate <= 1:
+            raise ValueError(f"statistics_rate is {statistics_rate}; a natural step needs a rate in (0, 1]")
+        if not 0 <= correction_rate <= 1:
+            raise ValueError(f"correction_rate is {correction_rate}; it is the rate of a moving average, in [0, 1]")
+        if correction_rate and not affine:
+            raise ValueError("the correction is read off the gradients of weight and bias: set affine=True or correction_rate=0")
+        self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
+        self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
+        self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
+        self.correction_rate = correction_rate
+
+        entries = num_features if share == "channel" else 1
+        self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))
+        std = torch.full((entries,), init_std, device=device, dtype=dtype)
+        self.raw_std = nn.Parameter(raw_from_std(std, parametrization, eps))
+        if affine:
+            self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        correction = torch.zeros(2, num_features, device=device, dtype=dtype) if correction_rate else None
+        self.register_buffer("correction", correction)
+
+        # One effective batch's account; emptied by `update`.
+        self.pending_nll: Tensor | None = None
+        self.num_images_seen = 0
+        self.num_positions_seen = 0
+        # Probe synchronisation: how many leading images of the next forward to watch, and what was seen of them.
+        self.watch_first = 0
+        self.synchronizing = False
+        self._probe_count = 0
+        self._probe_sums: Tensor | None = None
+        self._probe_moments: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, (C,) or (1,), in units of the input."""
+        return std_from_raw(self.raw_std, self.parametrization, self.eps)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and standard deviation, (C,) or (1,) each; the standard deviation is floored at eps."""
+        self.mean.copy_(mean)
+        self.raw_std.copy_(raw_from_std(std.clamp(min=self.eps), self.parametrization, self.eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, (N, C, *spatial) to the same shape and dtype; see the class."""
+        self._check_input(x)
+        if self.synchronizing:
+            self._synchronize(x)
+        elif self.training and torch.is_grad_enabled():
+            return self._train_forward(x)
+        shape = (-1, *([1] * (x.dim() - 2)))
+        scale = self.std.detach().reciprocal()
+        scale = scale if self.weight is None else self.weight * scale
+        shift = -self.mean.detach() * scale
+        shift = shift if self.bias is None else self.bias + shift
+        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in self._dims or x.shape[1] != self.num_features:
+            dims = " or ".join(f"{d}-dimensional" for d in self._dims)
+            raise ValueError(f"{type(self).__name__}({self.num_features}) takes {dims} input with {self.num_features} "
+                             f"channels on axis 1, got shape {tuple(x.shape)}")  # fmt: skip
+
+    def _train_forward(self, x: Tensor) -> Tensor:
+        result = batchless_norm(
+            x,
+            self.mean,
+            self.raw_std,
+            self.weight,
+            self.bias,
+            correction=self.correction,
+            parametrization=self.parametrization,
+            eps=self.eps,
+            nll_weight=self.nll_weight,
+            nll_reduction=self.nll_reduction,
+            gauge=self.gauge,
+        )
+        self.pending_nll = result.nll if self.pending_nll is None else self.pending_nll + result.nll
+        num_images, per_image = x.shape[0], x.numel() // (x.shape[0] * x.shape[1])
+        self.num_images_seen += num_images
+        self.num_positions_seen += num_images * per_image
+        if self.watch_first:
+            self._watch(x.detach(), result.sum_xhat, result.sum_xhat_sq)
+        return result.out
+
+    @torch.no_grad()
+    def _watch(self, x: Tensor, sum_xhat: Tensor, sum_xhat_sq: Tensor) -> None:
+        """Add the leading images' sums, so that the probe can compare the same images before and after the step."""
+        count = min(self.watch_first, x.shape[0])
+        if count < x.shape[0]:
+            view = as_rows(x[:count])
+            xhat = (view.rows - self.mean.view(view.broadcast)) / self.std.view(view.broadcast)
+            sum_xhat, sum_xhat_sq = (self._entries(s.sum(view.reduced)) for s in (xhat, xhat * xhat))
+        sums = torch.stack((sum_xhat, sum_xhat_sq))
+        self._probe_sums = sums if self._probe_sums is None else self._probe_sums + sums
+        self._probe_count += count * (x.numel() // (x.shape[0] * x.shape[1]))
+
+    def _entries(self, per_channel: Tensor) -> Tensor:
+        return per_channel if self.share == "channel" else per_channel.mean(0, keepdim=True)
+
+    @torch.no_grad()
+    def update(self, num_images: int) -> Tensor | None:
+        """Take what the gradients of one effective batch say: correction, probe account, natural step.
+
+        With m1, m2 the batch's means of xhat and xhat^2:  mean += rate*std*m1;  std *= sqrt(1 + rate*(m2 - 1)).
+        Call it between the last backward and anything that changes gradients (clipping) or parameters.
+
+        Args:
+            num_images: images of the effective batch, the loss being their mean.
+
+        Returns: () the layer's nll per image, unweighted, averaged over channels, or None if it saw no image.
+        """
+        if not self.num_images_seen or self.mean.grad is None or self.raw_std.grad is None:
+            return None
+        calls = self.num_images_seen / num_images  # 2 where a network uses the layer twice
+        positions = self.num_positions_seen / self.num_images_seen
+        std = self.std
+        if self.correction is not None and self.weight is not None and self.bias is not None:
+            if self.weight.grad is not None and self.bias.grad is not None:
+                seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
+                self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
+
+        entries = self.mean.numel()
+        scale = self.nll_weight / entries if self.nll_reduction == "mean" else self.nll_weight * self.num_features / entries
+        m1 = self.mean.grad * std / (-scale * calls)
+        slope = std_slope(self.raw_std, std, self.parametrization)
+        excess = self.raw_std.grad * std / (-scale * calls * slope)  # m2 - 1
+
+        if self._probe_sums is not None:
+            first, second = (self._probe_sums / self._probe_count).unbind(0)
+            variance = (second - first * first).clamp(min=0)
+            self._probe_moments = (torch.addcmul(self.mean, std, first), std * std * variance)
+        if self.statistics == "natural":
+            growth = (1 + self.statistics_rate * excess).clamp(min=0).sqrt()
+            self.set_statistics(torch.addcmul(self.mean, std, m1, value=self.statistics_rate), std * growth)
+            self.mean.grad = self.raw_std.grad = None
+        self.pending_nll = self._probe_sums = None
+        self.num_images_seen = self.num_positions_seen = self._probe_count = 0
+        return excess.mean() / 2 if self.gauge else excess.mean() / 2 + 0.5 + std.log().mean()
+
+    @torch.no_grad()
+    def _synchronize(self, x: Tensor) -> None:
+        """Move the statistics by what the new weights did to the watched images, x: (p, C, *spatial).
+
+        mean += mean_new - mean_old;  log std += log(std_new / std_old).  The images are the same on both sides, so their
+        sampling noise cancels; what upstream layers changed has already been normalised away and is passed on once.
+        """
+        if self._probe_moments is None:
+            return
+        mean_old, var_old = self._probe_moments
+        view = as_rows(x)
+        count = x.numel() // x.shape[1]
+        centred = view.rows.to(self.mean.dtype) - mean_old.view(view.broadcast)
+        shift, square = (self._entries(s.sum(view.reduced)) / count for s in (centred, centred * centred))
+        std = self.std
+        # Where the watched images barely vary the ratio says nothing: 1 % of std is added to both sides.
+        guard = 1e-4 * std * std
+        ratio = ((square - shift * shift).clamp(min=0) + guard) / (var_old + guard)
+        self.set_statistics(self.mean + shift, std * ratio.sqrt())
+        self._probe_moments = None
+
+    def extra_repr(self) -> str:
+        """Arguments, as torch.nn layers print theirs."""
+        return (f"{self.num_features}, parametrization={self.parametrization}, share={self.share}, eps={self.eps:g}, "
+                f"affine={self.affine}, statistics={self.statistics}, correction_rate={self.correction_rate:g}")  # fmt: skip
+
+
+class BatchlessNorm1d(_BatchlessNorm):
+    __doc__ = "Batchless Normalization of (N, C) or (N, C, L) input.\n" + str(_BatchlessNorm.__doc__)
+    _dims = (2, 3)
+
+
+class BatchlessNorm2d(_BatchlessNorm):
+    __doc__ = "Batchless Normalization of (N, C, H, W) input.\n" + str(_BatchlessNorm.__doc__)
+    _dims = (4,)
+
+
+class BatchlessStatistics:
+    """The batchless layers of a network, and what a training loop does with them.
+
+    for each effective batch of N images:
+        for each micro-batch:                          # of any size
+            statistics.watch(...)                      # optional, for the probe
+            loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
+            (loss / N).backward()
+        statistics.update(N)                           # correction and natural step
+        optimizer.step()                               # over everything but statistics.natural_parameters
+        statistics.synchronize(lambda: net(first_images))   # optional, the probe
+
+    Args:
+        model: any module; one without batchless layers makes every method a no-op.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchlessNorm)}
+
+    @property
+    def natural_parameters(self) -> list[nn.Parameter]:
+        """Means and raw_stds that `update` moves, which no optimizer may."""
+        return [p for m in self.layers.values() if m.statistics == "natural" for p in (m.mean, m.raw_std)]
+
+    @property
+    def gradient_parameters(self) -> list[nn.Parameter]:
+        """Means and raw_stds that belong into the optimizer."""
+        return [p for m in self.layers.values() if m.statistics == "gradient" for p in (m.mean, m.raw_std)]
+
+    def watch(self, num_first: int) -> None:
+        """In the next forward, take account of the first `num_first` images for the probe (0: of none)."""
+        for layer in self.layers.values():
+            layer.watch_first = num_first
+
+    def nll(self) -> Tensor | float:
+        """Sum of the layers' negative log likelihoods of the last forward's images; to be added to a summed loss."""
+        total: Tensor | float = 0.0
+        for layer in self.layers.values():
+            if layer.pending_nll is not None:
+                total = total + layer.pending_nll
+                layer.pending_nll = None
+        return total
+
+    def update(self, num_images: int) -> Tensor | None:
+        """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each layer, or None."""
+        values = [layer.update(num_images) for layer in self.layers.values()]
+        seen = [v for v in values if v is not None]
+        return torch.stack(seen) if len(seen) == len(values) and seen else None
+
+    def discard(self) -> None:
+        """Forget a half-done effective batch."""
+        for layer in self.layers.values():
+            layer.pending_nll = layer._probe_sums = layer._probe_moments = None
+            layer.num_images_seen = layer.num_positions_seen = layer._probe_count = 0
+
+    @torch.no_grad()
+    def synchronize(self, forward: object) -> None:
+        """Run `forward`, a no-argument call of the network on the watched images, letting each layer follow in turn."""
+        assert callable(forward)
+        for layer in self.layers.values():
+            layer.synchronizing = True
+        try:
+            forward()
+        finally:
+            for layer in self.layers.values():
+                layer.synchronizing = False

@@ -1,0 +1,219 @@
+"""The maths of Batchless Normalization (Berger & Uc Cetina, arXiv 2212.14729) and its autograd function.
+
+Legend of shapes
+    N  images of a micro-batch     C  channels     S  positions of one image (1 for a dense layer, H*W for a map)
+    a  (N, C, *spatial)  input     K  entries of the statistics: C (share="channel") or 1 (share="layer")
+"Rows" are a memory-order view in which the channel axis broadcasts: (N*S, C) of a channels-last tensor, whose sums over
+axis 0 are the fastest on a CPU, or (N, C, S) otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Parametrization = Literal["log", "abs", "inv", "var"]
+
+
+def _sign(raw: Tensor) -> Tensor:
+    # Not torch.sign: at exactly 0 a derivative of 0 would freeze the statistic for good.
+    return torch.where(raw < 0, -1.0, 1.0).to(raw.dtype)
+
+
+def std_from_raw(raw: Tensor, parametrization: Parametrization, eps: float) -> Tensor:
+    """Standard deviation from the stored parameter s: log exp(s), abs |s|+eps, inv 1/(|s|+eps), var sqrt(|s|+eps^2)."""
+    if parametrization == "log":
+        return raw.exp()
+    if parametrization == "abs":
+        return raw.abs() + eps
+    if parametrization == "inv":
+        return (raw.abs() + eps).reciprocal()
+    return (raw.abs() + eps * eps).sqrt()
+
+
+def raw_from_std(std: Tensor, parametrization: Parametrization, eps: float) -> Tensor:
+    """Stored parameter whose standard deviation is `std`; the inverse of `std_from_raw` for eps <= std (< 1/eps)."""
+    if parametrization == "log":
+        return std.clamp(min=eps).log()
+    if parametrization == "abs":
+        return (std - eps).clamp(min=0)
+    if parametrization == "inv":
+        return (std.reciprocal() - eps).clamp(min=0)
+    return (std * std - eps * eps).clamp(min=0)
+
+
+def std_slope(raw: Tensor, std: Tensor, parametrization: Parametrization) -> Tensor:
+    """Derivative of the standard deviation with respect to the stored parameter; never 0."""
+    if parametrization == "log":
+        return std
+    if parametrization == "abs":
+        return _sign(raw)
+    if parametrization == "inv":
+        return -_sign(raw) * std * std
+    return _sign(raw) / (2 * std)
+
+
+class Rows(NamedTuple):
+    """A memory-order view of a tensor, and how to reduce and broadcast over it."""
+
+    rows: Tensor
+    reduced: tuple[int, ...]
+    """Axes summed to get one value per channel."""
+    broadcast: tuple[int, ...]
+    """Shape that aligns a vector over channels with `rows`."""
+
+
+def as_rows(a: Tensor) -> Rows:
+    """View (N, C, *spatial) as rows; copies only what is neither contiguous nor channels-last."""
+    channels_last = a.dim() > 2 and not a.is_contiguous() and a.movedim(1, -1).is_contiguous()
+    return _rows_in_order(a, channels_last)
+
+
+def _rows_in_order(a: Tensor, channels_last: bool) -> Rows:
+    if a.dim() == 2:
+        return Rows(a, (0,), (-1,))
+    if channels_last:
+        return Rows(a.movedim(1, -1).reshape(-1, a.shape[1]), (0,), (-1,))
+    return Rows(a.reshape(a.shape[0], a.shape[1], -1), (0, 2), (-1, 1))
+
+
+def _from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
+    """View rows as a tensor of shape (N, C, *spatial), in the memory order they came from."""
+    if rows.dim() == 2 and len(shape) > 2:
+        n, c, *spatial = shape
+        return rows.view(n, *spatial, c).movedim(-1, 1)
+    return rows.view(shape)
+
+
+class NormOutput(NamedTuple):
+    """What one training forward yields."""
+
+    out: Tensor
+    """(N, C, *spatial), gamma * xhat + beta."""
+    nll: Tensor
+    """() Gaussian negative log likelihood, summed over the N images, already times its weight."""
+    sum_xhat: Tensor
+    """(K,) sum of xhat over images and positions, averaged over channels when shared; carries no gradient."""
+    sum_xhat_sq: Tensor
+    """(K,) the same of xhat squared."""
+
+
+class _BatchlessNormFunction(torch.autograd.Function):
+    """a, statistics, affine -> NormOutput; see `batchless_norm`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        a: Tensor,
+        mean: Tensor,
+        raw_std: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        correction: Tensor | None,
+        parametrization: Parametrization,
+        eps: float,
+        nll_scale: float,
+        gauge: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        view = as_rows(a)
+        shape = view.broadcast
+        num_images = a.shape[0]
+        num_positions = a.numel() // (num_images * a.shape[1])
+        std = std_from_raw(raw_std, parametrization, eps)
+
+        xhat = (view.rows - mean.view(shape)).mul_(std.reciprocal().view(shape))  # statistics' dtype under autocast
+        sum_xhat, sum_xhat_sq = xhat.sum(view.reduced), (xhat * xhat).sum(view.reduced)
+        if mean.numel() == 1:
+            sum_xhat, sum_xhat_sq = sum_xhat.mean(0, keepdim=True), sum_xhat_sq.mean(0, keepdim=True)
+
+        # nll = scale * sum over entries, images of [log std + mean over positions of xhat^2 / 2 - gauge]
+        nll = sum_xhat_sq.sum() * (nll_scale / (2 * num_positions))
+        constant = -0.5 * num_images * nll_scale * mean.numel()
+        nll = nll + constant if gauge else nll + (num_images * nll_scale) * std.log().sum()
+
+        out = xhat
+        if weight is not None and bias is not None:
+            out = torch.addcmul(bias.view(shape), xhat, weight.view(shape))
+        ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, correction, sum_xhat, sum_xhat_sq)
+        ctx.shape, ctx.channels_last = a.shape, a.dim() > 2 and xhat.dim() == 2
+        ctx.parametrization, ctx.nll_scale = parametrization, nll_scale
+        ctx.num_images, ctx.num_positions = num_images, num_positions
+        ctx.mark_non_differentiable(sum_xhat, sum_xhat_sq)
+        return _from_rows(out.to(a.dtype), a.shape), nll, sum_xhat, sum_xhat_sq
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, std, raw_std, weight, correction, sum_xhat, sum_xhat_sq = ctx.saved_tensors
+        grad_rows, reduced, shape = _rows_in_order(grad_out, ctx.channels_last)
+        needs_a, needs_mean, needs_raw, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        grad_a = grad_mean = grad_raw = grad_weight = grad_bias = None
+
+        if needs_mean or needs_raw:  # the likelihood alone moves the statistics
+            slope = grad_nll * ctx.nll_scale / std
+            grad_mean = -slope * sum_xhat / ctx.num_positions
+            grad_std = slope * (ctx.num_images - sum_xhat_sq / ctx.num_positions)
+            grad_raw = grad_std * std_slope(raw_std, std, ctx.parametrization)
+
+        if needs_bias:
+            grad_bias = grad_rows.sum(reduced, dtype=std.dtype)
+        if needs_weight:
+            grad_weight = (grad_rows * xhat).sum(reduced, dtype=std.dtype)
+        if needs_a:  # the task alone reaches the layers below
+            gain = (weight / std if weight is not None else std.reciprocal()).view(shape)
+            if correction is None:
+                rows = grad_rows * gain
+            else:
+                # g - scale*(A + B*xhat). The likelihood enters the loss with the weight of one image, 1/N (times a loss
+                # scale), so its incoming gradient is that weight: the correction needs no second way to learn it.
+                offset, slope_xhat = (correction * (-grad_nll)).view(2, *shape).unbind(0)
+                rows = torch.addcmul(grad_rows * gain, torch.addcmul(offset, xhat, slope_xhat), gain)
+            grad_a = _from_rows(rows.to(grad_out.dtype), ctx.shape)
+        return grad_a, grad_mean, grad_raw, grad_weight, grad_bias, None, None, None, None, None
+
+
+def batchless_norm(
+    a: Tensor,
+    mean: Tensor,
+    raw_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    correction: Tensor | None = None,
+    parametrization: Parametrization = "log",
+    eps: float = 1e-5,
+    nll_weight: float = 1.0,
+    nll_reduction: Literal["mean", "sum"] = "mean",
+    gauge: bool = True,
+) -> NormOutput:
+    r"""Normalise by learned statistics, and give the likelihood that fits them.
+
+        xhat = (a - sg(mean)) / sg(std)          sg: stop-gradient
+        out  = weight * xhat + bias
+        nll  = nll_weight * sum_n mean_{c,s} [ log std + ((sg(a) - mean) / std)^2 / 2 - gauge ]
+        gauge = sg(log std) + 1/2, so nll is 0 in expectation when a ~ N(mean, std^2)
+
+    The gradient of `out` reaches a, weight and bias only; that of `nll` reaches mean and raw_std only. With a correction
+    (A, B), a receives (weight / std) * (g - p * (A + B * xhat)), where g is the gradient of `out` and p that of `nll`,
+    which is the weight of one image in the loss. No image meets another: sums over micro-batches equal the whole batch's.
+
+    Args:
+        a: (N, C, *spatial), any memory format, floating point; under autocast it may be of lower precision than the
+            statistics, in which sums are taken.
+        mean, raw_std: (C,) or (1,); `raw_std` as in `std_from_raw`.
+        weight, bias: (C,), both or neither.
+        correction: (2, C), running means A of g and B of g*xhat per position, for a loss that weighs each image with 1.
+        nll_weight, nll_reduction: weight of the likelihood; over channels its "mean" (the paper's) or "sum".
+
+    Source: arXiv 2212.14729, section 3; the correction follows Online Normalization (Chiley et al., arXiv 1905.05894).
+    """
+    num_channels, num_entries = a.shape[1], mean.numel()
+    scale = nll_weight / num_entries if nll_reduction == "mean" else nll_weight * num_channels / num_entries
+    return NormOutput(
+        *_BatchlessNormFunction.apply(
+            a, mean, raw_std, weight, bias, correction, parametrization, eps, scale, gauge
+        )
+    )

@@ -1,0 +1,54 @@
+"""Scaled weight standardisation: what keeps weights from drifting in scale under norms that follow with a lag."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _StandardizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        axes = tuple(range(1, weight.dim()))
+        fan_in = weight[0].numel()
+        centred = weight - weight.mean(axes, keepdim=True)
+        inverse = ((centred * centred).sum(axes, keepdim=True) + eps).rsqrt()
+        out = centred * inverse
+        ctx.save_for_backward(weight, inverse)
+        assert fan_in > 1, "a filter of one weight has no variance"
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, inverse = ctx.saved_tensors
+        axes = tuple(range(1, weight.dim()))
+        out = (weight - weight.mean(axes, keepdim=True)).mul_(inverse)
+        grad = grad - grad.mean(axes, keepdim=True)
+        return (grad - out * (grad * out).sum(axes, keepdim=True)) * inverse, None
+
+
+def standardize_weight(weight: Tensor, eps: float = 1e-4) -> Tensor:
+    r"""Centre each output channel's filter and scale its sum of squares to 1, so that unit-variance input gives unit variance.
+
+        what = (w - mean(w)) / sqrt(fan_in * var(w) + eps)
+
+    Args:
+        weight: (C_out, C_in / groups, *kernel), with more than one weight per filter.
+        eps: added under the root, in units of fan_in * var.
+
+    Source: Qiao et al., arXiv 1903.10520; scaled form Brock et al., arXiv 2101.08692. Saves the weight itself for backward,
+    which is alive anyway, and one number per output channel.
+    """
+    return _StandardizeWeight.apply(weight, eps)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose weight passes through `standardize_weight`; arguments, shapes and state dict of nn.Conv2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        return self._conv_forward(x, standardize_weight(self.weight), self.bias)

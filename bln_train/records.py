@@ -1,0 +1,102 @@
+"""What travels from the trainer to logs, tables and plots: frozen, plain, JSON-ready. No torch here.
+
+Sizes are bytes, times seconds, accuracies fractions of 1; None means "not measured".
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step."""
+
+    step: int
+    """Steps done, this one included."""
+    epoch: float
+    """Epochs done, this step included."""
+    num_images: int
+    loss: float
+    """Mean task loss over the effective batch, without the likelihood."""
+    accuracy: float
+    nll: float | None
+    """Mean over layers of the gauged likelihood: 0 when inputs follow the learned statistics."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping; statistics that follow their own rule are not in it."""
+    seconds: float
+    nll_by_layer: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """The end of an epoch: what training saw and what evaluation found."""
+
+    step: int
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    images_per_second: float | None
+    """Over this epoch's training steps, memory-tracked ones left out."""
+    test_loss: float | None
+    """None where this epoch was not evaluated."""
+    test_accuracy: float | None
+    num_test_images: int
+    eval_seconds: float | None
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """Peak memory of training at one effective and micro-batch size; evaluation is not in it."""
+
+    device: str
+    method: str
+    """`allocator` (CUDA's own count) or `tracked tensors` (storages alive during tracked steps; CPU)."""
+    effective_batch_size: int
+    micro_batch_size: int
+    peak_bytes: int | None
+    """allocator: allocated at the peak; tracked tensors: live storages at the peak, kernels' scratch not included."""
+    reserved_bytes: int | None
+    """Taken by the allocator from the device."""
+    device_bytes: int | None
+    """Of the whole card in use by all processes when last looked at."""
+    process_bytes: int | None
+    """Peak resident memory of the process (CPU), libraries and data set included."""
+    parameter_bytes: int | None
+    gradient_bytes: int | None
+    optimizer_bytes: int | None
+    activation_bytes: int | None
+    """Whatever a step creates and frees again: saved tensors, temporaries, inputs."""
+    other_bytes: int | None
+    """Buffers, and what was alive before."""
+
+
+@dataclass(frozen=True)
+class NoticeRecord:
+    """Something the user should know: it changes no result, but explains one."""
+
+    text: str
+
+
+Record = StepRecord | EpochRecord | MemoryRecord | NoticeRecord
+_KINDS: dict[str, type[Any]] = {
+    "step": StepRecord,
+    "epoch": EpochRecord,
+    "memory": MemoryRecord,
+    "notice": NoticeRecord,
+}
+
+
+def record_to_dict(record: Record) -> dict[str, Any]:
+    """The record as a JSON-ready dict with its `kind`."""
+    kind = next(name for name, cls in _KINDS.items() if isinstance(record, cls))
+    return {"kind": kind, **asdict(record)}
+
+
+def record_from_dict(data: dict[str, Any]) -> Record:
+    """Inverse of `record_to_dict`; raises KeyError or TypeError on anything else."""
+    fields = dict(data)
+    record: Record = _KINDS[fields.pop("kind")](**fields)
+    return record

@@ -1,0 +1,94 @@
+"""The machine: device, precision, threads, and what to write down about it."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from bln_train.errors import UsageError
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:<index>` into a device.
+
+    Raises:
+        UsageError: CUDA is asked for and absent, or the index does not exist.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(
+                f"runtime.device is {name}, but PyTorch {torch.__version__} finds no CUDA device",
+                "Check the driver with nvidia-smi, or use --device cpu.",
+            )
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise UsageError(f"runtime.device is {name}, but there are only {count} CUDA devices (from cuda:0)")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        model = ""
+    model = model or platform.processor() or platform.machine()
+    return f"{model} CPU, {torch.get_num_threads()} threads"
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """The dtype of weights and statistics: float64 for fp64, otherwise float32 (autocast lowers activations only)."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """A context in which layers run at `precision`.
+
+    Raises:
+        UsageError: fp16 without CUDA.
+    """
+    dtype = _AUTOCAST.get(precision)
+    if dtype is None:
+        return nullcontext()
+    if dtype == torch.float16 and device.type != "cuda":
+        raise UsageError("train.precision: fp16 needs CUDA", "Use bf16 or fp32 on the CPU: --set train.precision=bf16")
+    # The cache would keep low-precision copies of the weights from one micro-batch to the next inside one context.
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+def set_up(num_threads: int | None, deterministic: bool) -> None:
+    """Process-wide switches, in one place."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    # Shapes are the same from step to step, so cuDNN's search pays.
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def environment(device: torch.device) -> dict[str, str | int | None]:
+    """What a figure needs beside it: versions, device, threads."""
+    import torchvision
+
+    cuda = device.type == "cuda"
+    return {
+        "device": device_name(device),
+        "device_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,199 @@
+"""The training loop: a generator of records that prints nothing and opens no files."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bln_train.data import DataSet, epoch_order
+from bln_train.errors import CheckpointError, DivergedError
+from bln_train.memory.peak import PeakMeter
+from bln_train.optim import Schedule
+from bln_train.records import EpochRecord, MemoryRecord, Record, StepRecord
+from bln_train.rng import instance_seeds
+from bln_train.train.evaluate import Evaluation
+from bln_train.train.step import AccumulationStep, StepTotals
+
+
+class Trainer:
+    """Runs optimizer steps over epochs, evaluates, measures memory, and can stop and go on at any step.
+
+    Everything random is a function of (seed, epoch, image), and the schedule of the step, so the state to save is the
+    network, the optimizer and a step count; see `state_dict`.
+
+    Args:
+        step: takes one optimizer step.
+        data: training and test images.
+        evaluate: gives test loss and accuracy of the network as it is.
+        effective_batch_size: images behind each step; the last of an epoch may be shorter.
+        max_steps: stop early; the schedule still spans all epochs.
+        detail_every_steps: how often a step's record carries each layer's likelihood.
+    """
+
+    def __init__(
+        self,
+        step: AccumulationStep,
+        data: DataSet,
+        schedule: Schedule,
+        evaluate: Callable[[], Evaluation],
+        *,
+        epochs: int,
+        effective_batch_size: int,
+        seed: int,
+        eval_every_epochs: int = 1,
+        max_steps: int | None = None,
+        detail_every_steps: int = 10,
+    ) -> None:
+        self.take_step, self.data, self.schedule, self.evaluate = step, data, schedule, evaluate
+        self.epochs, self.effective_batch_size, self.seed = epochs, effective_batch_size, seed
+        self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
+        self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
+        self.num_steps = min(self.steps_per_epoch * epochs, max_steps or sys.maxsize)
+        self.meter = PeakMeter(step.model, step.optimizer, step.device)
+        self.step = 0
+        self._epoch_sums = _EpochSums()
+
+    def steps(self) -> Iterator[Record]:
+        """Train to the end, yielding a record after each step, epoch and memory measurement.
+
+        Whenever a record is out, the state is that of a whole step and may be saved. A run that was resumed yields what it
+        would have yielded from there.
+
+        Raises:
+            DivergedError: the loss or the gradient norm is not finite.
+        """
+        self.meter.start()
+        order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        while self.step < self.num_steps:
+            epoch, position = divmod(self.step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
+            begin = position * self.effective_batch_size
+            yield self._train_on(order[begin : begin + self.effective_batch_size], epoch)
+            if self.step == PeakMeter.NUM_NOTED:
+                yield self.memory_record()
+            if self.step % self.steps_per_epoch == 0 or self.step == self.num_steps:
+                yield self._end_epoch(epoch)
+        yield self.memory_record()
+
+    def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord:
+        began = time.perf_counter()
+        tracked = self.meter.tracks_next_step
+        learning_rate = self.schedule.apply(self.take_step.optimizer, self.step)
+        seeds = instance_seeds(self.seed, epoch, index)
+        with self.meter.step() as gradients_ready:
+            totals = self.take_step(self.data.train, index, seeds, gradients_ready)
+        self.step += 1
+        detail = self.step % self.detail_every_steps == 0 or self.step == self.num_steps
+        record = self._read(totals, len(index), learning_rate, began, detail)
+        if not tracked:
+            self._epoch_sums.timed_images += len(index)
+            self._epoch_sums.timed_seconds += record.seconds
+        return record
+
+    def _read(self, totals: StepTotals, num_images: int, learning_rate: float, began: float, detail: bool) -> StepRecord:
+        """Bring a step's sums to the host: the one synchronisation of the step."""
+        values = [totals.loss, totals.correct, totals.grad_norm]
+        nll = totals.nll if totals.nll is not None else torch.empty(0, device=totals.loss.device)
+        loss, correct, grad_norm, *layers = torch.cat([torch.stack([v.double() for v in values]), nll.double()]).tolist()
+        seconds = time.perf_counter() - began
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.take_step.scaler is not None):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+            raise DivergedError(
+                f"step {self.step}: {what}; training diverged",
+                "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_norm=1.0.",
+            )
+        self._epoch_sums.images += num_images
+        self._epoch_sums.loss += loss
+        self._epoch_sums.correct += correct
+        names = list(self.take_step.statistics.layers)
+        return StepRecord(
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            num_images=num_images,
+            loss=loss / num_images,
+            accuracy=correct / num_images,
+            nll=sum(layers) / len(layers) if layers else None,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            seconds=seconds,
+            nll_by_layer=dict(zip(names, layers, strict=True)) if layers and detail else None,
+        )
+
+    def _end_epoch(self, epoch: int) -> EpochRecord:
+        sums, self._epoch_sums = self._epoch_sums, _EpochSums()
+        last = self.step == self.num_steps
+        found, seconds = None, None
+        if last or (epoch + 1) % self.eval_every_epochs == 0:
+            self.meter.stop()
+            began = time.perf_counter()
+            found = self.evaluate()
+            seconds = time.perf_counter() - began
+            self.meter.start()
+        return EpochRecord(
+            step=self.step,
+            epoch=epoch + 1,
+            train_loss=sums.loss / sums.images,
+            train_accuracy=sums.correct / sums.images,
+            images_per_second=sums.timed_images / sums.timed_seconds if sums.timed_images else None,
+            test_loss=found.loss if found else None,
+            test_accuracy=found.accuracy if found else None,
+            num_test_images=found.num_images if found else 0,
+            eval_seconds=seconds,
+        )
+
+    def memory_record(self) -> MemoryRecord:
+        """Peak memory so far; an effective batch cannot be larger than the data set."""
+        return self.meter.record(
+            min(self.effective_batch_size, len(self.data.train)),
+            min(self.take_step.micro_batch_size, len(self.data.train)),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings from which `load_state_dict` goes on bit for bit."""
+        scaler = self.take_step.scaler
+        return {
+            "step": self.step,
+            "epoch_sums": vars(self._epoch_sums).copy(),
+            "model": self.take_step.model.state_dict(),
+            "optimizer": self.take_step.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            CheckpointError: the state is of another network or optimizer.
+        """
+        try:
+            self.take_step.model.load_state_dict(state["model"])
+            self.take_step.optimizer.load_state_dict(state["optimizer"])
+            if self.take_step.scaler is not None:
+                self.take_step.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(state["torch_rng"])
+            self.step = int(state["step"])
+            self._epoch_sums = _EpochSums(**state["epoch_sums"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this recipe: {error}") from error
+
+
+class _EpochSums:
+    """Running sums of the epoch under way; part of the state, so that a resumed epoch reports the whole of itself."""
+
+    def __init__(
+        self,
+        images: int = 0,
+        loss: float = 0.0,
+        correct: float = 0.0,
+        timed_images: int = 0,
+        timed_seconds: float = 0.0,
+    ) -> None:
+        self.images, self.loss, self.correct = images, loss, correct
+        self.timed_images, self.timed_seconds = timed_images, timed_seconds

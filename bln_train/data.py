@@ -318,7 +318,8 @@ def _load_folder(
     train_files, test_files = _list_classes(root / "train"), _list_classes(root / "test")
     class_names = tuple(train_files)
     if class_names != tuple(test_files):
-        only = [f"{c} only in {part}" for part, a, b in _both_ways(train_files, test_files) for c in a if c not in b]
+        only = [f"{name} only in train" for name in class_names if name not in test_files]
+        only += [f"{name} only in test" for name in test_files if name not in train_files]
         raise DataError(
             f"the classes of {root / 'train'} and {root / 'test'} differ: {', '.join(only[:5])}",
             "Each class needs a folder of the same name in both.",
@@ -335,12 +336,6 @@ def _load_folder(
         chosen = torch.arange(len(labels)) if num is None else balanced_subset(labels, num)
         sets.append(ImageSet(_decode([paths[i] for i in chosen.tolist()], side, resize), labels[chosen]))
     return DataSet(sets[0], sets[1], class_names, f"{name}: image folder {root}")
-
-
-def _both_ways(
-    train: dict[str, list[Path]], test: dict[str, list[Path]]
-) -> tuple[tuple[str, dict[str, list[Path]], dict[str, list[Path]]], ...]:
-    return ("train", train, test), ("test", test, train)
 
 
 def _list_classes(folder: Path) -> dict[str, list[Path]]:

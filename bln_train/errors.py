@@ -62,7 +62,7 @@ class DoesNotFitError(BlnError):
     exit_code = EXIT_DOES_NOT_FIT
 
 
-class Interrupted(BlnError):
+class InterruptedRunError(BlnError):
     """Ctrl-C or SIGTERM, after the state was saved: exit code 130."""
 
     exit_code = EXIT_INTERRUPTED

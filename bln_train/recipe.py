@@ -53,7 +53,8 @@ class Data(Section):
     image_size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which a folder's images are scaled and centre-cropped; default 32. Folders only."""
     normalize: Literal["standardize", "symmetric"] = "standardize"
-    """`standardize`: each colour channel to mean 0, standard deviation 1 over the training images; `symmetric`: to [-1, 1]."""
+    """`standardize`: each colour channel to mean 0, standard deviation 1 over the training images; `symmetric`: to
+    [-1, 1]."""
     augment: Augment = Augment()
 
     @model_validator(mode="after")
@@ -69,7 +70,8 @@ class Model(Section):
     """Which network."""
 
     name: str
-    """`resnet8|20|32|44|56|110` (He et al. 2015, for CIFAR), `resnet18` (32x32 stem), `wrn<depth>_<width>`, `paper_cnn`."""
+    """`resnet8|20|32|44|56|110` (He et al. 2015, for CIFAR), `resnet18` (32x32 stem), `wrn<depth>_<width>`,
+    `paper_cnn`."""
     shortcut: Literal["A", "B"] | None = None
     """CIFAR ResNets: A pads channels with zeros (default), B projects with a 1x1 convolution."""
     weight_standardization: bool | Literal["auto"] = "auto"
@@ -113,7 +115,8 @@ class BatchlessNormSection(Section):
     eps: PositiveFloat = 1e-5
     """Added to |s| by `abs`, and to 1/|s| inside `inv`; the smallest standard deviation of the others."""
     statistics: Literal["natural", "gradient"]
-    """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the paper."""
+    """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the
+    paper."""
     statistics_rate: PositiveFloat | None = 0.1
     """natural: rate of the moving averages, at most 1, outside the schedule; gradient: learning rate of the statistics
     (under the schedule), default that of the weights."""
@@ -126,14 +129,15 @@ class BatchlessNormSection(Section):
     correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Rate of the running backward correction; 0 turns it off."""
     probe_images: Annotated[int, Field(ge=0)] = 16
-    """Images of each effective batch on which the statistics follow the weights (at most all of them); 0 turns it off."""
+    """Images of each effective batch on which the statistics follow the weights (at most all of them); 0 turns it
+    off."""
     init_images: Annotated[int, Field(ge=0)] = 128
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        return {**NORM_PRESETS.get(data.get("name"), {}), **data} if isinstance(data, dict) else data
+        return {**NORM_PRESETS.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check(self) -> BatchlessNormSection:
@@ -142,7 +146,9 @@ class BatchlessNormSection(Section):
                 raise ValueError("statistics_rate: natural statistics need a rate of at most 1")
             for key, neutral in (("nll_weight", 1.0), ("nll_reduction", "mean")):
                 if getattr(self, key) != neutral:
-                    raise ValueError(f"{key}: natural statistics do not depend on it; set statistics_rate, or statistics: gradient")
+                    raise ValueError(
+                        f"{key}: natural statistics do not depend on it; set statistics_rate, or statistics: gradient"
+                    )
         return self
 
 
@@ -167,8 +173,8 @@ class BatchNormSection(Section):
     @classmethod
     def _check(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            foreign = {"batch": "init_images", "batch-frozen": "momentum"}.get(data.get("name"))
-            if foreign in data and data[foreign] != cls.model_fields[foreign].default:
+            foreign = {"batch": "init_images", "batch-frozen": "momentum"}.get(str(data.get("name")))
+            if foreign and foreign in data and data[foreign] != cls.model_fields[foreign].default:
                 raise ValueError(f"{foreign}: {data['name']} does not use it")
         return data
 
@@ -183,9 +189,7 @@ Norm = Annotated[
     BatchlessNormSection | GroupNormSection | BatchNormSection | PlainNormSection, Field(discriminator="name")
 ]
 NORM_NAMES: tuple[str, ...] = tuple(
-    name
-    for section in get_args(get_args(Norm)[0])
-    for name in get_args(section.model_fields["name"].annotation)
+    name for section in get_args(get_args(Norm)[0]) for name in get_args(section.model_fields["name"].annotation)
 )
 
 
@@ -304,7 +308,7 @@ class Runtime(Section):
 
 def _check_device(device: str) -> str:
     kind, _, index = device.partition(":")
-    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isascii() and index.isdigit()):
         raise ValueError("is `auto`, `cpu`, `cuda` or `cuda:<index>`")
     return device
 
@@ -329,7 +333,9 @@ class Recipe(Section):
         if self.train.precision == "fp16" and self.runtime.device == "cpu":
             problems.append("train.precision: fp16 needs CUDA; use bf16 or fp32 on the CPU")
         if self.schedule.warmup_epochs >= self.train.epochs:
-            problems.append(f"schedule.warmup_epochs: {self.schedule.warmup_epochs} leaves nothing of {self.train.epochs} epochs")
+            problems.append(
+                f"schedule.warmup_epochs: {self.schedule.warmup_epochs} leaves nothing of {self.train.epochs} epochs"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

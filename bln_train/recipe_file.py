@@ -19,6 +19,7 @@ from bln_train.recipe import Recipe
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 10
+MAX_SHOWN = 200  # above what all settings of a recipe can have wrong: such a file is something else
 _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _NUMBER = re.compile(r"(?P<mantissa>[-+]?(?:\d{1,18}\.?\d{0,18}|\.\d{1,18}))(?:[eE](?P<exponent>[-+]?\d{1,2}))?", re.A)
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -36,9 +37,9 @@ class _Place(NamedTuple):
 def shipped_recipes() -> dict[str, Path]:
     """Map the names of the recipes that come with the program to their files."""
     package = Path(__file__).resolve().parent  # a wheel carries them in the package, a checkout beside it
-    folders = (package / "shipped_recipes", package.parent / "recipes")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    inside = package / "shipped_recipes"
+    folder = inside if inside.is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -46,8 +47,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     A name wins over a file of that name; write `./quickstart` for the file. Raises RecipeError with all problems.
     """
-    shipped = shipped_recipes().get(source) if isinstance(source, str) else None
-    path = shipped or Path(source)
+    path = shipped_recipes().get(source if isinstance(source, str) else "", Path(source))
     return parse_recipe(_read_text(path), origin=str(path), overrides=overrides)
 
 
@@ -66,15 +66,17 @@ def parse_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Re
     for position, override in enumerate(overrides):
         draft.override(sections, override, position)
     try:
-        recipe = Recipe.model_validate(sections) if isinstance(data, dict) else None
+        recipe = Recipe.model_validate(sections)
+        if not draft.problems:
+            return recipe
     except ValidationError as error:
-        recipe = None
-        draft.explain(error, sections)
-    if recipe is not None and not draft.problems:
-        return recipe
-    problems = [(place, what) for _, place, what in sorted(draft.problems, key=lambda problem: problem[0])]
-    check = f"bln-train check {shlex.quote(_printable(origin))}"
-    raise RecipeError(problems, f"Check again: {check}   A complete example: bln-train recipes show quickstart")
+        if isinstance(data, dict):
+            draft.explain(error, sections)
+    problems = [problem[1:] for problem in sorted(draft.problems, key=lambda problem: problem[0])]
+    if len(problems) > MAX_SHOWN:
+        problems[MAX_SHOWN:] = [(problems[-1][0], f"and {len(problems) - MAX_SHOWN} more problems up to here")]
+    again = f"bln-train check {shlex.quote(_printable(origin))}"
+    raise RecipeError(problems, f"Check again: {again}   A complete example: bln-train recipes show quickstart")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -141,17 +143,15 @@ class _Draft:
 
     def report(self, keys: _Keys, what: str, place: _Place | None = None) -> None:
         """Note a problem at a key, or at the nearest section around it that was written."""
-        near = next(keys[:end] for end in range(len(keys), -1, -1) if keys[:end] in self.places)
-        place = place or self.places[near]
+        around = (keys[:end] for end in range(len(keys), -1, -1))
+        place = place or next(self.places[near] for near in around if near in self.places)
         named = f": {_dotted(keys)}" if keys and keys != place.keys else ""
         self.problems.append((place.order, _printable(place.prefix + named), _printable(what)))
 
     def parse(self, text: str, keys: _Keys, at: Callable[[int], _Place]) -> Any:
         """Plain data from YAML, its places noted below `keys`; None with a problem reported where it is not YAML."""
         odd = _UNPRINTABLE.search(text)
-        if len(text) > MAX_BYTES:
-            line, what = 1, "is above 1 MiB; this is not a recipe"
-        elif odd:
+        if odd:
             line, what = text.count("\n", 0, odd.start()) + 1, f"control character {odd[0]!r}; remove it"
         else:
             loader = _Loader(text)
@@ -176,12 +176,11 @@ class _Draft:
             return self._scalar(node, keys)
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line, key = key_node.start_mark.line + 1, key_node.value
-            if key_node.tag.endswith(":merge"):
+            line, key, kind = key_node.start_mark.line + 1, key_node.value, key_node.tag.rpartition(":")[2]
+            if kind == "merge":
                 self.report(keys, "merge keys (<<) are refused: recipes are plain, write the values again", at(line))
-            elif not key_node.tag.endswith(":str"):
-                shown = f"`{key}`, which YAML does not read as text" if isinstance(key, str) else "a list or section"
-                self.report(keys, f"a key must be text, got {shown}", at(line))
+            elif kind != "str" or _UNPRINTABLE.search(key):
+                self.report(keys, f"a key must be text, got `{_cut(key) if isinstance(key, str) else kind}`", at(line))
             elif key in data:
                 first = self.places[*keys, key].prefix
                 self.report((*keys, key), f"written twice, first at {first}; remove one", at(line))
@@ -191,10 +190,10 @@ class _Draft:
 
     def _scalar(self, node: yaml.Node, keys: _Keys) -> Any:
         text, kind = str(node.value), node.tag.rpartition(":")[2]
-        if kind == "str" and getattr(node, "style", None):
-            return text  # quoted
-        self.plain[keys] = text
-        if kind in ("str", "null"):
+        if not getattr(node, "style", None):
+            self.plain[keys] = text
+        odd = _UNPRINTABLE.search(text)  # from an escape such as "\0": no name or path needs one
+        if kind == "null" or (kind == "str" and not odd):
             return text if kind == "str" else None
         if kind == "bool":
             return text.lower() in ("yes", "true", "on")
@@ -202,7 +201,8 @@ class _Draft:
             return int(text.replace("_", ""))
         if kind == "float" and not set(text) & set(":nN") and math.isfinite(number := float(text.replace("_", ""))):
             return number
-        what = f"YAML reads `{_cut(text)}` as a special value ({kind}); put it in quotes if you mean text"
+        special = f"YAML reads `{_cut(text)}` as a special value ({kind}); put it in quotes if you mean text"
+        what = f"control character {odd[0]!r}; remove it" if odd else special
         if kind in ("int", "float"):
             what = f"`{_cut(text)}` is not a finite, plain decimal number" + (" below 10^18" if kind == "int" else "")
         self.refused.add(keys)
@@ -233,7 +233,6 @@ class _Draft:
         if isinstance(value, str) and "discriminator" in _schema_at(keys, {}):
             value, self.places[*keys, "name"] = {"name": value}, place
         section[str(keys[-1])] = value
-        return None
 
     def explain(self, error: ValidationError, data: dict[str, Any]) -> None:
         """Report the schema's complaints in the words of this file, each setting once."""
@@ -279,8 +278,7 @@ def _schema() -> _Schema:
 def _resolve(schema: _Schema, value: Any = None) -> _Schema:
     """Follow a reference, and for a section chosen by name the name that `value` gives."""
     if "discriminator" in schema and isinstance(value, dict):
-        name = value.get("name")
-        schema = {"$ref": schema["discriminator"]["mapping"].get(name)} if isinstance(name, str) else {}
+        schema = {"$ref": schema["discriminator"]["mapping"].get(str(value.get("name")))}
     reference = schema.get("$ref")
     return _schema()["$defs"][reference.rpartition("/")[2]] if reference else schema
 
@@ -316,8 +314,8 @@ def _unknown(keys: _Keys, data: Any) -> str:
     what, meant = "no such setting" if keys[:-1] else "no such section", _near(key, known)
     if "discriminator" in parent:
         what = f"`{section['name']}` has no such setting"
-        mapping = parent["discriminator"]["mapping"]
-        owners = [name for name in mapping if key in _settings(_resolve(parent, {"name": name}))]
+        names = parent["discriminator"]["mapping"]
+        owners = [name for name in names if key in _settings(_resolve(parent, {"name": name}))]
         meant = f"; it belongs to {', '.join(owners)}" if owners else meant
     if not meant:
         sections = {home: _resolve(_schema_at((home,), data), data.get(home)) for home in _schema()["properties"]}
@@ -364,7 +362,8 @@ def _advice(schema: _Schema, value: Any, written: str | None) -> str:
 
 def _syntax(error: yaml.MarkedYAMLError, text: str) -> tuple[int, str]:
     """The line and, readably, the complaint of PyYAML."""
-    line = (error.problem_mark or error.context_mark).line + 1
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
     if re.match(r"[ \t]*\t", "".join(text.splitlines()[line - 1 : line])):
         return line, "tabs cannot indent YAML; use spaces"
     if error.context == "expected a single document in the stream":
@@ -383,9 +382,9 @@ def _show(value: Any) -> str:
     """A value as the message says what came."""
     if isinstance(value, dict | list):
         return f"a list of {len(value)}" if isinstance(value, list) else "a section"
-    if value is None or isinstance(value, bool):
-        return "nothing (null)" if value is None else str(value).lower()
-    return f"the text {_cut(value)!r}" if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return f"the text {_cut(value)!r}"
+    return "nothing (null)" if value is None else str(value).lower()
 
 
 def _cut(text: str, length: int = 60) -> str:

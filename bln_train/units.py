@@ -13,14 +13,10 @@ def format_bytes(num_bytes: float | None) -> str:
     """
     if num_bytes is None:
         return "-"
-    value = float(num_bytes)
-    for prefix in _BINARY[:-1]:
-        if abs(value) < 1024:
-            break
-        value /= 1024
-    else:
-        prefix = _BINARY[-1]
-    return f"{value:.0f} {prefix}" if prefix == "B" else f"{value:.2f} {prefix}"
+    value, power = float(num_bytes), 0
+    while abs(value) >= 1024 and power < len(_BINARY) - 1:
+        value, power = value / 1024, power + 1
+    return f"{value:.0f} B" if power == 0 else f"{value:.2f} {_BINARY[power]}"
 
 
 def format_seconds(seconds: float | None) -> str:

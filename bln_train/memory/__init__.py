@@ -1,0 +1,1 @@
+"""Memory: measured peaks."""

@@ -15,7 +15,7 @@ class PaperCnn(nn.Module):
     Args:
         image_size: S, pixels.
         dropout: probability, 0.25 in the authors' code; the slope of the leaky relu is Keras's default there, 0.3.
-    """  # noqa: D205
+    """
 
     def __init__(
         self,
@@ -30,9 +30,7 @@ class PaperCnn(nn.Module):
         super().__init__()
         self.slope = slope
         kernels = (7, 5, 3)
-        self.convs = nn.ModuleList(
-            conv(3 if i == 0 else 64, 64, k, padding=k // 2) for i, k in enumerate(kernels)
-        )
+        self.convs = nn.ModuleList(conv(3 if i == 0 else 64, 64, k, padding=k // 2) for i, k in enumerate(kernels))
         features = 64 * (image_size // 8) ** 2
         self.denses = nn.ModuleList([nn.Linear(features, 50), nn.Linear(50, 50)])
         self.norms = nn.ModuleList([*(norm(64) for _ in kernels), norm(50, 0), norm(50, 0)])

@@ -83,7 +83,9 @@ class _BatchlessNorm(nn.Module):
         if not 0 <= correction_rate <= 1:
             raise ValueError(f"correction_rate is {correction_rate}; it is the rate of a moving average, in [0, 1]")
         if correction_rate and not affine:
-            raise ValueError("the correction is read off the gradients of weight and bias: set affine=True or correction_rate=0")
+            raise ValueError(
+                "the correction is read off the gradients of weight and bias: set affine=True or correction_rate=0"
+            )
         self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
         self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
         self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
@@ -198,13 +200,17 @@ class _BatchlessNorm(nn.Module):
         calls = self.num_images_seen / num_images  # 2 where a network uses the layer twice
         positions = self.num_positions_seen / self.num_images_seen
         std = self.std
-        if self.correction is not None and self.weight is not None and self.bias is not None:
-            if self.weight.grad is not None and self.bias.grad is not None:
+        if self.correction is not None:
+            assert self.weight is not None
+            assert self.bias is not None
+            if self.weight.grad is not None and self.bias.grad is not None:  # else they are frozen
                 seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
                 self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
 
         entries = self.mean.numel()
-        scale = self.nll_weight / entries if self.nll_reduction == "mean" else self.nll_weight * self.num_features / entries
+        scale = (
+            self.nll_weight / entries if self.nll_reduction == "mean" else self.nll_weight * self.num_features / entries
+        )
         m1 = self.mean.grad * std / (-scale * calls)
         slope = std_slope(self.raw_std, std, self.parametrization)
         excess = self.raw_std.grad * std / (-scale * calls * slope)  # m2 - 1
@@ -249,12 +255,14 @@ class _BatchlessNorm(nn.Module):
 
 
 class BatchlessNorm1d(_BatchlessNorm):
-    __doc__ = "Batchless Normalization of (N, C) or (N, C, L) input.\n" + str(_BatchlessNorm.__doc__)
+    """Batchless Normalization of (N, C) or (N, C, L) input; arguments and attributes of `_BatchlessNorm`."""
+
     _dims = (2, 3)
 
 
 class BatchlessNorm2d(_BatchlessNorm):
-    __doc__ = "Batchless Normalization of (N, C, H, W) input.\n" + str(_BatchlessNorm.__doc__)
+    """Batchless Normalization of (N, C, H, W) input; arguments and attributes of `_BatchlessNorm`."""
+
     _dims = (4,)
 
 

@@ -31,7 +31,9 @@ def to_batchless(norm: _BatchNorm, **settings: Any) -> _BatchlessNorm:
     if target is None:
         raise ValueError(f"{type(norm).__name__} has no batchless counterpart; BatchNorm1d and BatchNorm2d have")
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("the BatchNorm keeps no running statistics: build a batchless layer and initialise it from data")
+        raise ValueError(
+            "the BatchNorm keeps no running statistics: build a batchless layer and initialise it from data"
+        )
     if not norm.affine:
         settings.setdefault("correction_rate", 0.0)
     reference = norm.running_mean
@@ -50,7 +52,12 @@ def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None 
     if bool((norm.std.square() < eps).any()):
         raise ValueError(f"a standard deviation below sqrt(eps) = {eps**0.5:.3g} has no BatchNorm form; lower eps")
     layer = _TO_BATCH[type(norm)](
-        norm.num_features, eps=eps, momentum=momentum, affine=norm.affine, device=norm.mean.device, dtype=norm.mean.dtype
+        norm.num_features,
+        eps=eps,
+        momentum=momentum,
+        affine=norm.affine,
+        device=norm.mean.device,
+        dtype=norm.mean.dtype,
     )
     assert layer.running_mean is not None
     assert layer.running_var is not None

@@ -105,7 +105,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
     """a, statistics, affine -> NormOutput; see `batchless_norm`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         a: Tensor,
         mean: Tensor,
@@ -213,7 +213,5 @@ def batchless_norm(
     num_channels, num_entries = a.shape[1], mean.numel()
     scale = nll_weight / num_entries if nll_reduction == "mean" else nll_weight * num_channels / num_entries
     return NormOutput(
-        *_BatchlessNormFunction.apply(
-            a, mean, raw_std, weight, bias, correction, parametrization, eps, scale, gauge
-        )
+        *_BatchlessNormFunction.apply(a, mean, raw_std, weight, bias, correction, parametrization, eps, scale, gauge)
     )

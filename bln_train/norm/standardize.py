@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 class _StandardizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, eps: float) -> Tensor:
         axes = tuple(range(1, weight.dim()))
         fan_in = weight[0].numel()
         centred = weight - weight.mean(axes, keepdim=True)

@@ -1,0 +1,1 @@
+"""Run folders, tables and plots; reads files, never live objects."""

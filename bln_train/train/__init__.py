@@ -1,0 +1,1 @@
+"""The accumulation step, the loop, checkpoints and evaluation."""

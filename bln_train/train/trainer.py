@@ -69,16 +69,19 @@ class Trainer:
         """
         self.meter.start()
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        while self.step < self.num_steps:
+        while True:
             epoch, position = divmod(self.step, self.steps_per_epoch)
+            # Asked before the step, not after: a run stopped between an epoch's last step and its end resumes here.
+            if self._epoch_sums.images and (position == 0 or self.step == self.num_steps):
+                yield self._end_epoch((self.step - 1) // self.steps_per_epoch)
+            if self.step >= self.num_steps:
+                break
             if epoch != order_epoch:
                 order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
             begin = position * self.effective_batch_size
             yield self._train_on(order[begin : begin + self.effective_batch_size], epoch)
             if self.step == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
-            if self.step % self.steps_per_epoch == 0 or self.step == self.num_steps:
-                yield self._end_epoch(epoch)
         yield self.memory_record()
 
     def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord:
@@ -96,11 +99,15 @@ class Trainer:
             self._epoch_sums.timed_seconds += record.seconds
         return record
 
-    def _read(self, totals: StepTotals, num_images: int, learning_rate: float, began: float, detail: bool) -> StepRecord:
+    def _read(
+        self, totals: StepTotals, num_images: int, learning_rate: float, began: float, detail: bool
+    ) -> StepRecord:
         """Bring a step's sums to the host: the one synchronisation of the step."""
         values = [totals.loss, totals.correct, totals.grad_norm]
         nll = totals.nll if totals.nll is not None else torch.empty(0, device=totals.loss.device)
-        loss, correct, grad_norm, *layers = torch.cat([torch.stack([v.double() for v in values]), nll.double()]).tolist()
+        loss, correct, grad_norm, *layers = torch.cat(
+            [torch.stack([v.double() for v in values]), nll.double()]
+        ).tolist()
         seconds = time.perf_counter() - began
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.take_step.scaler is not None):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"

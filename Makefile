@@ -1,0 +1,37 @@
+# Everything runs from .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: demo compare test check format bench clean
+
+demo: $(READY)          ## train the quickstart recipe: about two minutes on two CPU cores
+	$(BIN)/bln-train run recipes/quickstart.yaml
+
+compare: $(READY)       ## batch against batchless, side by side
+	$(BIN)/bln-train compare --norm batch,batchless
+
+test: $(READY)          ## all tests; those marked gpu skip without a CUDA device
+	$(BIN)/python -m pytest
+
+check: $(READY)         ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)         ## trainer overhead over a bare loop
+	$(BIN)/python tests/benchmarks/overhead.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

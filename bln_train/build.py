@@ -1,0 +1,256 @@
+"""The only place where a recipe becomes objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bln_train import runtime
+from bln_train.data import DataSet, Preprocess, channel_moments, epoch_order, load_dataset
+from bln_train.errors import UsageError
+from bln_train.models.build import build_model, norm_factory
+from bln_train.norm.batchless import BatchlessStatistics
+from bln_train.norm.calibrate import initialize_statistics
+from bln_train.optim import Schedule, build_optimizer, parameter_groups
+from bln_train.recipe import (
+    BatchlessNormSection,
+    BatchNormSection,
+    CosineSection,
+    GroupNormSection,
+    Recipe,
+    SgdSection,
+    StepSection,
+)
+from bln_train.train.evaluate import Evaluation, evaluate
+from bln_train.train.step import AccumulationStep
+from bln_train.train.trainer import Trainer
+
+_LARGEST_AUTO_EVAL_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe, ready to run."""
+
+    trainer: Trainer
+    model: nn.Module
+    data: DataSet
+    device: torch.device
+    notices: tuple[str, ...]
+    """What the user should know before it runs."""
+
+
+def build_experiment(recipe: Recipe, *, initialize: bool = True) -> Experiment:
+    """Turn a recipe into data, network, optimizer and trainer.
+
+    Args:
+        initialize: take the norms' statistics from data; pass False where a checkpoint brings them.
+
+    Raises:
+        UsageError: the recipe asks for what this machine or its data cannot do.
+        DataError: the data are missing or damaged.
+    """
+    device = runtime.resolve_device(recipe.runtime.device)
+    runtime.set_up(recipe.runtime.num_threads, recipe.runtime.deterministic)
+    autocast = partial(runtime.autocast, device, recipe.train.precision)
+    autocast()  # says at once if the device cannot do the precision
+
+    data = load(recipe)
+    preprocess = _preprocess(recipe, data)
+    model = _model(recipe, data).to(device)
+    if recipe.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    notices = list(_notices(recipe, data))
+    if initialize:
+        notices += _initialize(recipe, model, data, preprocess, device)
+
+    statistics = BatchlessStatistics(model)
+    optimizer = _optimizer(recipe, model, statistics)
+    step = AccumulationStep(
+        model,
+        optimizer,
+        statistics,
+        preprocess,
+        device=device,
+        micro_batch_size=recipe.train.micro_batch_size,
+        probe_images=probe_images(recipe),
+        label_smoothing=recipe.train.label_smoothing,
+        clip_norm=recipe.clip_norm,
+        autocast=autocast,
+        scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
+    )
+    trainer = Trainer(
+        step,
+        data,
+        _schedule(recipe, len(data.train)),
+        partial(evaluate_on_test, recipe, model, data, preprocess, device),
+        epochs=recipe.train.epochs,
+        effective_batch_size=recipe.train.effective_batch_size,
+        seed=recipe.train.seed,
+        eval_every_epochs=recipe.train.eval_every_epochs,
+        max_steps=recipe.train.max_steps,
+        detail_every_steps=recipe.runtime.log_every_steps,
+    )
+    return Experiment(trainer, model, data, device, tuple(notices))
+
+
+def load(recipe: Recipe) -> DataSet:
+    """The recipe's images; raises DataError, and UsageError where the classes are not those the recipe states."""
+    section = recipe.data
+    data = load_dataset(
+        section.name,
+        root=section.root,
+        download=section.download,
+        num_train=section.num_train,
+        num_test=section.num_test,
+        image_size=section.image_size,
+    )
+    stated, found = recipe.model.num_classes, len(data.class_names)
+    if stated not in (None, found):
+        raise UsageError(
+            f"model.num_classes is {stated}, but {data.source} has {found} classes",
+            "Leave model.num_classes out to take the number from the data.",
+        )
+    return data
+
+
+def probe_images(recipe: Recipe) -> int:
+    """Images of the probe; 0 for norms without one."""
+    norm = recipe.norm
+    return min(norm.probe_images, recipe.train.effective_batch_size) if isinstance(norm, BatchlessNormSection) else 0
+
+
+def eval_batch_size(recipe: Recipe) -> int:
+    """Images evaluated at once. Auto: without gradients eight images need about what one needs in training."""
+    stated = recipe.train.eval_batch_size
+    if stated != "auto":
+        return stated
+    return min(max(8 * recipe.train.micro_batch_size, probe_images(recipe)), _LARGEST_AUTO_EVAL_BATCH)
+
+
+def evaluate_on_test(
+    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
+) -> Evaluation:
+    """Loss and accuracy of the network on the recipe's test images."""
+    return evaluate(
+        model,
+        data.test,
+        preprocess,
+        device=device,
+        batch_size=eval_batch_size(recipe),
+        autocast=partial(runtime.autocast, device, recipe.train.precision),
+    )
+
+
+def _preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
+    mean, std = channel_moments(data.train.images)
+    if recipe.data.normalize == "symmetric":
+        mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
+    augment = recipe.data.augment
+    return Preprocess(
+        mean,
+        std,
+        flip=augment.flip,
+        crop_padding=augment.crop_padding,
+        cutout=augment.cutout,
+        dtype=runtime.weight_dtype(recipe.train.precision),
+        channels_last=recipe.train.channels_last,
+    )
+
+
+def _model(recipe: Recipe, data: DataSet) -> nn.Module:
+    section = recipe.norm
+    settings: dict[str, Any] = {}
+    name = section.name
+    if isinstance(section, BatchlessNormSection):
+        name = "batchless"  # the presets are one layer
+        settings = section.model_dump(exclude={"name", "probe_images", "init_images"})
+        if section.statistics == "gradient":
+            settings.pop("statistics_rate")  # the optimizer's business
+    elif isinstance(section, GroupNormSection):
+        settings = {"num_groups": section.num_groups}
+    elif isinstance(section, BatchNormSection):
+        settings = {"momentum": section.momentum}
+    torch.manual_seed(recipe.train.seed)
+    try:
+        model = build_model(
+            recipe.model.name,
+            len(data.class_names),
+            norm=norm_factory(name, **settings),
+            weight_standardization=recipe.weight_standardization,
+            shortcut=recipe.model.shortcut or "A",
+            zero_init_residual=recipe.model.zero_init_residual,
+            image_size=data.train.images.shape[-1],
+        )
+    except ValueError as error:
+        raise UsageError(f"model {recipe.model.name} with norm {recipe.norm.name}: {error}") from error
+    return model.to(runtime.weight_dtype(recipe.train.precision))
+
+
+def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
+    micro = recipe.train.micro_batch_size
+    effective = min(recipe.train.effective_batch_size, len(data.train))
+    if recipe.norm.name == "batch" and micro < effective:
+        yield (
+            f"BatchNorm sees {micro} image{'s' * (micro > 1)} at a time, not the effective batch of {effective}: this trains, "
+            "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size."
+        )
+    if recipe.train.effective_batch_size > len(data.train):
+        yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."
+
+
+def _initialize(
+    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
+) -> list[str]:
+    """Statistics from the first images of a seeded order, in slices that need no more memory than training."""
+    section = recipe.norm
+    if (
+        not isinstance(section, BatchlessNormSection | BatchNormSection)
+        or section.name == "batch"
+        or not section.init_images
+    ):
+        return []
+    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[: section.init_images]
+
+    def micro_batches() -> Iterator[Tensor]:
+        for part in index.split(eval_batch_size(recipe)):
+            yield preprocess.test(data.train.images[part].to(device))
+
+    floored = initialize_statistics(model, micro_batches)
+    if not floored:
+        return []
+    return [
+        f"Channels without variance over the first {len(index)} images, standard deviation floored: {', '.join(floored)}."
+    ]
+
+
+def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:
+    section = recipe.optimizer
+    statistics_lr = recipe.norm.statistics_rate if isinstance(recipe.norm, BatchlessNormSection) else None
+    groups = parameter_groups(model, statistics, weight_decay=section.weight_decay, statistics_lr=statistics_lr)
+    if isinstance(section, SgdSection):
+        settings: dict[str, Any] = {"momentum": section.momentum, "nesterov": section.nesterov}
+    else:
+        settings = {"betas": section.betas, "eps": section.eps}
+    return build_optimizer(groups, section.name, section.lr, **settings)
+
+
+def _schedule(recipe: Recipe, num_train: int) -> Schedule:
+    section = recipe.schedule
+    own: dict[str, Any] = {}
+    if isinstance(section, CosineSection):
+        own = {"final_fraction": section.final_fraction}
+    elif isinstance(section, StepSection):
+        own = {"milestones": section.milestones, "gamma": section.gamma}
+    return Schedule(
+        section.name,
+        steps_per_epoch=-(-num_train // recipe.train.effective_batch_size),
+        epochs=recipe.train.epochs,
+        warmup_epochs=section.warmup_epochs,
+        **own,
+    )

@@ -1,0 +1,272 @@
+"""The command line: thin commands, one error boundary. torch is imported only by commands that compute."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, BlnError, UsageError
+
+app = typer.Typer(
+    name="bln-train",
+    help="Train convolutional networks one image at a time, with the result of the whole batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="List, show or copy the recipes that come with bln-train.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.epochs=3; repeatable."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<index>; overrides the recipe.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>, numbered if taken.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's checkpoint, bit for bit.")
+    ] = False,
+    device: DeviceOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Train a recipe; the run folder keeps recipe, metrics, checkpoint and summary."""
+    from bln_train import console
+    from bln_train.recipe_file import load_recipe
+    from bln_train.report.runlog import RunFolder, free_folder, latest_folder
+
+    loaded = load_recipe(recipe, _overrides(set_, device))
+    name = Path(recipe).stem
+    base = Path("runs") / name
+    if out is None:
+        out = (latest_folder(base) or base) if resume else free_folder(base)
+    folder = RunFolder(out)
+    folder.check_usable(loaded, resume=resume)
+
+    from bln_train.run import run as run_recipe  # torch, from here on
+
+    progress: Any = None
+    listener: Any = None
+
+    def announce(experiment: Any) -> None:
+        nonlocal progress, listener
+        trainer = experiment.trainer
+        console.talk.print(
+            f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch {loaded.train.effective_batch_size}, "
+            f"micro-batch {loaded.train.micro_batch_size}, {trainer.num_steps} steps on {experiment.device}; "
+            f"{experiment.data.source}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if trainer.step:
+            console.talk.print(f"resumed at step {trainer.step}", highlight=False)
+        progress = console.show_progress(trainer.num_steps, trainer.step)
+        listener = progress.__enter__()
+
+    try:
+        summary = run_recipe(
+            loaded, folder, name=recipe, resume=resume, announce=announce, listen=lambda record: listener(record)
+        )
+    finally:
+        if progress is not None:
+            progress.__exit__(None, None, None)
+    if json_:
+        console.print_json({**summary, "folder": str(out)})
+    else:
+        console.print_summary(summary, str(out))
+
+
+@app.command()
+def compare(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
+    ] = "quickstart",
+    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "batch,batchless",
+    effective_batch: Annotated[
+        str, typer.Option(help="Effective batches, comma-separated; default the recipe's.")
+    ] = "",
+    micro_batch: Annotated[
+        str,
+        typer.Option(
+            help="Micro-batches, comma-separated, `full` for the effective batch; default the recipe's and full."
+        ),
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell, with seeds counted from the recipe's.")] = 1,
+    set_: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default comparisons/<recipe>. The same command goes on.")
+    ] = None,
+    device: DeviceOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Run a grid of norms and batch sizes and put accuracy, peak memory and speed side by side."""
+    from bln_train import compare as grid
+    from bln_train import console
+    from bln_train.recipe_file import load_recipe
+    from bln_train.report.plots import plot_comparison
+
+    loaded = load_recipe(recipe, _overrides(set_, device))
+    folder = out or Path("comparisons") / Path(recipe).stem
+    cells = grid.plan_cells(
+        loaded,
+        folder,
+        norms=[n.strip() for n in norm.split(",") if n.strip()],
+        effective_batches=[_size(text, "--effective-batch") for text in _split(effective_batch)],
+        micro_batches=["full" if text == "full" else _size(text, "--micro-batch") for text in _split(micro_batch)],
+        num_seeds=seeds,
+    )
+    grid.open_comparison(folder, loaded)
+    with console.show_cells(len(cells)) as show:
+        for n, cell in enumerate(cells):
+            listener = show(n, cell.folder.path.name)
+            grid.run_cell(cell, name="bln-train compare", listen=lambda r: listener(grid.num_steps(cell, r), r))  # noqa: B023
+    table, environment = grid.rows(cells), grid.environment_of(cells)
+    grid.write_tables(folder, table, environment)
+    plot_comparison(folder, table, environment.get("device", "-"))
+    if json_:
+        console.print_json({"environment": environment, "rows": table, "folder": str(folder)})
+    else:
+        console.print_comparison(table, environment.get("device", "-"))
+        console.out.print(f"tables and plots: {folder}", soft_wrap=True, highlight=False, markup=False)
+    if not any(row["num_finished"] for row in table):
+        raise BlnError("no cell of the comparison finished", f"Logs: {folder}/cells/*.log")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder or a checkpoint file.")],
+    device: DeviceOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Test loss and accuracy of a run; executes nothing from the file."""
+    if not source.exists():
+        raise UsageError(f"{source} does not exist", "Give a run folder (runs/...) or a checkpoint file.")
+    from bln_train import console
+    from bln_train.run import evaluate_checkpoint
+
+    recipe, found, step = evaluate_checkpoint(source, device)
+    if json_:
+        console.print_json({"step": step, "model": recipe.model.name, "norm": recipe.norm.name, **found._asdict()})
+    else:
+        console.out.print(
+            f"{recipe.model.name}, norm {recipe.norm.name}, after step {step}: test loss {found.loss:.4f}, "
+            f"accuracy {console.format_percent(found.accuracy)} over {found.num_images} images",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+@app.command()
+def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe without running it; every problem at once."""
+    from bln_train import console
+    from bln_train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    console.out.print(
+        f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
+        f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Names and first lines of the shipped recipes."""
+    from bln_train import console
+    from bln_train.recipe_file import shipped_recipes
+
+    for name, path in sorted(shipped_recipes().items()):
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+        console.out.print(f"{name:24} {first}", soft_wrap=True, highlight=False, markup=False)
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
+    """Print a shipped recipe."""
+    sys.stdout.write(_shipped(name).read_text(encoding="utf-8"))
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
+    to: Annotated[Path | None, typer.Argument(help="File or folder; default ./<name>.yaml. Never overwrites.")] = None,
+) -> None:
+    """Copy a shipped recipe, to be edited."""
+    source = _shipped(name)
+    target = to or Path(f"{name}.yaml")
+    target = target / f"{name}.yaml" if target.is_dir() else target
+    if target.exists():
+        raise BlnError(f"{target} exists; nothing was written", "Give another file name.")
+    try:
+        with source.open("rb") as old, open(target, "xb") as new:
+            shutil.copyfileobj(old, new)
+    except OSError as error:
+        raise BlnError(f"cannot write {target}: {error.strerror}") from error
+    typer.echo(f"{target}", err=False)
+
+
+def _shipped(name: str) -> Any:
+    from bln_train.recipe_file import shipped_recipes
+
+    known = shipped_recipes()
+    if name not in known:
+        raise UsageError(f"no shipped recipe '{name}'", f"There are: {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def _overrides(set_: list[str] | None, device: str | None) -> list[str]:
+    return [*(set_ or ()), *([f"runtime.device={device}"] if device else [])]
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _size(text: str, option: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"{option}: '{text}' is not a batch size", f"Example: {option} 1,8,64")
+    return int(text)
+
+
+def main() -> None:
+    """Entry point: run a command, and turn every failure into a message and an exit code."""
+    debug = os.environ.get("BLN_DEBUG") == "1"
+    try:
+        app()
+    except BlnError as error:
+        if debug:
+            raise
+        from bln_train.console import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+        typer.echo("This is a bug in bln-train, or of the libraries below; BLN_DEBUG=1 shows where.", err=True)
+        sys.exit(EXIT_FAILED)
+
+
+__all__ = ["EXIT_USAGE", "app", "main"]

@@ -1,0 +1,252 @@
+"""What a person sees: progress on stderr, results on stdout. No torch here."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bln_train.errors import BlnError
+from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.units import format_bytes, format_seconds
+
+_PLAIN_LINE_SECONDS = 15.0
+out = Console()
+talk = Console(stderr=True)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def print_error(error: BlnError) -> None:
+    """An error and its way out, on stderr, unwrapped so that places and commands can be copied."""
+    for n, line in enumerate(error.problem.splitlines()):
+        talk.print(f"{'[bold red]error:[/] ' if n == 0 else '       '}{escape(line)}", soft_wrap=True, highlight=False)
+    if error.hint:
+        talk.print(escape(error.hint), soft_wrap=True, highlight=False)
+
+
+def print_notice(text: str) -> None:
+    """Something to know, on stderr."""
+    talk.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def format_percent(fraction: float | None) -> str:
+    """A fraction as percent, `-` where there is none."""
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
+    """A number with fixed decimals, `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+Listener = Callable[[Record], None]
+CellListener = Callable[[float, Record], None]
+CellDisplay = Callable[[int, str], CellListener]
+
+
+@contextmanager
+def show_progress(num_steps: int, first_step: int = 0) -> Iterator[Listener]:
+    """A live bar on a terminal, plain lines elsewhere."""
+    if not talk.is_terminal:
+        yield _PlainProgress(num_steps, first_step)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=talk, expand=True) as progress:
+        task = progress.add_task("training", total=num_steps, completed=first_step, figures="")
+        smooth = _Smooth()
+
+        def listen(record: Record) -> None:
+            if isinstance(record, StepRecord):
+                figures = f"{smooth.add(record)}"
+                progress.update(task, completed=record.step, description=f"epoch {record.epoch:.2f}", figures=figures)
+            else:
+                smooth.note(record)
+                for line in _lines(record):
+                    progress.console.print(line, soft_wrap=True, highlight=False)
+
+        yield listen
+
+
+class _Smooth:
+    """Running means of what the bar shows."""
+
+    def __init__(self) -> None:
+        self.loss = self.accuracy = self.speed = 0.0
+        self.peak: int | None = None
+        self._weight = 0.0
+
+    def add(self, record: StepRecord) -> str:
+        self._weight = 0.95 * self._weight + 1
+        rate = 1 / self._weight
+        self.loss += rate * (record.loss - self.loss)
+        self.accuracy += rate * (record.accuracy - self.accuracy)
+        self.speed += rate * (record.num_images / record.seconds - self.speed)
+        return (
+            f"loss {self.loss:.3f}  accuracy {100 * self.accuracy:.1f} %  {self.speed:.0f} images/s  "
+            f"peak {format_bytes(self.peak)}"
+        )
+
+    def note(self, record: Record) -> None:
+        if isinstance(record, MemoryRecord):
+            self.peak = record.peak_bytes
+
+
+class _PlainProgress:
+    """A line at each epoch, and one every quarter of a minute, for pipes and log files."""
+
+    def __init__(self, num_steps: int, first_step: int) -> None:
+        self.num_steps, self.first_step = num_steps, first_step
+        self._smooth = _Smooth()
+        self._began = self._last = time.monotonic()
+
+    def __call__(self, record: Record) -> None:
+        if not isinstance(record, StepRecord):
+            self._smooth.note(record)
+            for line in _lines(record):
+                talk.print(line, soft_wrap=True, highlight=False)
+            return
+        figures = self._smooth.add(record)
+        now = time.monotonic()
+        if now - self._last >= _PLAIN_LINE_SECONDS:
+            self._last = now
+            per_step = (now - self._began) / (record.step - self.first_step)
+            left = format_seconds(per_step * (self.num_steps - record.step))
+            talk.print(f"step {record.step}/{self.num_steps}  {figures}  {left} left", soft_wrap=True, highlight=False)
+
+
+def _lines(record: Record) -> Iterator[str]:
+    if isinstance(record, NoticeRecord):
+        yield f"[yellow]note:[/] {escape(record.text)}"
+    elif isinstance(record, EpochRecord):
+        yield (
+            f"epoch {record.epoch}: train loss {record.train_loss:.3f}, accuracy {format_percent(record.train_accuracy)}; "
+            f"test loss {format_number(record.test_loss)}, accuracy {format_percent(record.test_accuracy)}; "
+            f"{format_number(record.images_per_second, 0)} images/s"
+        )
+
+
+def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    """A memory record as (what, how much) rows; what was not measured reads `-`."""
+    allocator = memory["method"] == "allocator"
+    split = [
+        (f"  {part}", format_bytes(memory[f"{key}_bytes"]))
+        for part, key in (
+            ("parameters", "parameter"),
+            ("gradients", "gradient"),
+            ("optimizer", "optimizer"),
+            ("activations", "activation"),
+            ("other", "other"),
+        )
+    ]
+    return [
+        ("peak, allocated" if allocator else "peak, tracked tensors", format_bytes(memory["peak_bytes"])),
+        *split,
+        ("reserved by the allocator", format_bytes(memory["reserved_bytes"])),
+        ("whole card in use", format_bytes(memory["device_bytes"])),
+        ("process peak (libraries and data included)", format_bytes(memory["process_bytes"])),
+    ]
+
+
+def print_summary(summary: dict[str, Any], folder: str) -> None:
+    """The table at the end of a run, on stdout."""
+    memory = summary["memory"]
+    table = Table(title=f"{summary['name']}: {summary['model']}, norm {summary['norm']}", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    table.add_row("test accuracy", format_percent(summary["test_accuracy"]))
+    table.add_row("test loss", format_number(summary["test_loss"]))
+    table.add_row("train loss (last epoch)", format_number(summary["train_loss"]))
+    table.add_row("images/s (training)", format_number(summary["images_per_second"], 1))
+    table.add_row("steps, time", f"{summary['steps']}, {format_seconds(summary['seconds'])}")
+    table.add_section()
+    table.add_row("effective batch, micro-batch", f"{memory['effective_batch_size']}, {memory['micro_batch_size']}")
+    for what, value in memory_rows(memory):
+        table.add_row(what, value)
+    out.print(table)
+    out.print(f"device: {escape(memory['device'])}", soft_wrap=True, highlight=False)
+    out.print(f"data:   {escape(summary['data'])}", soft_wrap=True, highlight=False)
+    out.print(f"run:    {escape(folder)}", soft_wrap=True, highlight=False)
+
+
+def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
+    """The table of a comparison, on stdout."""
+    table = Table(title="Peak memory of training and accuracy", title_justify="left")
+    table.add_column("norm", no_wrap=True)
+    headings = ("effective\nbatch", "micro-\nbatch", "peak\nmemory", "images/s", "train\nloss", "test accuracy", "runs")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    failures = []
+    for row in rows:
+        accuracy = format_percent(row["test_accuracy_mean"])
+        if row["test_accuracy_std"] is not None:
+            accuracy += f" ± {100 * row['test_accuracy_std']:.2f}"
+        table.add_row(
+            row["norm"],
+            str(row["effective_batch_size"]),
+            str(row["micro_batch_size"]),
+            format_bytes(row["peak_bytes"]),
+            format_number(row["images_per_second"], 0),
+            format_number(row["train_loss_mean"]),
+            accuracy,
+            f"{row['num_finished']}/{row['num_seeds']}",
+        )
+        failures += [
+            f"{row['norm']}, effective {row['effective_batch_size']}, micro {row['micro_batch_size']}: {text}"
+            for text in row["failures"]
+        ]
+    out.print(table)
+    for line in failures:
+        out.print(escape(f"did not finish: {line}"), soft_wrap=True, highlight=False)
+    out.print(
+        f"device: {escape(device)}; accuracy: mean ± standard deviation over the runs", soft_wrap=True, highlight=False
+    )
+
+
+@contextmanager
+def show_cells(num_cells: int) -> Iterator[CellDisplay]:
+    """Progress of a comparison: a bar on a terminal, a line per cell and epoch elsewhere."""
+    if not talk.is_terminal:
+
+        def plain(n: int, name: str) -> CellListener:
+            talk.print(f"[{n + 1}/{num_cells}] {name}", soft_wrap=True, highlight=False, markup=False)
+
+            def listen(done: float, record: Record) -> None:
+                for line in _lines(record):
+                    talk.print(f"    {line}", soft_wrap=True, highlight=False)
+
+            return listen
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=talk, expand=True) as progress:
+        task = progress.add_task("comparing", total=float(num_cells))
+
+        def live(n: int, name: str) -> CellListener:
+            progress.update(task, completed=float(n), description=f"{n + 1}/{num_cells} {name}")
+
+            def listen(done: float, record: Record) -> None:
+                if done:
+                    progress.update(task, completed=n + done)
+
+            return listen
+
+        yield live

@@ -1,0 +1,169 @@
+"""A run folder: what a run leaves on disk, and how to read it back. No torch here.
+
+recipe.yaml       the resolved recipe, every default written out
+environment.json  versions, device, threads
+metrics.jsonl     one record per line (records.py), each with its `kind`
+checkpoint.pt     the latest state (train/checkpoint.py)
+summary.json      the end result; there only when the run finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bln_train.errors import RunFolderError
+from bln_train.recipe import Recipe
+from bln_train.recipe_file import dump_recipe, load_recipe
+from bln_train.records import Record, record_from_dict, record_to_dict
+
+RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
+CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; raises RunFolderError where that is impossible."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}", "Choose another --out.") from error
+
+
+def same_trajectory(old: Recipe, new: Recipe) -> bool:
+    """Whether two recipes compute the same run, apart from how it is sliced, logged and how long it may go on."""
+
+    def essence(recipe: Recipe) -> dict[str, Any]:
+        data = recipe.model_dump(mode="json", exclude={"runtime"})
+        free = ["max_steps", "eval_batch_size", "eval_every_epochs"]
+        if recipe.norm.name != "batch":  # with BatchNorm the micro-batch changes the result
+            free.append("micro_batch_size")
+        data["train"] = {key: value for key, value in data["train"].items() if key not in free}
+        return data
+
+    return essence(old) == essence(new)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run folder, and its files."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state is saved."""
+        return self.path / CHECKPOINT
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / RECIPE).exists()
+
+    def recipe(self) -> Recipe:
+        """The run's recipe; raises RecipeError if it was damaged."""
+        return load_recipe(self.path / RECIPE)
+
+    def check_usable(self, recipe: Recipe, *, resume: bool) -> None:
+        """Refuse, before anything is computed or written, a folder that this run must not touch.
+
+        Raises:
+            RunFolderError: it holds another run, or anything foreign, or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file, not a folder", "Choose another --out.")
+        if self.holds_run:
+            if not same_trajectory(self.recipe(), recipe):
+                raise RunFolderError(
+                    f"{self.path} holds a run of another recipe",
+                    f"Compare it with `diff {self.path / RECIPE} ...`, or choose another --out. Nothing was changed.",
+                )
+            if not resume:
+                raise RunFolderError(
+                    f"{self.path} already holds this run",
+                    "Go on with --resume, or choose another --out. Nothing was changed.",
+                )
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise RunFolderError(
+                f"{self.path} is not empty and holds no run", "Choose another --out. Nothing was changed."
+            )
+        elif resume and self.path.exists():
+            raise RunFolderError(f"{self.path} holds no run to resume", "Leave out --resume to begin one.")
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunFolderError(f"{parent} cannot be written", "Choose another --out.")
+
+    def create(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+        """Begin a run: folder, recipe, environment; raises RunFolderError where that is impossible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"cannot create {self.path}: {error.strerror}", "Choose another --out.") from error
+        write_atomically(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+        write_atomically(self.path / RECIPE, dump_recipe(recipe))
+
+    def append(self, record: Record) -> None:
+        """Add one record to the metrics."""
+        line = json.dumps(record_to_dict(record), allow_nan=False) + "\n"
+        try:
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
+
+    def records(self) -> Iterator[Record]:
+        """The metrics so far; a torn last line (a run that was killed) is left out."""
+        try:
+            lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            try:
+                yield record_from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                return
+
+    def cut_back(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, which a resumed run will write again."""
+        kept = []
+        for record in self.records():
+            if getattr(record, "step", 0) > step:
+                break
+            kept.append(json.dumps(record_to_dict(record), allow_nan=False) + "\n")
+        write_atomically(self.path / METRICS, "".join(kept))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the end result."""
+        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """The end result, None while the run is not finished."""
+        try:
+            data = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return data if isinstance(data, dict) else None
+
+
+def free_folder(base: Path) -> Path:
+    """`base`, or `base-2`, `base-3`, ... : the first that does not exist."""
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def latest_folder(base: Path) -> Path | None:
+    """The last of `base`, `base-2`, ... that holds a run."""
+    numbered = [base, *sorted(base.parent.glob(f"{base.name}-*"), key=lambda p: (len(p.name), p.name))]
+    runs = [p for p in numbered if RunFolder(p).holds_run and p.name[len(base.name) + 1 :].isdigit() | (p == base)]
+    return runs[-1] if runs else None

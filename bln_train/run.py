@@ -1,0 +1,196 @@
+"""Run a recipe into a run folder: build, train, log, save, and stop without losing anything."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import torch
+
+from bln_train import runtime
+from bln_train.build import Experiment, build_experiment
+from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, UsageError
+from bln_train.recipe import Recipe
+from bln_train.recipe_file import dump_recipe, parse_recipe
+from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.report.runlog import CHECKPOINT, RunFolder
+from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.train.evaluate import Evaluation
+
+SECONDS_BETWEEN_CHECKPOINTS = 300.0
+
+
+def run(
+    recipe: Recipe,
+    folder: RunFolder,
+    *,
+    name: str,
+    resume: bool = False,
+    listen: Callable[[Record], None] = lambda record: None,
+    announce: Callable[[Experiment], None] = lambda experiment: None,
+) -> dict[str, Any]:
+    """Train `recipe` to its end and return the summary that the folder keeps.
+
+    Args:
+        name: what the summary calls the recipe.
+        resume: go on from the folder's checkpoint, bit for bit; a folder without one begins anew.
+        listen: is called with every record.
+        announce: is called once, when everything is built and before the first step.
+
+    Raises:
+        BlnError: of the kind that says what is wrong; on InterruptedRunError the state has been saved.
+    """
+    folder.check_usable(recipe, resume=resume)
+    state = load_checkpoint(folder.checkpoint) if resume and folder.checkpoint.exists() else None
+    experiment = build_experiment(recipe, initialize=state is None)
+    trainer = experiment.trainer
+    if state is not None:
+        trainer.load_state_dict(state)
+        folder.cut_back(trainer.step)
+    else:
+        folder.create(recipe, runtime.environment(experiment.device))
+        folder.cut_back(0)
+    recipe_text = dump_recipe(recipe)
+
+    def save() -> None:
+        save_checkpoint(folder.checkpoint, {"recipe": recipe_text, "name": name, **trainer.state_dict()})
+
+    announce(experiment)
+    for text in experiment.notices:
+        listen(NoticeRecord(text))
+        if state is None:
+            folder.append(NoticeRecord(text))
+    epochs, memory = [r for r in folder.records() if isinstance(r, EpochRecord)], trainer.memory_record()
+    last_saved = began = time.monotonic()
+    with _stop_signals() as stop_asked, _explained_failures(recipe):
+        for record in trainer.steps():
+            if isinstance(record, StepRecord):
+                if record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0:
+                    folder.append(record)
+            else:
+                folder.append(record)
+            listen(record)
+            if isinstance(record, MemoryRecord):
+                memory = record
+            elif isinstance(record, EpochRecord):
+                epochs.append(record)
+            if stop_asked():
+                save()
+                raise InterruptedRunError(
+                    f"stopped after step {trainer.step} of {trainer.num_steps}; the state is saved",
+                    f"Go on with: bln-train run {name} --out {folder.path} --resume",
+                )
+            every = recipe.runtime.checkpoint_every_steps
+            due = isinstance(record, StepRecord) and (
+                (every is not None and record.step % every == 0)
+                or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
+            )
+            if due or isinstance(record, EpochRecord):
+                save()
+                last_saved = time.monotonic()
+    summary = _summary(recipe, name, experiment, epochs, memory, time.monotonic() - began)
+    folder.finish(summary)
+    return summary
+
+
+def _summary(
+    recipe: Recipe,
+    name: str,
+    experiment: Experiment,
+    epochs: list[EpochRecord],
+    memory: MemoryRecord,
+    seconds: float,
+) -> dict[str, Any]:
+    speeds = [e.images_per_second for e in epochs if e.images_per_second]
+    last = epochs[-1] if epochs else None
+    return {
+        "name": name,
+        "model": recipe.model.name,
+        "norm": recipe.norm.name,
+        "data": experiment.data.source,
+        "seed": recipe.train.seed,
+        "steps": experiment.trainer.step,
+        "epochs": last.epoch if last else 0,
+        "train_loss": last.train_loss if last else None,
+        "train_accuracy": last.train_accuracy if last else None,
+        "test_loss": last.test_loss if last else None,
+        "test_accuracy": last.test_accuracy if last else None,
+        "num_test_images": last.num_test_images if last else 0,
+        "images_per_second": median(speeds) if speeds else None,
+        "seconds": seconds,
+        "memory": asdict(memory),
+        "environment": runtime.environment(experiment.device),
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second acts at once, as usual."""
+    asked = False
+    previous: dict[int, Any] = {}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, previous[number] or signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[number] = signal.signal(number, ask)
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            break
+    try:
+        yield lambda: asked
+    finally:
+        for changed, handler in previous.items():
+            signal.signal(changed, handler)
+
+
+@contextmanager
+def _explained_failures(recipe: Recipe) -> Iterator[None]:
+    """Turn what PyTorch raises while training into errors that say what to do."""
+    train = recipe.train
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = "train.precision=bf16, or a smaller model or image"
+        if train.micro_batch_size > 1:
+            advice = f"train.micro_batch_size={train.micro_batch_size // 2}; the effective batch stays {train.effective_batch_size}"
+        raise DoesNotFitError(
+            f"out of memory at micro-batch {train.micro_batch_size}: {str(error).splitlines()[0]}",
+            f"Try --set {advice}.",
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            "BatchNorm cannot train on one value per channel: a dense layer's micro-batch of one image (or a last one of one)",
+            "Use norm.name=batchless, or a larger train.micro_batch_size that leaves no single image over.",
+        ) from error
+
+
+def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, Evaluation, int]:
+    """Evaluate a run folder's or a file's checkpoint on its recipe's test images; executes nothing from the file.
+
+    Returns: the recipe, the evaluation, and the step of the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = path / CHECKPOINT if path.is_dir() else path
+    state = load_checkpoint(file)
+    text = state.get("recipe")
+    if not isinstance(text, str):
+        raise CheckpointError(f"{file} carries no recipe")
+    overrides = [f"runtime.device={device}"] if device else []
+    recipe = parse_recipe(text, origin=f"{file} (recipe)", overrides=overrides)
+    experiment = build_experiment(recipe, initialize=False)
+    experiment.trainer.load_state_dict(state)
+    return recipe, experiment.trainer.evaluate(), experiment.trainer.step

@@ -1,0 +1,72 @@
+"""A small float64 experiment that takes every path of the trainer, and ways to compare its results."""
+
+import torch
+
+from bln_train.build import build_experiment
+from bln_train.recipe import Recipe
+from bln_train.train.trainer import Trainer
+
+TINY = {
+    "data": {
+        "name": "shapes",
+        "num_train": 40,
+        "num_test": 10,
+        "augment": {"flip": True, "crop_padding": 4, "cutout": 8},
+    },
+    "model": {"name": "resnet8"},
+    "norm": {"name": "batchless", "probe_images": 6, "init_images": 10},
+    "train": {
+        "epochs": 2,
+        "effective_batch_size": 16,
+        "micro_batch_size": 16,
+        "precision": "fp64",
+        "label_smoothing": 0.1,
+    },
+    "optimizer": {"name": "sgd", "lr": 0.1, "nesterov": True},
+    "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+    "runtime": {"device": "cpu"},
+}  # 40 images in batches of 16: the last one of each epoch is short
+
+
+def tiny_recipe(**changes):
+    """TINY with `section__key=value` changes; a dict value replaces a whole section."""
+    data = {name: dict(section) for name, section in TINY.items()}
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        if key:
+            data[section][key] = value
+        else:
+            data[section] = value
+    return Recipe.model_validate(data)
+
+
+def trained(recipe, num_steps=None):
+    """The trainer after `num_steps` steps (all by default) of the recipe."""
+    trainer = build_experiment(recipe).trainer
+    advance(trainer, num_steps)
+    return trainer
+
+
+def advance(trainer: Trainer, num_steps=None):
+    records = []
+    for record in trainer.steps():
+        records.append(record)
+        if trainer.step == num_steps:
+            break
+    return records
+
+
+def state(trainer: Trainer):
+    """Every tensor a checkpoint holds, by name."""
+    found = dict(trainer.take_step.model.state_dict())
+    for n, values in trainer.take_step.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{n}.{key}": torch.as_tensor(value) for key, value in values.items() if value is not None}
+    return found
+
+
+def largest_difference(old, new):
+    """Largest difference of two dicts of tensors, relative to each tensor's largest entry."""
+    assert old.keys() == new.keys()
+    return max(
+        float((old[k] - new[k]).abs().max() / old[k].abs().max().clamp(min=1e-30)) for k in old if old[k].numel()
+    )

@@ -1,0 +1,208 @@
+"""The laws a user's weeks of training rest on (float64; each test's docstring is its law)."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import advance, largest_difference, state, tiny_recipe, trained
+
+from bln_train.build import build_experiment
+from bln_train.data import epoch_order
+from bln_train.rng import instance_seeds
+
+EVERY_NORM = ["batchless", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv", "group", "layer", "instance",
+              "none", "batch-frozen"]  # fmt: skip
+
+
+def gradients(experiment, micro_batch_size, num_images):
+    """Gradients of every parameter for one effective batch, away from the optimum of the statistics."""
+    trainer = experiment.trainer
+    step = trainer.take_step
+    step.micro_batch_size = micro_batch_size
+    index = epoch_order(40, seed=0, epoch=0)[:num_images]
+    step.model.train()
+    step.model.zero_grad()
+    step.accumulate(trainer.data.train, index, instance_seeds(0, 0, index))
+    step.statistics.discard()
+    return {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
+
+
+def perturb(model):
+    """Move statistics and corrections off zero, where a relative comparison would compare rounding errors."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("mean", "raw_std", "correction")) and "running" not in name:
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+
+@pytest.mark.parametrize("norm", EVERY_NORM)
+@pytest.mark.parametrize("num_images", [16, 5])
+def test_law_1_gradients_do_not_depend_on_the_split(norm, num_images):
+    """Law 1: micro-batch 1, ragged 3, 8 and the whole effective batch give equal gradients, also for a short last batch."""
+    experiment = build_experiment(tiny_recipe(norm={"name": norm}))
+    perturb(experiment.model)
+    whole = gradients(experiment, num_images, num_images)
+    assert len(whole) == len(list(experiment.model.parameters()))
+    for micro in (1, 3, 8):
+        assert largest_difference(whole, gradients(experiment, micro, num_images)) < 1e-12
+
+
+@pytest.mark.parametrize("model", ["paper_cnn", "resnet18", "wrn10_1"])
+def test_law_1_holds_for_every_model_family(model):
+    """Law 1 with dropout, dense norms, projections and pre-activation; dropout masks belong to the images."""
+    experiment = build_experiment(tiny_recipe(model__name=model))
+    perturb(experiment.model)
+    whole = gradients(experiment, 16, 16)
+    assert largest_difference(whole, gradients(experiment, 3, 16)) < 1e-12
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 0.2)])
+def test_law_1_in_lower_precision(precision, bound):
+    """Law 1 to 1e-5 in float32, in the state two real steps lead to; bf16 rounds activations, differently in each split."""
+    experiment = build_experiment(tiny_recipe(train__precision=precision))
+    advance(experiment.trainer, 2)
+    whole, single = gradients(experiment, 16, 16), gradients(experiment, 1, 16)
+    for name, gradient in whole.items():
+        assert (gradient - single[name]).norm() <= bound * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": {"name": "batchless", "parametrization": "var", "share": "layer", "probe_images": 5}},
+        {"norm": {"name": "batchless-paper"}, "optimizer": {"name": "adam", "lr": 0.003}},
+        {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05}},
+        {"model__name": "paper_cnn"},
+    ],
+    ids=["preset", "shared-variance", "paper-adam", "group-adamw", "dropout"],
+)
+def test_law_2_whole_runs_do_not_depend_on_the_split(changes):
+    """Law 2: runs of two epochs, short last batches included, end in the same weights for any micro-batch."""
+    whole = state(trained(tiny_recipe(**changes)))
+    for micro in (1, 3):
+        other = state(trained(tiny_recipe(**changes, train__micro_batch_size=micro)))
+        assert largest_difference(whole, other) < 1e-10
+
+
+def test_batchnorm_breaks_law_2():
+    """The law is not empty: BatchNorm's result does depend on the split."""
+    recipe = tiny_recipe(norm={"name": "batch"})
+    whole = state(trained(recipe))
+    assert (
+        largest_difference(whole, state(trained(tiny_recipe(norm={"name": "batch"}, train__micro_batch_size=4)))) > 1e-3
+    )
+
+
+def test_one_step_equals_a_plain_loop():
+    """The accumulated step is the textbook one: autograd on the mean loss of the whole batch, torch.optim.SGD."""
+    recipe = tiny_recipe(norm={"name": "batch"}, train__micro_batch_size=16)
+    experiment = build_experiment(recipe)
+    trainer, model = experiment.trainer, copy.deepcopy(experiment.model)
+    index = epoch_order(40, seed=0, epoch=0)[:16]
+    seeds = instance_seeds(0, 0, index)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 5e-4},
+            {"params": [p for p in model.parameters() if p.dim() == 1]},
+        ],
+        lr=trainer.schedule.factor(0) * 0.1,
+        momentum=0.9,
+        nesterov=True,
+    )
+    inputs = trainer.take_step.preprocess.train(trainer.data.train.images[index], seeds)
+    model.train()
+    loss = torch.nn.functional.cross_entropy(model(inputs), trainer.data.train.labels[index], label_smoothing=0.1)
+    loss.backward()
+    optimizer.step()
+    advance(trainer, 1)
+    assert largest_difference(dict(model.state_dict()), dict(experiment.model.state_dict())) < 1e-12
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": {"name": "batchless-paper"}, "optimizer": {"name": "adam", "lr": 0.003}},
+        {"norm": {"name": "batch"}},
+    ],
+    ids=["preset", "paper-adam", "batch"],
+)
+def test_law_4_resume_is_bitwise(stop, changes, tmp_path):
+    """Law 4: stopping after any step, mid-epoch included, and going on in a new process state changes no bit."""
+    from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+
+    recipe = tiny_recipe(**changes, train__precision="fp32", model__name="paper_cnn")
+    straight = build_experiment(recipe).trainer
+    records = advance(straight)
+    first = trained(recipe, stop)
+    save_checkpoint(tmp_path / "checkpoint.pt", first.state_dict())
+    second = build_experiment(recipe, initialize=False).trainer
+    second.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
+    more = advance(second)
+    expected, found = state(straight), state(second)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+    def figures(all_records):
+        return [
+            (r.step, getattr(r, "loss", None), getattr(r, "train_loss", None), getattr(r, "test_loss", None))
+            for r in all_records
+            if hasattr(r, "step")
+        ]
+
+    assert figures(records)[-len(figures(more)) :] == figures(more)
+
+
+def test_law_8_help_needs_no_torch():
+    """Law 8: `--help` and `check` import no torch."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from bln_train.cli import app; r = CliRunner();"
+        "assert r.invoke(app, ['--help']).exit_code == 0; assert r.invoke(app, ['check', 'quickstart']).exit_code == 0;"
+        "assert r.invoke(app, ['recipes', 'list']).exit_code == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LAYERS = [
+    {"errors", "units", "records", "rng", "__init__"},
+    {"recipe", "recipe_file", "recipe_words", "models.names", "shapes"},
+    {"runtime", "norm.functional", "norm.standardize", "norm.batchless", "norm.convert", "norm.calibrate", "norm"},
+    {
+        "data",
+        "models.layers",
+        "models.cifar_resnet",
+        "models.paper_cnn",
+        "models.build",
+        "models",
+        "optim",
+        "memory.peak",
+        "memory",
+    },
+    {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
+    {"build"},
+    {"run", "compare", "report.runlog", "report.plots", "report"},
+    {"console"},
+    {"cli", "__main__"},
+]
+
+
+def test_law_8_layering():
+    """Law 8: every module has its layer, and imports no higher one."""
+    import ast
+    from pathlib import Path
+
+    import bln_train
+
+    root = Path(bln_train.__file__).parent
+    layer_of = {module: n for n, modules in enumerate(LAYERS) for module in modules}
+    for path in root.rglob("*.py"):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        assert name in layer_of, f"{name} has no layer in this test"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bln_train."):
+                target = node.module.removeprefix("bln_train.")
+                assert layer_of[target] <= layer_of[name], f"{name} imports {target} of a higher layer"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bln_train import runtime
-from bln_train.data import DataSet, Preprocess, channel_moments, epoch_order, load_dataset
+from bln_train.augment import Preprocess
+from bln_train.data import DataSet, channel_moments, epoch_order, load_dataset
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm.batchless import BatchlessStatistics

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, BlnError, UsageError
+from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
 
 app = typer.Typer(
     name="bln-train",
@@ -59,31 +60,24 @@ def run(
 
     from bln_train.run import run as run_recipe  # torch, from here on
 
-    progress: Any = None
-    listener: Any = None
+    with ExitStack() as display:
+        listen: console.Listener  # once there is a display
 
-    def announce(experiment: Any) -> None:
-        nonlocal progress, listener
-        trainer = experiment.trainer
-        console.talk.print(
-            f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch {loaded.train.effective_batch_size}, "
-            f"micro-batch {loaded.train.micro_batch_size}, {trainer.num_steps} steps on {experiment.device}; "
-            f"{experiment.data.source}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        if trainer.step:
-            console.talk.print(f"resumed at step {trainer.step}", highlight=False)
-        progress = console.show_progress(trainer.num_steps, trainer.step)
-        listener = progress.__enter__()
+        def announce(experiment: Any) -> None:
+            nonlocal listen
+            trainer = experiment.trainer
+            console.say(
+                f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch "
+                f"{loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size}, "
+                f"{trainer.num_steps} steps on {experiment.device}; {experiment.data.source}"
+            )
+            if trainer.step:
+                console.say(f"resumed at step {trainer.step}")
+            listen = display.enter_context(console.show_progress(trainer.num_steps, trainer.step))
 
-    try:
         summary = run_recipe(
-            loaded, folder, name=recipe, resume=resume, announce=announce, listen=lambda record: listener(record)
+            loaded, folder, name=recipe, resume=resume, announce=announce, listen=lambda record: listen(record)
         )
-    finally:
-        if progress is not None:
-            progress.__exit__(None, None, None)
     if json_:
         console.print_json({**summary, "folder": str(out)})
     else:
@@ -131,9 +125,7 @@ def compare(
     )
     grid.open_comparison(folder, loaded)
     with console.show_cells(len(cells)) as show:
-        for n, cell in enumerate(cells):
-            listener = show(n, cell.folder.path.name)
-            grid.run_cell(cell, name="bln-train compare", listen=lambda r: listener(grid.num_steps(cell, r), r))  # noqa: B023
+        grid.run_cells(cells, show)
     table, environment = grid.rows(cells), grid.environment_of(cells)
     grid.write_tables(folder, table, environment)
     plot_comparison(folder, table, environment.get("device", "-"))
@@ -141,7 +133,7 @@ def compare(
         console.print_json({"environment": environment, "rows": table, "folder": str(folder)})
     else:
         console.print_comparison(table, environment.get("device", "-"))
-        console.out.print(f"tables and plots: {folder}", soft_wrap=True, highlight=False, markup=False)
+        console.print_line(f"tables and plots: {folder}")
     if not any(row["num_finished"] for row in table):
         raise BlnError("no cell of the comparison finished", f"Logs: {folder}/cells/*.log")
 
@@ -162,11 +154,9 @@ def evaluate(
     if json_:
         console.print_json({"step": step, "model": recipe.model.name, "norm": recipe.norm.name, **found._asdict()})
     else:
-        console.out.print(
+        console.print_line(
             f"{recipe.model.name}, norm {recipe.norm.name}, after step {step}: test loss {found.loss:.4f}, "
             f"accuracy {console.format_percent(found.accuracy)} over {found.num_images} images",
-            soft_wrap=True,
-            highlight=False,
         )
 
 
@@ -177,11 +167,9 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from bln_train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    console.out.print(
+    console.print_line(
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
-        soft_wrap=True,
-        highlight=False,
     )
 
 
@@ -193,7 +181,7 @@ def list_recipes() -> None:
 
     for name, path in sorted(shipped_recipes().items()):
         first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-        console.out.print(f"{name:24} {first}", soft_wrap=True, highlight=False, markup=False)
+        console.print_line(f"{name:24} {first}")
 
 
 @recipes_app.command("show")
@@ -239,7 +227,7 @@ def _split(text: str) -> list[str]:
 
 
 def _size(text: str, option: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
         raise UsageError(f"{option}: '{text}' is not a batch size", f"Example: {option} 1,8,64")
     return int(text)
 
@@ -261,12 +249,14 @@ def main() -> None:
             raise
         typer.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_FAILED)
     except Exception as error:
         if debug:
             raise
         typer.echo(f"error: {type(error).__name__}: {error}", err=True)
         typer.echo("This is a bug in bln-train, or of the libraries below; BLN_DEBUG=1 shows where.", err=True)
         sys.exit(EXIT_FAILED)
-
-
-__all__ = ["EXIT_USAGE", "app", "main"]

@@ -6,30 +6,33 @@ the means a run already has.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
-import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from bln_train.errors import EXIT_INTERRUPTED, BlnError, InterruptedRunError, RecipeError, RunFolderError, UsageError
+from bln_train.errors import BlnError, InterruptedRunError, RecipeError, RunFolderError, UsageError
 from bln_train.recipe import NORM_NAMES, Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.records import EpochRecord, Record, StepRecord
-from bln_train.report.runlog import RECIPE, RunFolder, same_trajectory, write_atomically
+from bln_train.report.runlog import RunFolder, json_text, write_atomically
 
 MicroBatch = int | Literal["full"]
+CellListener = Callable[[float, Record], None]  # how far the cell is, from 0 to 1, and what it recorded
+BASE_RECIPE = "comparison.yaml"  # not a run folder's name for it: neither passes for the other
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def plan_cells(
             is larger, so that a norm that depends on the split shows it.
 
     Raises:
-        UsageError: an unknown norm, or no seed.
+        UsageError: an unknown norm, or an empty grid.
     """
     for norm in norms:
         if norm not in NORM_NAMES:
@@ -81,6 +84,12 @@ def plan_cells(
             continue  # in a grid over effective batches the larger micro-batches belong to the larger ones
         path = folder / "cells" / f"{norm}-effective{effective}-micro{size}-seed{seed}"
         cells.setdefault(path, _cell(recipe, norm, effective, size, seed, RunFolder(path)))
+    if not cells:
+        raise UsageError(
+            f"every micro-batch ({', '.join(map(str, micro_batches))}) is above every effective batch "
+            f"({', '.join(map(str, effective_batches))})",
+            "Name smaller ones with --micro-batch, or `full`.",
+        )
     return list(cells.values())
 
 
@@ -97,20 +106,21 @@ def _cell(recipe: Recipe, norm: str, effective: int, micro: int, seed: int, fold
 
 
 def open_comparison(folder: Path, recipe: Recipe) -> None:
-    """Begin a comparison in `folder`, or go on with the one of the same recipe there.
+    """Begin a comparison in `folder`, or go on with the one of the same recipe there; another grid of it may follow.
 
     Raises:
         RunFolderError: the folder holds something else or cannot be written.
     """
-    base = folder / RECIPE
+    base = folder / BASE_RECIPE
     if base.exists():
         try:
             old = parse_recipe(base.read_text(encoding="utf-8"), origin=str(base))
         except RecipeError as error:
             raise RunFolderError(f"{base} cannot be read: {error.problem}", "Choose another --out.") from error
-        if not same_trajectory(old, recipe):
+        if old != recipe:  # in any setting: finished cells are not run again, and the table mixes no two
             raise RunFolderError(
-                f"{folder} holds a comparison of another recipe", "Choose another --out. Nothing was changed."
+                f"{folder} holds a comparison of another recipe, or of other --set or --device",
+                "Choose another --out. Nothing was changed.",
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -122,13 +132,46 @@ def open_comparison(folder: Path, recipe: Recipe) -> None:
     write_atomically(base, dump_recipe(recipe))
 
 
-def run_cell(cell: Cell, *, name: str, listen: Callable[[Record], None] = lambda record: None) -> None:
-    """Run a cell to its end in a process of its own, or leave in its folder why it could not.
+def run_cells(cells: Sequence[Cell], show: Callable[[int, str], CellListener]) -> None:
+    """Run what is not finished of a comparison, one cell after the other.
 
-    Does nothing for a cell that is finished. What failed before is tried again.
+    Args:
+        show: called with a cell's position and name, gives what to call with its progress (0 to 1) and each record.
 
     Raises:
-        InterruptedRunError: Ctrl-C; the cell's state is saved.
+        InterruptedRunError: Ctrl-C or SIGTERM; the state of the cell under way is saved.
+    """
+    with _stop_signals() as stop_asked:
+        for n, cell in enumerate(cells):
+            _run_cell(cell, show(n, cell.folder.path.name), stop_asked)
+            if stop_asked():
+                raise InterruptedRunError(
+                    f"stopped at {cell.folder.path.name}; its state is saved", "Go on with the same command."
+                )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Note a SIGINT or SIGTERM instead of acting at once: a cell being started must not be left without its parent."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, previous[number])  # the second one acts at once, as usual
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run_cell(cell: Cell, listen: CellListener, stop_asked: Callable[[], bool]) -> None:
+    """Run a cell to its end in a process of its own, or leave beside its folder why it could not.
+
+    Does nothing for a cell that is finished. What failed before is tried again.
     """
     failure = cell.folder.path.with_suffix(".failed")
     if cell.folder.summary() is not None:
@@ -144,38 +187,39 @@ def run_cell(cell: Cell, *, name: str, listen: Callable[[Record], None] = lambda
     if cell.folder.holds_run:
         command.append("--resume")
     with open(log, "w", encoding="utf-8") as file:
-        # A group of its own, so that Ctrl-C reaches the child once, from us.
+        # A session of its own, so that Ctrl-C reaches the child once, from us.
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=file, start_new_session=os.name == "posix"
         )
         try:
-            _follow(process, cell.folder, listen)
-        except BaseException:
-            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-            process.wait()
-            raise
-    if process.returncode == EXIT_INTERRUPTED:
-        raise InterruptedRunError(
-            f"{cell.folder.path.name} was stopped; its state is saved", f"Go on with the same command ({name})."
-        )
+            _follow(process, cell, listen, stop_asked)
+        finally:
+            if process.poll() is None:  # a failure of ours
+                process.kill()
+                process.wait()
     if process.returncode == 0:
         failure.unlink(missing_ok=True)
-    else:
+    elif not stop_asked():
         write_atomically(failure, _reason(log.read_text(encoding="utf-8", errors="replace"), process.returncode))
 
 
-def _follow(process: subprocess.Popen[bytes], folder: RunFolder, listen: Callable[[Record], None]) -> None:
-    """Wait for a cell, passing on the records it writes."""
-    seen = sum(1 for _ in folder.records())
+def _follow(process: subprocess.Popen[bytes], cell: Cell, listen: CellListener, stop_asked: Callable[[], bool]) -> None:
+    """Wait for a cell, passing on the records it writes; asked to stop, let it save its state and end."""
+    seen = sum(1 for _ in cell.folder.records())
+    told = False
     while True:
         running = process.poll() is None
-        records = list(folder.records())
+        records = list(cell.folder.records())
         for record in records[seen:]:
-            listen(record)
+            listen(_fraction_done(cell, record), record)
         seen = max(seen, len(records))
         if not running:
             return
-        time.sleep(0.5)
+        if stop_asked() and not told:
+            told = True
+            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
 
 
 def _reason(log: str, code: int) -> str:
@@ -231,9 +275,7 @@ def _mean(values: list[float]) -> float | None:
 
 def write_tables(folder: Path, table: list[dict[str, Any]], environment: dict[str, Any]) -> None:
     """Write comparison.json and comparison.csv."""
-    write_atomically(
-        folder / "comparison.json", json.dumps({"environment": environment, "rows": table}, indent=2) + "\n"
-    )
+    write_atomically(folder / "comparison.json", json_text({"environment": environment, "rows": table}, indent=2))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=[k for k in table[0] if k not in ("test_accuracies", "failures")])
     writer.writeheader()
@@ -248,7 +290,7 @@ def environment_of(cells: Sequence[Cell]) -> dict[str, Any]:
     return dict(next(found, {}))
 
 
-def num_steps(cell: Cell, record: Record) -> float:
+def _fraction_done(cell: Cell, record: Record) -> float:
     """How far a record is through its cell, from 0 to 1."""
     assert cell.recipe is not None
     epochs = cell.recipe.train.epochs

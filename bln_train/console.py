@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,29 +15,36 @@ from rich.table import Table
 
 from bln_train.errors import BlnError
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.report.runlog import json_text
 from bln_train.units import format_bytes, format_seconds
 
 _PLAIN_LINE_SECONDS = 15.0
-out = Console()
-talk = Console(stderr=True)
+# Names of files and devices are shown as they are: no emoji, no colours of ours inside them.
+out = Console(highlight=False, emoji=False)
+talk = Console(stderr=True, highlight=False, emoji=False)
 
 
 def print_json(data: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(json_text(data, indent=2))
 
 
 def print_error(error: BlnError) -> None:
     """An error and its way out, on stderr, unwrapped so that places and commands can be copied."""
     for n, line in enumerate(error.problem.splitlines()):
-        talk.print(f"{'[bold red]error:[/] ' if n == 0 else '       '}{escape(line)}", soft_wrap=True, highlight=False)
+        talk.print(f"{'[bold red]error:[/] ' if n == 0 else '       '}{escape(line)}", soft_wrap=True)
     if error.hint:
-        talk.print(escape(error.hint), soft_wrap=True, highlight=False)
+        talk.print(escape(error.hint), soft_wrap=True)
 
 
-def print_notice(text: str) -> None:
-    """Something to know, on stderr."""
-    talk.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True, highlight=False)
+def print_line(text: str) -> None:
+    """A line of the result, on stdout, as it is."""
+    out.print(text, soft_wrap=True, markup=False)
+
+
+def say(text: str) -> None:
+    """A line of talk, on stderr, as it is."""
+    talk.print(text, soft_wrap=True, markup=False)
 
 
 def format_percent(fraction: float | None) -> str:
@@ -80,7 +86,7 @@ def show_progress(num_steps: int, first_step: int = 0) -> Iterator[Listener]:
             else:
                 smooth.note(record)
                 for line in _lines(record):
-                    progress.console.print(line, soft_wrap=True, highlight=False)
+                    progress.console.print(line, soft_wrap=True)
 
         yield listen
 
@@ -121,7 +127,7 @@ class _PlainProgress:
         if not isinstance(record, StepRecord):
             self._smooth.note(record)
             for line in _lines(record):
-                talk.print(line, soft_wrap=True, highlight=False)
+                talk.print(line, soft_wrap=True)
             return
         figures = self._smooth.add(record)
         now = time.monotonic()
@@ -129,7 +135,7 @@ class _PlainProgress:
             self._last = now
             per_step = (now - self._began) / (record.step - self.first_step)
             left = format_seconds(per_step * (self.num_steps - record.step))
-            talk.print(f"step {record.step}/{self.num_steps}  {figures}  {left} left", soft_wrap=True, highlight=False)
+            say(f"step {record.step}/{self.num_steps}  {figures}  {left} left")
 
 
 def _lines(record: Record) -> Iterator[str]:
@@ -168,7 +174,7 @@ def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
 def print_summary(summary: dict[str, Any], folder: str) -> None:
     """The table at the end of a run, on stdout."""
     memory = summary["memory"]
-    table = Table(title=f"{summary['name']}: {summary['model']}, norm {summary['norm']}", title_justify="left")
+    table = Table(title=f"{escape(summary['name'])}: {summary['model']}, norm {summary['norm']}", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")
     table.add_row("test accuracy", format_percent(summary["test_accuracy"]))
@@ -181,9 +187,9 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
     for what, value in memory_rows(memory):
         table.add_row(what, value)
     out.print(table)
-    out.print(f"device: {escape(memory['device'])}", soft_wrap=True, highlight=False)
-    out.print(f"data:   {escape(summary['data'])}", soft_wrap=True, highlight=False)
-    out.print(f"run:    {escape(folder)}", soft_wrap=True, highlight=False)
+    print_line(f"device: {memory['device']}")
+    print_line(f"data:   {summary['data']}")
+    print_line(f"run:    {folder}")
 
 
 def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
@@ -214,10 +220,8 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
         ]
     out.print(table)
     for line in failures:
-        out.print(escape(f"did not finish: {line}"), soft_wrap=True, highlight=False)
-    out.print(
-        f"device: {escape(device)}; accuracy: mean ± standard deviation over the runs", soft_wrap=True, highlight=False
-    )
+        print_line(f"did not finish: {line}")
+    print_line(f"device: {device}; accuracy: mean ± standard deviation over the runs")
 
 
 @contextmanager
@@ -226,11 +230,11 @@ def show_cells(num_cells: int) -> Iterator[CellDisplay]:
     if not talk.is_terminal:
 
         def plain(n: int, name: str) -> CellListener:
-            talk.print(f"[{n + 1}/{num_cells}] {name}", soft_wrap=True, highlight=False, markup=False)
+            say(f"[{n + 1}/{num_cells}] {name}")
 
             def listen(done: float, record: Record) -> None:
                 for line in _lines(record):
-                    talk.print(f"    {line}", soft_wrap=True, highlight=False)
+                    talk.print(f"    {line}", soft_wrap=True)
 
             return listen
 

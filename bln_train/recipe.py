@@ -128,7 +128,7 @@ class BatchlessNormSection(Section):
     """Report the likelihood shifted to be 0 for inputs that follow the statistics; changes no gradient."""
     correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Rate of the running backward correction; 0 turns it off."""
-    probe_images: Annotated[int, Field(ge=0)] = 16
+    probe_images: Annotated[int, Field(ge=0)] = 8
     """Images of each effective batch on which the statistics follow the weights (at most all of them); 0 turns it
     off."""
     init_images: Annotated[int, Field(ge=0)] = 128

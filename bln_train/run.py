@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ import torch
 
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
-from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, UsageError
+from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, RecipeError, UsageError
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
-from bln_train.report.runlog import CHECKPOINT, RunFolder
+from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
 from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
 from bln_train.train.evaluate import Evaluation
 
@@ -39,8 +40,9 @@ def run(
     """Train `recipe` to its end and return the summary that the folder keeps.
 
     Args:
-        name: what the summary calls the recipe.
-        resume: go on from the folder's checkpoint, bit for bit; a folder without one begins anew.
+        name: what the summary calls the recipe; a resumed run keeps the name it began with.
+        resume: go on from the folder's checkpoint, bit for bit; a run stopped before its first one begins anew, and of one
+            that is finished the summary is returned as it is.
         listen: is called with every record.
         announce: is called once, when everything is built and before the first step.
 
@@ -53,11 +55,16 @@ def run(
     trainer = experiment.trainer
     if state is not None:
         trainer.load_state_dict(state)
+        name = str(state.get("name", name))
+        summary = folder.summary()
+        if summary is not None and trainer.step == trainer.num_steps:
+            return summary  # it was finished: nothing to compute, nothing to overwrite
         folder.cut_back(trainer.step)
+        folder.keep_recipe(recipe)
     else:
         folder.create(recipe, runtime.environment(experiment.device))
         folder.cut_back(0)
-    recipe_text = dump_recipe(recipe)
+    recipe_text, recipe_file = dump_recipe(recipe), shlex.quote(str(folder.path / RECIPE))
 
     def save() -> None:
         save_checkpoint(folder.checkpoint, {"recipe": recipe_text, "name": name, **trainer.state_dict()})
@@ -85,7 +92,8 @@ def run(
                 save()
                 raise InterruptedRunError(
                     f"stopped after step {trainer.step} of {trainer.num_steps}; the state is saved",
-                    f"Go on with: bln-train run {name} --out {folder.path} --resume",
+                    # The folder's recipe, not `name`: it holds every override of this run.
+                    f"Go on with: bln-train run {recipe_file} --out {shlex.quote(str(folder.path))} --resume",
                 )
             every = recipe.runtime.checkpoint_every_steps
             due = isinstance(record, StepRecord) and (
@@ -189,8 +197,13 @@ def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, 
     text = state.get("recipe")
     if not isinstance(text, str):
         raise CheckpointError(f"{file} carries no recipe")
-    overrides = [f"runtime.device={device}"] if device else []
-    recipe = parse_recipe(text, origin=f"{file} (recipe)", overrides=overrides)
+    origin = f"{file} (recipe)"
+    try:
+        recipe = parse_recipe(text, origin=origin)
+    except RecipeError as error:
+        raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
+    if device:
+        recipe = parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"])
     experiment = build_experiment(recipe, initialize=False)
     experiment.trainer.load_state_dict(state)
     return recipe, experiment.trainer.evaluate(), experiment.trainer.step

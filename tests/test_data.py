@@ -18,10 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
+from bln_train.augment import CUTOUT, FLIP_AND_CROP, Preprocess
 from bln_train.data import (
-    CUTOUT,
-    FLIP_AND_CROP,
-    Preprocess,
     balanced_subset,
     channel_moments,
     default_root,

@@ -169,10 +169,11 @@ def test_law_8_help_needs_no_torch():
 
 LAYERS = [
     {"errors", "units", "records", "rng", "__init__"},
-    {"recipe", "recipe_file", "recipe_words", "models.names", "shapes"},
+    {"strict_yaml", "recipe", "recipe_words", "recipe_file", "models.names", "shapes"},
     {"runtime", "norm.functional", "norm.standardize", "norm.batchless", "norm.convert", "norm.calibrate", "norm"},
     {
         "data",
+        "augment",
         "models.layers",
         "models.cifar_resnet",
         "models.paper_cnn",

@@ -15,6 +15,7 @@ from bln_train.norm import (
     convert_batchnorm,
     convert_to_batchnorm,
     initialize_statistics,
+    standardize_once,
     standardize_weight,
 )
 from bln_train.norm.functional import raw_from_std, std_from_raw
@@ -296,6 +297,22 @@ def test_weight_standardization():
     conv = StandardizedConv2d(3, 5, 3, padding=1, stride=2)
     assert conv.state_dict().keys() == nn.Conv2d(3, 5, 3).state_dict().keys()
     assert conv(torch.randn(2, 3, 8, 8)).shape == (2, 5, 4, 4)
+
+
+def test_standardizing_once_gives_the_same_gradient():
+    """One standardisation for many forwards: equal gradients, the weight's own, and nothing left behind."""
+    conv = StandardizedConv2d(3, 5, 3).double()
+    x = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+    conv(x).square().sum().backward()
+    expected, conv.weight.grad = conv.weight.grad, None
+    with standardize_once([conv]):
+        for image in x.split(1):
+            conv(image).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad, expected, rtol=1e-12, atol=1e-12)
+    assert conv.shared_weight is None
+    with pytest.raises(RuntimeError, match="stop"), standardize_once([conv]):
+        raise RuntimeError("stop")
+    assert conv.shared_weight is None
 
 
 def bn_net():

@@ -87,13 +87,19 @@ class PeakMeter:
     `StorageTracker` (the second already has the optimizer's state); they are slower, and the same to the last bit.
 
     Args:
-        model, optimizer: whose tensors the peak is split into.
+        model, optimizer, gradients: whose tensors the peak is split into; `gradients` lists those alive when it is called.
     """
 
     NUM_NOTED = 2
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.model, self.optimizer, self.device = model, optimizer, device
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gradients: Callable[[], list[Tensor]],
+        device: torch.device,
+    ) -> None:
+        self.model, self.optimizer, self.gradients, self.device = model, optimizer, gradients, device
         self._steps_left = self.NUM_NOTED
         self._peak: int | None = None
         self._reserved: int | None = None
@@ -124,20 +130,17 @@ class PeakMeter:
         self._steps_left -= 1
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device) - storage_bytes(
-                [*self.model.parameters(), *self._gradients(), *self._optimizer_state()]
+                [*self.model.parameters(), *self.gradients(), *self._optimizer_state()]
             )
             yield self._note_cuda
             self._parts["other_bytes"] = before
         else:
-            existing = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_state(), *self._gradients()]
+            existing = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_state(), *self.gradients()]
             tracker = StorageTracker(existing)
             gradients: set[int] = set()
             with tracker:
-                yield lambda: gradients.update(tracker.births(self._gradients()))
+                yield lambda: gradients.update(tracker.births(self.gradients()))
             self._note_tracked(tracker, gradients)
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _optimizer_state(self) -> list[Tensor]:
         return [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
@@ -156,7 +159,7 @@ class PeakMeter:
     def _note_cuda(self) -> None:
         self._parts = {
             "parameter_bytes": storage_bytes(self.model.parameters()),
-            "gradient_bytes": storage_bytes(self._gradients()),
+            "gradient_bytes": storage_bytes(self.gradients()),
             "optimizer_bytes": storage_bytes(self._optimizer_state()),
         }
 

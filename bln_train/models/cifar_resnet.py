@@ -28,9 +28,9 @@ class BasicBlock(nn.Module):
                 self.shortcut = nn.Sequential(conv(in_channels, channels, 1, stride, bias=bias), norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - see the class
-        out = F.relu(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        # In place, and without a name for the middle: nothing outlives its use, with or without gradients.
+        out = self.norm2(self.conv2(F.relu_(self.norm1(self.conv1(x)))))
+        return F.relu_(out.add_(self.shortcut(x)))
 
 
 class CifarResNet(nn.Module):
@@ -76,8 +76,13 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, num_classes)."""
-        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu_(self.norm(self.stem(x)))
         return self.fc(self.blocks(x).mean((2, 3)))
+
+
+def _relu(out: Tensor, x: Tensor) -> Tensor:
+    """In place, unless `out` is x itself (no norm), which the shortcut still needs."""
+    return F.relu(out) if out is x else F.relu_(out)
 
 
 class WideBlock(nn.Module):
@@ -95,9 +100,9 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H / stride, W / stride)."""
-        out = F.relu(self.norm1(x))
+        out = _relu(self.norm1(x), x)
         skip = x if self.shortcut is None else self.shortcut(out)
-        return skip + self.conv2(F.relu(self.norm2(self.conv1(out))))
+        return self.conv2(F.relu_(self.norm2(self.conv1(out)))).add_(skip)
 
 
 class WideResNet(nn.Module):
@@ -122,4 +127,4 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, num_classes)."""
-        return self.fc(F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
+        return self.fc(F.relu_(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))

@@ -4,7 +4,7 @@ from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d, Batchless
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.functional import batchless_norm
-from bln_train.norm.standardize import StandardizedConv2d, standardize_weight
+from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
 
 __all__ = [
     "BatchlessNorm1d",
@@ -15,5 +15,6 @@ __all__ = [
     "convert_batchnorm",
     "convert_to_batchnorm",
     "initialize_statistics",
+    "standardize_once",
     "standardize_weight",
 ]

@@ -237,16 +237,21 @@ class _BatchlessNorm(nn.Module):
         if self._probe_moments is None:
             return
         mean_old, var_old = self._probe_moments
-        view = as_rows(x)
         count = x.numel() // x.shape[1]
-        centred = view.rows.to(self.mean.dtype) - mean_old.view(view.broadcast)
-        shift, square = (self._entries(s.sum(view.reduced)) / count for s in (centred, centred * centred))
+        sums = [self._centred_sums(image, mean_old) for image in x.split(1)]  # one image's temporaries at a time
+        shift, square = (self._entries(s) / count for s in torch.stack(sums).sum(0))
         std = self.std
         # Where the watched images barely vary the ratio says nothing: 1 % of std is added to both sides.
         guard = 1e-4 * std * std
         ratio = ((square - shift * shift).clamp(min=0) + guard) / (var_old + guard)
         self.set_statistics(self.mean + shift, std * ratio.sqrt())
         self._probe_moments = None
+
+    def _centred_sums(self, x: Tensor, mean: Tensor) -> Tensor:
+        """Sums over images and positions of x - mean and of its square: (2, C)."""
+        view = as_rows(x)
+        centred = view.rows.to(mean.dtype) - mean.view(view.broadcast)
+        return torch.stack((centred.sum(view.reduced), (centred * centred).sum(view.reduced)))
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""

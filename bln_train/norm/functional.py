@@ -134,15 +134,21 @@ class _BatchlessNormFunction(torch.autograd.Function):
         constant = -0.5 * num_images * nll_scale * mean.numel()
         nll = nll + constant if gauge else nll + (num_images * nll_scale) * std.log().sum()
 
-        out = xhat
-        if weight is not None and bias is not None:
-            out = torch.addcmul(bias.view(shape), xhat, weight.view(shape))
+        # Written through a view: the output itself must be no view, or nobody could apply a relu to it in place.
+        out = torch.empty_like(a)
+        rows = as_rows(out).rows
+        if weight is None or bias is None:
+            rows.copy_(xhat)
+        elif rows.dtype == xhat.dtype:
+            torch.addcmul(bias.view(shape), xhat, weight.view(shape), out=rows)
+        else:
+            rows.copy_(torch.addcmul(bias.view(shape), xhat, weight.view(shape)))
         ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, correction, sum_xhat, sum_xhat_sq)
         ctx.shape, ctx.channels_last = a.shape, a.dim() > 2 and xhat.dim() == 2
         ctx.parametrization, ctx.nll_scale = parametrization, nll_scale
         ctx.num_images, ctx.num_positions = num_images, num_positions
         ctx.mark_non_differentiable(sum_xhat, sum_xhat_sq)
-        return _from_rows(out.to(a.dtype), a.shape), nll, sum_xhat, sum_xhat_sq
+        return out, nll, sum_xhat, sum_xhat_sq
 
     @staticmethod
     @once_differentiable

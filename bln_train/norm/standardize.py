@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,34 @@ def standardize_weight(weight: Tensor, eps: float = 1e-4) -> Tensor:
 class StandardizedConv2d(nn.Conv2d):
     """A convolution whose weight passes through `standardize_weight`; arguments, shapes and state dict of nn.Conv2d."""
 
+    shared_weight: Tensor | None = None
+    """Inside `standardize_once`: the standardised weight that every forward uses."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) to (N, C_out, H', W')."""
-        return self._conv_forward(x, standardize_weight(self.weight), self.bias)
+        weight = standardize_weight(self.weight) if self.shared_weight is None else self.shared_weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+@contextmanager
+def standardize_once(convs: list[StandardizedConv2d]) -> Iterator[None]:
+    """Standardise each weight once for all forwards and backwards inside, instead of once for each micro-batch.
+
+    Gradients gather at the standardised weight and go through the standardisation together at the end. That is linear, so
+    the sum is the same; and a convolution saves its standardised weight for backward anyway, so the peak is too.
+    """
+    standardized = []
+    for conv in convs:
+        weight = standardize_weight(conv.weight)
+        conv.shared_weight = weight.detach().requires_grad_(conv.weight.requires_grad)
+        standardized.append(weight)
+    try:
+        yield
+        for conv in convs:
+            weight, shared = standardized.pop(0), conv.shared_weight
+            conv.shared_weight = None
+            if shared is not None and shared.grad is not None:
+                torch.autograd.backward(weight, shared.grad)
+    finally:
+        for conv in convs:
+            conv.shared_weight = None

@@ -10,7 +10,9 @@ summary.json      the end result; there only when the run finished
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +41,19 @@ def write_atomically(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write {path}: {error.strerror or error}", "Choose another --out.") from error
+
+
+def json_text(data: Any, *, indent: int | None = None) -> str:
+    """`data` as JSON, null for what is not finite: JSON has no NaN, and a diverged test loss must not end a run."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def same_trajectory(old: Recipe, new: Recipe) -> bool:
@@ -98,7 +113,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} is not empty and holds no run", "Choose another --out. Nothing was changed."
             )
-        elif resume and self.path.exists():
+        elif resume:
             raise RunFolderError(f"{self.path} holds no run to resume", "Leave out --resume to begin one.")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(parent, os.W_OK | os.X_OK):
@@ -110,12 +125,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot create {self.path}: {error.strerror}", "Choose another --out.") from error
-        write_atomically(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+        write_atomically(self.path / ENVIRONMENT, json_text(environment, indent=2))
+        self.keep_recipe(recipe)
+
+    def keep_recipe(self, recipe: Recipe) -> None:
+        """Write the recipe; a resumed run may be sliced differently, or go on for longer, than the one begun."""
         write_atomically(self.path / RECIPE, dump_recipe(recipe))
 
     def append(self, record: Record) -> None:
         """Add one record to the metrics."""
-        line = json.dumps(record_to_dict(record), allow_nan=False) + "\n"
+        line = json_text(record_to_dict(record))
         try:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(line)
@@ -140,12 +159,12 @@ class RunFolder:
         for record in self.records():
             if getattr(record, "step", 0) > step:
                 break
-            kept.append(json.dumps(record_to_dict(record), allow_nan=False) + "\n")
+            kept.append(json_text(record_to_dict(record)))
         write_atomically(self.path / METRICS, "".join(kept))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the end result."""
-        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / SUMMARY, json_text(summary, indent=2))
 
     def summary(self) -> dict[str, Any] | None:
         """The end result, None while the run is not finished."""
@@ -164,6 +183,6 @@ def free_folder(base: Path) -> Path:
 
 def latest_folder(base: Path) -> Path | None:
     """The last of `base`, `base-2`, ... that holds a run."""
-    numbered = [base, *sorted(base.parent.glob(f"{base.name}-*"), key=lambda p: (len(p.name), p.name))]
+    numbered = [base, *sorted(base.parent.glob(f"{glob.escape(base.name)}-*"), key=lambda p: (len(p.name), p.name))]
     runs = [p for p in numbered if RunFolder(p).holds_run and p.name[len(base.name) + 1 :].isdigit() | (p == base)]
     return runs[-1] if runs else None

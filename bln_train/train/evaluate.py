@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.data import ImageSet, Preprocess
+from bln_train.augment import Preprocess
+from bln_train.data import ImageSet
 
 
 class Evaluation(NamedTuple):

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bln_train.data import ImageSet, Preprocess
+from bln_train.augment import Preprocess
+from bln_train.data import ImageSet
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.batchless import BatchlessStatistics
+from bln_train.norm.standardize import StandardizedConv2d, standardize_once
 
 
 class StepTotals(NamedTuple):
@@ -78,6 +80,7 @@ class AccumulationStep:
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.autocast, self.scaler = autocast, scaler
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.standardized = [m for m in model.modules() if isinstance(m, StandardizedConv2d)]
         self.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
 
     def __call__(
@@ -86,8 +89,7 @@ class AccumulationStep:
         """Take one step on images[index]; index and seeds are (N,) int64 on the CPU, N >= 1."""
         num_images = len(index)
         self.model.train()
-        loss_sum, correct = self.accumulate(images, index, seeds)
-        gradients_ready()
+        loss_sum, correct = self.accumulate(images, index, seeds, gradients_ready)
         if self.scaler is not None:
             self._unscale()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -111,20 +113,32 @@ class AccumulationStep:
         set_instance_seeds(self.dropouts, None)
         return StepTotals(loss_sum, correct, grad_norm, nll)
 
-    def accumulate(self, images: ImageSet, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    def accumulate(
+        self, images: ImageSet, index: Tensor, seeds: Tensor, gradients_ready: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor, Tensor]:
         """Add the effective batch's gradient to every parameter's; returns the sums () of loss and of right answers."""
         num_images = len(index)
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        for start, batch in self._micro_batches(images, index, seeds):
-            self.statistics.watch(max(0, self.probe_images - start))
-            logits = self._forward(batch)
-            losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
-            mean_loss = (losses + self.statistics.nll()) / num_images
-            (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
-            loss_sum += losses.detach()
-            correct += (logits.detach().argmax(1) == batch.labels).sum()
+        with standardize_once(self.standardized):
+            for start, batch in self._micro_batches(images, index, seeds):
+                self.statistics.watch(max(0, self.probe_images - start))
+                logits = self._forward(batch)
+                losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
+                mean_loss = (losses + self.statistics.nll()) / num_images
+                (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
+                loss_sum += losses.detach()
+                correct += (logits.detach().argmax(1) == batch.labels).sum()
+            gradients_ready()
         return loss_sum, correct
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients alive now: of parameters, and of weights that are standardised once for many micro-batches."""
+        leaves = [
+            *self.model.parameters(),
+            *(m.shared_weight for m in self.standardized if m.shared_weight is not None),
+        ]
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     def _micro_batches(self, images: ImageSet, index: Tensor, seeds: Tensor) -> Iterator[tuple[int, MicroBatch]]:
         for start in range(0, len(index), self.micro_batch_size):

@@ -54,7 +54,7 @@ class Trainer:
         self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
         self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
         self.num_steps = min(self.steps_per_epoch * epochs, max_steps or sys.maxsize)
-        self.meter = PeakMeter(step.model, step.optimizer, step.device)
+        self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
         self.step = 0
         self._epoch_sums = _EpochSums()
 

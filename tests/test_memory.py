@@ -1,0 +1,125 @@
+"""Measured peaks: counted exactly, split fully, and flat in the effective batch."""
+
+import gc
+
+import pytest
+import torch
+from helpers import advance, state, tiny_recipe
+
+from bln_train.build import build_experiment
+from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
+
+KIB = 1024
+
+
+def test_tracker_counts_storages_once_and_only_while_alive():
+    """Views are free, temporaries count while they live, in-place changes do not."""
+    base = torch.zeros(256)  # 1 KiB of float32
+    tracker = StorageTracker([base])
+    with tracker:
+        a = base + 1
+        view = a[10:].view(2, 123)
+        b = torch.cat([a, a])
+        assert tracker.live_bytes == 4 * KIB
+        del a
+        assert tracker.live_bytes == 4 * KIB  # the view holds it
+        del view
+        assert tracker.live_bytes == 3 * KIB
+        b.add_(1)
+        c = b.sum()
+    assert tracker.peak_bytes == 4 * KIB
+    assert tracker.bytes_at_peak(tracker.births([base, c])) == KIB  # c came after the peak
+    assert tracker.bytes_at_peak(tracker.births([b])) == 2 * KIB
+
+
+def test_tracker_sees_what_autograd_saves():
+    """A chain of n saved activations peaks at n of them; backward frees them."""
+    x = torch.zeros(256, requires_grad=True)
+    tracker = StorageTracker([x])
+    with tracker:
+        y = x
+        for _ in range(5):
+            y = torch.exp(y)  # saves its result
+        loss = y.sum()
+        del y
+        loss.backward()
+        del loss
+    assert 6 * KIB <= tracker.peak_bytes <= 9 * KIB
+    assert tracker.live_bytes == 2 * KIB  # x and its gradient
+
+
+def measured(**changes):
+    trainer = build_experiment(tiny_recipe(train__precision="fp32", **changes)).trainer
+    advance(trainer, 2)
+    return trainer.memory_record(), trainer
+
+
+def test_split_adds_up_to_the_peak():
+    """Parameters, gradients, momentum, activations and the rest are the whole peak, and the known parts are exact."""
+    record, trainer = measured()
+    model = trainer.take_step.model
+    parts = (
+        record.parameter_bytes,
+        record.gradient_bytes,
+        record.optimizer_bytes,
+        record.activation_bytes,
+        record.other_bytes,
+    )
+    assert sum(parts) == record.peak_bytes
+    assert record.parameter_bytes == storage_bytes(model.parameters())
+    assert record.other_bytes == storage_bytes(model.buffers())
+    assert record.optimizer_bytes == storage_bytes(
+        s["momentum_buffer"] for s in trainer.take_step.optimizer.state.values()
+    )
+    assert record.reserved_bytes is None
+    assert record.device_bytes is None
+
+
+def test_tracking_changes_no_bit():
+    """A tracked step computes what an untracked one computes."""
+    tracked = build_experiment(tiny_recipe(train__precision="fp32")).trainer
+    plain = build_experiment(tiny_recipe(train__precision="fp32")).trainer
+    plain.meter._steps_left = 0
+    advance(tracked, 3)
+    advance(plain, 3)
+    assert plain.memory_record().peak_bytes is None
+    found, expected = state(tracked), state(plain)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("norm", ["batchless", "group"])
+def test_peak_is_flat_in_the_effective_batch(norm):
+    """At micro-batch 1 the peak for an effective batch of 8, 24 and 72 images is equal within 1 %."""
+    peaks = []
+    for effective in (8, 24, 72):
+        record, _ = measured(
+            data__num_train=2 * effective,
+            norm={"name": norm},
+            train__effective_batch_size=effective,
+            train__micro_batch_size=1,
+        )
+        peaks.append(record.peak_bytes)
+    assert max(peaks) <= 1.01 * min(peaks)
+
+
+def test_peak_grows_with_the_micro_batch():
+    """Activations are a constant plus a part proportional to the micro-batch."""
+    four, eight, sixteen = (
+        measured(norm={"name": "group"}, train__micro_batch_size=n)[0].activation_bytes for n in (4, 8, 16)
+    )
+    assert sixteen - eight == pytest.approx(2 * (eight - four), rel=0.05)  # the peak's moment moves
+
+
+def test_nothing_is_left_alive_between_steps():
+    """After each step the live tensors are the parameters, buffers, momentum and the data: no leak."""
+    trainer = build_experiment(tiny_recipe(train__precision="fp32", train__micro_batch_size=3)).trainer
+
+    def live():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        return storage_bytes(tensors)
+
+    advance(trainer, PeakMeter.NUM_NOTED + 1)
+    first = live()
+    advance(trainer, PeakMeter.NUM_NOTED + 3)
+    assert live() <= first + KIB

@@ -152,7 +152,11 @@ def _preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
     mean, std = channel_moments(data.train.images)
     if recipe.data.normalize == "symmetric":
         mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
-    augment = recipe.data.augment
+    augment, side = recipe.data.augment, min(data.train.images.shape[-2:])
+    if augment.crop_padding >= side:
+        raise UsageError(
+            f"data.augment.crop_padding is {augment.crop_padding}, but the images have {side} pixels a side"
+        )
     return Preprocess(
         mean,
         std,

@@ -15,11 +15,9 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -29,6 +27,7 @@ from bln_train.recipe import NORM_NAMES, Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.records import EpochRecord, Record, StepRecord
 from bln_train.report.runlog import RunFolder, json_text, write_atomically
+from bln_train.signals import stop_requests
 
 MicroBatch = int | Literal["full"]
 CellListener = Callable[[float, Record], None]  # how far the cell is, from 0 to 1, and what it recorded
@@ -141,31 +140,13 @@ def run_cells(cells: Sequence[Cell], show: Callable[[int, str], CellListener]) -
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM; the state of the cell under way is saved.
     """
-    with _stop_signals() as stop_asked:
+    with stop_requests() as stop_asked:  # noted, not acted on: a cell being started must not lose its parent
         for n, cell in enumerate(cells):
             _run_cell(cell, show(n, cell.folder.path.name), stop_asked)
             if stop_asked():
                 raise InterruptedRunError(
                     f"stopped at {cell.folder.path.name}; its state is saved", "Go on with the same command."
                 )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Note a SIGINT or SIGTERM instead of acting at once: a cell being started must not be left without its parent."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, previous[number])  # the second one acts at once, as usual
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _run_cell(cell: Cell, listen: CellListener, stop_asked: Callable[[], bool]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -194,11 +195,19 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
 
 def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
     """The table of a comparison, on stdout."""
-    table = Table(title="Peak memory of training and accuracy", title_justify="left")
+    table = Table(title="Peak memory of training and accuracy", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("norm", no_wrap=True)
-    headings = ("effective\nbatch", "micro-\nbatch", "peak\nmemory", "images/s", "train\nloss", "test accuracy", "runs")
+    headings = (
+        "effective\nbatch",
+        "micro-\nbatch",
+        "peak\nmemory",
+        "images\n/s",
+        "train\nloss",
+        "test accuracy",
+        "runs",
+    )
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     failures = []
     for row in rows:
         accuracy = format_percent(row["test_accuracy_mean"])
@@ -221,6 +230,10 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
     out.print(table)
     for line in failures:
         print_line(f"did not finish: {line}")
+    if any(row["norm"] == "batch" and row["micro_batch_size"] < row["effective_batch_size"] for row in rows):
+        print_line(
+            "batch below the full micro-batch normalises each micro-batch by itself: another, usually worse, method"
+        )
     print_line(f"device: {device}; accuracy: mean ± standard deviation over the runs")
 
 

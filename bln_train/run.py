@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
+from bln_train.signals import stop_requests
 from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
 from bln_train.train.evaluate import Evaluation
 
@@ -76,7 +75,7 @@ def run(
             folder.append(NoticeRecord(text))
     epochs, memory = [r for r in folder.records() if isinstance(r, EpochRecord)], trainer.memory_record()
     last_saved = began = time.monotonic()
-    with _stop_signals() as stop_asked, _explained_failures(recipe):
+    with stop_requests() as stop_asked, _explained_failures(recipe):
         for record in trainer.steps():
             if isinstance(record, StepRecord):
                 if record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0:
@@ -136,29 +135,6 @@ def _summary(
         "memory": asdict(memory),
         "environment": runtime.environment(experiment.device),
     }
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop after the step; the second acts at once, as usual."""
-    asked = False
-    previous: dict[int, Any] = {}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, previous[number] or signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[number] = signal.signal(number, ask)
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            break
-    try:
-        yield lambda: asked
-    finally:
-        for changed, handler in previous.items():
-            signal.signal(changed, handler)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 
@@ -42,8 +43,9 @@ def device_name(device: torch.device) -> str:
             model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     except OSError:
         model = ""
-    model = model or platform.processor() or platform.machine()
-    return f"{model} CPU, {torch.get_num_threads()} threads"
+    model = (model or platform.processor() or platform.machine()).strip()
+    count = torch.get_num_threads()
+    return f"{model} CPU, {count} thread{'s' * (count > 1)}"
 
 
 def weight_dtype(precision: str) -> torch.dtype:
@@ -70,6 +72,8 @@ def set_up(num_threads: int | None, deterministic: bool) -> None:
     """Process-wide switches, in one place."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if deterministic:  # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     # Shapes are the same from step to step, so cuDNN's search pays.

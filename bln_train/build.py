@@ -57,7 +57,12 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True) -> Experiment:
         DataError: the data are missing or damaged.
     """
     device = runtime.resolve_device(recipe.runtime.device)
-    runtime.set_up(recipe.runtime.num_threads, recipe.runtime.deterministic)
+    runtime.set_up(
+        num_threads=recipe.runtime.num_threads,
+        deterministic=recipe.runtime.deterministic,
+        cudnn_benchmark=recipe.runtime.cudnn_benchmark,
+        tf32=recipe.train.precision == "tf32",
+    )
     autocast = partial(runtime.autocast, device, recipe.train.precision)
     autocast()  # says at once if the device cannot do the precision
 
@@ -127,11 +132,9 @@ def probe_images(recipe: Recipe) -> int:
 
 
 def eval_batch_size(recipe: Recipe) -> int:
-    """Images evaluated at once. Auto: without gradients eight images need about what one needs in training."""
+    """Images evaluated at once. Auto: four images without gradients need less than one in training does."""
     stated = recipe.train.eval_batch_size
-    if stated != "auto":
-        return stated
-    return min(max(8 * recipe.train.micro_batch_size, probe_images(recipe)), _LARGEST_AUTO_EVAL_BATCH)
+    return min(4 * recipe.train.micro_batch_size, _LARGEST_AUTO_EVAL_BATCH) if stated == "auto" else stated
 
 
 def evaluate_on_test(

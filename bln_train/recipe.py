@@ -61,6 +61,8 @@ class Data(Section):
     def _check(self) -> Data:
         if self.image_size is not None and self.name != "folder":
             raise ValueError(f"image_size: {self.name} images have a fixed size; only `folder` can be scaled")
+        if self.name == "shapes" and self.root is not None:
+            raise ValueError("root: shapes are drawn by the program; leave it out")
         if self.name == "folder" and self.root is None:
             raise ValueError("root: a folder needs one, with train/<class>/* and test/<class>/* inside")
         return self
@@ -95,7 +97,7 @@ class Model(Section):
         return self
 
 
-_PAPER = {"statistics": "gradient", "statistics_rate": None, "correction_rate": 0.0, "probe_images": 0}
+_PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
 NORM_PRESETS: dict[str, dict[str, Any]] = {
     "batchless": {"parametrization": "log", "statistics": "natural"},
     "batchless-paper": {"parametrization": "log", **_PAPER},
@@ -112,14 +114,15 @@ class BatchlessNormSection(Section):
     """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
     share: Literal["channel", "layer"] = "channel"
     """One mean and standard deviation per channel, or one pair for the whole layer."""
-    eps: PositiveFloat = 1e-5
-    """Added to |s| by `abs`, and to 1/|s| inside `inv`; the smallest standard deviation of the others."""
+    eps: PositiveFloat = 1e-3
+    """The smallest standard deviation that data can set; `abs` adds it to |s|, `inv` to |s| before inverting. The paper's
+    presets take 1e-5."""
     statistics: Literal["natural", "gradient"]
     """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the
     paper."""
-    statistics_rate: PositiveFloat | None = 0.1
-    """natural: rate of the moving averages, at most 1, outside the schedule; gradient: learning rate of the statistics
-    (under the schedule), default that of the weights."""
+    statistics_rate: PositiveFloat | None = None
+    """natural: rate of the moving averages, at most 1, outside the schedule, default 0.1; gradient: learning rate of the
+    statistics (under the schedule), default that of the weights."""
     nll_weight: PositiveFloat = 1.0
     """Weight of the likelihood in the loss; `gradient` only, a natural gradient does not depend on it."""
     nll_reduction: Literal["mean", "sum"] = "mean"
@@ -137,7 +140,12 @@ class BatchlessNormSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
-        return {**NORM_PRESETS.get(str(data.get("name")), {}), **data} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        filled = {**NORM_PRESETS.get(str(data.get("name")), {}), **data}
+        if filled.get("statistics") == "natural":
+            filled.setdefault("statistics_rate", 0.1)
+        return filled
 
     @model_validator(mode="after")
     def _check(self) -> BatchlessNormSection:
@@ -275,11 +283,12 @@ class Train(Section):
     micro_batch_size: Positive
     """Images in memory at once; down to 1, at most the effective batch."""
     eval_batch_size: Positive | Literal["auto"] = "auto"
-    """Images evaluated at once; auto keeps evaluation below the memory of training."""
+    """Images evaluated at once; auto is four times the micro-batch, at most 256: less memory than training takes."""
     eval_every_epochs: Positive = 1
     label_smoothing: Fraction = 0.0
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
-    """bf16 and fp16 are autocast with fp32 weights; fp16 needs CUDA; fp64 is for checking exactness."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16 and fp16 are autocast with fp32 weights; tf32 rounds the factors of products; fp16 and tf32 need CUDA; fp64 is for
+    checking exactness."""
     channels_last: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
@@ -301,6 +310,8 @@ class Runtime(Section):
     """CPU threads; default PyTorch's."""
     deterministic: bool = False
     """Only algorithms that repeat bit for bit on CUDA (slower); the CPU always does."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its algorithms on CUDA: faster, with more workspace memory than it would choose by itself."""
     log_every_steps: Positive = 10
     checkpoint_every_steps: Positive | None = None
     """Besides the checkpoint at the end of each epoch."""
@@ -330,8 +341,8 @@ class Recipe(Section):
         classes = {"cifar10": 10, "cifar100": 100, "shapes": 10}.get(self.data.name)
         if classes and self.model.num_classes not in (None, classes):
             problems.append(f"model.num_classes: {self.model.num_classes}, but {self.data.name} has {classes} classes")
-        if self.train.precision == "fp16" and self.runtime.device == "cpu":
-            problems.append("train.precision: fp16 needs CUDA; use bf16 or fp32 on the CPU")
+        if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
+            problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")
         if self.schedule.warmup_epochs >= self.train.epochs:
             problems.append(
                 f"schedule.warmup_epochs: {self.schedule.warmup_epochs} leaves nothing of {self.train.epochs} epochs"

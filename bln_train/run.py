@@ -50,7 +50,8 @@ def run(
     """
     folder.check_usable(recipe, resume=resume)
     state = load_checkpoint(folder.checkpoint) if resume and folder.checkpoint.exists() else None
-    experiment = build_experiment(recipe, initialize=state is None)
+    with _explained_failures(recipe):
+        experiment = build_experiment(recipe, initialize=state is None)
     trainer = experiment.trainer
     if state is not None:
         trainer.load_state_dict(state)

@@ -57,27 +57,40 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """A context in which layers run at `precision`.
 
     Raises:
-        UsageError: fp16 without CUDA.
+        UsageError: the device cannot compute at that precision.
     """
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError("train.precision: tf32 needs CUDA", "Use fp32 on the CPU: --set train.precision=fp32")
     dtype = _AUTOCAST.get(precision)
     if dtype is None:
         return nullcontext()
     if dtype == torch.float16 and device.type != "cuda":
         raise UsageError("train.precision: fp16 needs CUDA", "Use bf16 or fp32 on the CPU: --set train.precision=bf16")
-    # The cache would keep low-precision copies of the weights from one micro-batch to the next inside one context.
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise UsageError(
+            f"train.precision: {torch.cuda.get_device_name(device)} has no bf16",
+            "Use fp16 or fp32: --set train.precision=fp16",
+        )
+    # Each weight is used once per forward: a cache of low-precision copies would only take memory.
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
-def set_up(num_threads: int | None, deterministic: bool) -> None:
+def set_up(*, num_threads: int | None, deterministic: bool, cudnn_benchmark: bool, tf32: bool) -> None:
     """Process-wide switches, in one place."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if deterministic:  # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # we write what we allocate
     torch.backends.cudnn.deterministic = deterministic
-    # Shapes are the same from step to step, so cuDNN's search pays.
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = cudnn_benchmark and not deterministic
+    # PyTorch's default for convolutions is TF32, whose rounding depends on the algorithm, and that on the micro-batch.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from helpers import advance, largest_difference, state, tiny_recipe, trained
 
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
+from bln_train.norm import BatchlessNorm2d
+from bln_train.records import StepRecord
 from bln_train.rng import instance_seeds
 
 EVERY_NORM = ["batchless", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv", "group", "layer", "instance",
@@ -25,8 +28,9 @@ def gradients(experiment, micro_batch_size, num_images):
     step.model.train()
     step.model.zero_grad()
     step.accumulate(trainer.data.train, index, instance_seeds(0, 0, index))
+    found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
     step.statistics.discard()
-    return {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
+    return found
 
 
 def perturb(model):
@@ -121,6 +125,94 @@ def test_one_step_equals_a_plain_loop():
     assert largest_difference(dict(model.state_dict()), dict(experiment.model.state_dict())) < 1e-12
 
 
+class Subtract(torch.autograd.Function):
+    """The identity, whose gradient has something subtracted."""
+
+    @staticmethod
+    def forward(ctx, x, subtrahend):
+        ctx.save_for_backward(subtrahend)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g - ctx.saved_tensors[0], None
+
+
+def remember(seen, layer, a, xhat, g):
+    seen[layer] = (a, xhat, g)
+
+
+def test_batchless_steps_equal_a_hand_written_loop():
+    """The preset's whole step, written out on the whole batch from the formulas: autograd, natural statistics, correction,
+    clipping, SGD and probe; for a full batch, another, and the short last one, whose 8 images the probe of 6 fits."""
+    recipe = tiny_recipe(train__micro_batch_size=3, optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5})
+    experiment = build_experiment(recipe)
+    trainer, model = experiment.trainer, copy.deepcopy(experiment.model)
+    norms = [m for m in model.modules() if isinstance(m, BatchlessNorm2d)]
+    assert all(bool(m.mean.detach().any()) for m in norms)  # they were initialised from data
+    weights = [p for n, p in model.named_parameters() if not n.endswith((".mean", "raw_std"))]
+    momentum = [torch.zeros_like(p) for p in weights]
+    order, advanced = epoch_order(40, seed=0, epoch=0), trainer.steps()
+    for step, start in enumerate(range(0, 40, 16)):
+        index = order[start : start + 16]
+        inputs = trainer.take_step.preprocess.train(trainer.data.train.images[index], instance_seeds(0, 0, index))
+        seen = {}  # each layer's input and output gradient
+
+        num_images = len(index)
+
+        def formula(m, args, _, seen=seen, num_images=num_images):
+            mean, std, weight, bias = (t.view(-1, 1, 1) for t in (m.mean.detach(), m.std.detach(), m.weight, m.bias))
+            offset, slope = m.correction.view(2, 1, -1, 1, 1)
+            live = (args[0] - mean) / std
+            xhat = live.detach()
+            out = weight * Subtract.apply(live, weight.detach() * (offset + slope * xhat) / num_images) + bias
+            out.register_hook(partial(remember, seen, m, args[0].detach(), xhat))
+            return out
+
+        handles = [m.register_forward_hook(formula) for m in norms]
+        model.train()
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(
+            model(inputs), trainer.data.train.labels[index], label_smoothing=0.1
+        ).backward()
+        for handle in handles:
+            handle.remove()
+        old = {}
+        for m in norms:
+            m.pending_nll, m.num_images_seen = None, 0
+            a, xhat, g = seen[m]
+            torch.testing.assert_close(m.weight.grad, (g * xhat).sum((0, 2, 3)), rtol=1e-9, atol=1e-12)
+            positions = a.shape[2] * a.shape[3]
+            m.correction.lerp_(torch.stack((g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)))) / positions, 0.1)
+            mean, std = m.mean.detach().clone(), m.std.detach().clone()
+            new_mean = mean + 0.1 * (a.mean((0, 2, 3)) - mean)
+            new_var = std**2 + 0.1 * ((a - mean.view(-1, 1, 1)).square().mean((0, 2, 3)) - std**2)
+            m.set_statistics(new_mean, new_var.sqrt())
+            old[m] = (a[:6].mean((0, 2, 3)), a[:6].var((0, 2, 3), correction=0))
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in weights))
+        clip = min(1.0, 0.5 / (float(norm) + 1e-6))
+        rate = 0.1 * trainer.schedule.factor(step)
+        with torch.no_grad():
+            for p, buffer in zip(weights, momentum, strict=True):
+                buffer.mul_(0.9).add_(clip * p.grad + (5e-4 * p if p.dim() > 1 else 0))
+                p -= rate * buffer
+
+            def follow(m, args, old=old):
+                a, (mean_old, var_old) = args[0], old[m]
+                guard = 1e-4 * m.std.detach() ** 2
+                ratio = (a.var((0, 2, 3), correction=0) + guard) / (var_old + guard)
+                m.set_statistics(m.mean + a.mean((0, 2, 3)) - mean_old, m.std * ratio.sqrt())
+
+            handles = [m.register_forward_pre_hook(follow) for m in norms]
+            model(inputs[:6])
+            for handle in handles:
+                handle.remove()
+        record = next(r for r in advanced if isinstance(r, StepRecord))
+        assert record.step == step + 1
+        assert record.grad_norm == pytest.approx(float(norm), rel=1e-9)
+        assert largest_difference(dict(model.state_dict()), dict(experiment.model.state_dict())) < 1e-9, step
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 @pytest.mark.parametrize(
     "changes",
@@ -204,6 +296,14 @@ def test_law_8_layering():
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         assert name in layer_of, f"{name} has no layer in this test"
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bln_train."):
-                target = node.module.removeprefix("bln_train.")
+            if isinstance(node, ast.ImportFrom) and node.module == "bln_train":
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bln_train."):
+                targets = [node.module.removeprefix("bln_train.")]
+            else:
+                targets = []
+                assert not (isinstance(node, ast.Import) and any(a.name.startswith("bln_train") for a in node.names)), (
+                    name
+                )
+            for target in targets:
                 assert layer_of[target] <= layer_of[name], f"{name} imports {target} of a higher layer"

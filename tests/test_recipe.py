@@ -269,7 +269,7 @@ def test_paper_presets_are_filled_in(name: str, parametrization: str) -> None:
     assert (norm.correction_rate, norm.probe_images) == (0, 0)
     natural = parse(text_of()).norm
     assert isinstance(natural, BatchlessNormSection)
-    assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, 16)
+    assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, 8)
 
 
 ROUND_TRIPS = [

@@ -101,6 +101,7 @@ class PeakMeter:
     ) -> None:
         self.model, self.optimizer, self.gradients, self.device = model, optimizer, gradients, device
         self._steps_left = self.NUM_NOTED
+        self._running = False
         self._peak: int | None = None
         self._reserved: int | None = None
         self._parts: dict[str, int] = {}
@@ -112,12 +113,18 @@ class PeakMeter:
 
     def start(self) -> None:
         """Begin a stretch of training steps: on CUDA, forget the peak of whatever ran before (an evaluation, say)."""
+        self._running = True
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or what an evaluation reserved would count as reserved by training
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def stop(self) -> None:
         """End a stretch of training steps."""
-        if self.device.type == "cuda":
+        self._read()
+        self._running = False
+
+    def _read(self) -> None:
+        if self.device.type == "cuda" and self._running:
             self._peak = max(self._peak or 0, torch.cuda.max_memory_allocated(self.device))
             self._reserved = max(self._reserved or 0, torch.cuda.max_memory_reserved(self.device))
 
@@ -168,7 +175,7 @@ class PeakMeter:
         cuda = self.device.type == "cuda"
         in_use = None
         if cuda:
-            self.stop()
+            self._read()
             free, total = torch.cuda.mem_get_info(self.device)
             in_use = total - free
         measured = self._peak is not None and bool(self._parts)

@@ -18,7 +18,7 @@ class NormFactory(Protocol):
 
 
 def init_he(model: nn.Module) -> None:
-    """Draw convolution and linear weights from N(0, 2 / fan_in) (fan_out for convolutions, He et al. 2015), biases 0."""
+    """Draw convolution weights from N(0, 2 / fan_out) (He et al. 2015), linear ones from U with variance 1 / fan_in; biases 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,7 +31,8 @@ class _BatchlessNorm(nn.Module):
         num_features: C, channels of the input (N, C, *spatial).
         parametrization: what `raw_std` stores, see `functional.std_from_raw`.
         share: "channel" for (C,) statistics, "layer" for one pair, shape (1,).
-        eps: smallest standard deviation, in units of the input.
+        eps: the smallest standard deviation that data can set, in units of the input; part of `std_from_raw` for abs, inv
+            (a largest one there, 1/eps) and var, while log, left to an optimizer, has no bound.
         affine: learn weight and bias, each (C,).
         init_mean, init_std: statistics before any data, in units of the input.
         statistics: "natural" updates them by `BatchlessStatistics.update` (a natural-gradient step, an exact moving average
@@ -60,7 +62,7 @@ class _BatchlessNorm(nn.Module):
         *,
         parametrization: Parametrization = "log",
         share: Literal["channel", "layer"] = "channel",
-        eps: float = 1e-5,
+        eps: float = 1e-3,
         affine: bool = True,
         init_mean: float = 0.0,
         init_std: float = 1.0,
@@ -141,9 +143,9 @@ class _BatchlessNorm(nn.Module):
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:
-        if x.dim() not in self._dims or x.shape[1] != self.num_features:
+        if x.dim() not in self._dims or x.shape[1] != self.num_features or x.numel() == 0:
             dims = " or ".join(f"{d}-dimensional" for d in self._dims)
-            raise ValueError(f"{type(self).__name__}({self.num_features}) takes {dims} input with {self.num_features} "
+            raise ValueError(f"{type(self).__name__}({self.num_features}) takes {dims} input, not empty, with {self.num_features} "
                              f"channels on axis 1, got shape {tuple(x.shape)}")  # fmt: skip
 
     def _train_forward(self, x: Tensor) -> Tensor:
@@ -178,13 +180,14 @@ class _BatchlessNorm(nn.Module):
             sum_xhat, sum_xhat_sq = (self._entries(s.sum(view.reduced)) for s in (xhat, xhat * xhat))
         sums = torch.stack((sum_xhat, sum_xhat_sq))
         self._probe_sums = sums if self._probe_sums is None else self._probe_sums + sums
+        self.watch_first = 0  # where a network uses the layer twice, both sides of the probe see its first use
         self._probe_count += count * (x.numel() // (x.shape[0] * x.shape[1]))
 
     def _entries(self, per_channel: Tensor) -> Tensor:
         return per_channel if self.share == "channel" else per_channel.mean(0, keepdim=True)
 
     @torch.no_grad()
-    def update(self, num_images: int) -> Tensor | None:
+    def update(self, num_images: int) -> Tensor:
         """Take what the gradients of one effective batch say: correction, probe account, natural step.
 
         With m1, m2 the batch's means of xhat and xhat^2:  mean += rate*std*m1;  std *= sqrt(1 + rate*(m2 - 1)).
@@ -193,39 +196,56 @@ class _BatchlessNorm(nn.Module):
         Args:
             num_images: images of the effective batch, the loss being their mean.
 
-        Returns: () the layer's nll per image, unweighted, averaged over channels, or None if it saw no image.
+        Returns: () the layer's nll per image, unweighted, averaged over channels; NaN where the statistics are frozen or the
+            layer saw no image.
         """
-        if not self.num_images_seen or self.mean.grad is None or self.raw_std.grad is None:
-            return None
-        calls = self.num_images_seen / num_images  # 2 where a network uses the layer twice
-        positions = self.num_positions_seen / self.num_images_seen
-        std = self.std
-        if self.correction is not None:
-            assert self.weight is not None
-            assert self.bias is not None
-            if self.weight.grad is not None and self.bias.grad is not None:  # else they are frozen
-                seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
-                self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
+        value = torch.full((), torch.nan, device=self.mean.device, dtype=self.mean.dtype)
+        if self.num_images_seen:
+            calls = self.num_images_seen / num_images  # 2 where a network uses the layer twice
+            std = self.std
+            if self.correction is not None:
+                assert self.weight is not None
+                assert self.bias is not None
+                if self.weight.grad is not None and self.bias.grad is not None:  # else they are frozen
+                    positions = self.num_positions_seen / self.num_images_seen
+                    seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
+                    self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
+            if self._probe_sums is not None:
+                first, second = (self._probe_sums / self._probe_count).unbind(0)
+                variance = (second - first * first).clamp(min=0)
+                self._probe_moments = (torch.addcmul(self.mean, std, first), std * std * variance)
+            if self.mean.grad is not None and self.raw_std.grad is not None:
+                value = self._follow_gradients(calls, std)
+        self._empty_account()
+        return value
 
+    def _follow_gradients(self, calls: float, std: Tensor) -> Tensor:
+        """Read m1 and m2 off the gradients of the likelihood, take the natural step if it is ours; returns the nll."""
         entries = self.mean.numel()
         scale = (
             self.nll_weight / entries if self.nll_reduction == "mean" else self.nll_weight * self.num_features / entries
         )
+        assert self.mean.grad is not None
+        assert self.raw_std.grad is not None
         m1 = self.mean.grad * std / (-scale * calls)
         slope = std_slope(self.raw_std, std, self.parametrization)
         excess = self.raw_std.grad * std / (-scale * calls * slope)  # m2 - 1
-
-        if self._probe_sums is not None:
-            first, second = (self._probe_sums / self._probe_count).unbind(0)
-            variance = (second - first * first).clamp(min=0)
-            self._probe_moments = (torch.addcmul(self.mean, std, first), std * std * variance)
         if self.statistics == "natural":
             growth = (1 + self.statistics_rate * excess).clamp(min=0).sqrt()
             self.set_statistics(torch.addcmul(self.mean, std, m1, value=self.statistics_rate), std * growth)
             self.mean.grad = self.raw_std.grad = None
-        self.pending_nll = self._probe_sums = None
-        self.num_images_seen = self.num_positions_seen = self._probe_count = 0
         return excess.mean() / 2 if self.gauge else excess.mean() / 2 + 0.5 + std.log().mean()
+
+    def discard(self) -> None:
+        """Forget a half-done effective batch, natural gradients included."""
+        self._empty_account()
+        self._probe_moments = None
+        if self.statistics == "natural":
+            self.mean.grad = self.raw_std.grad = None
+
+    def _empty_account(self) -> None:
+        self.pending_nll = self._probe_sums = None
+        self.num_images_seen = self.num_positions_seen = self._probe_count = self.watch_first = 0
 
     @torch.no_grad()
     def _synchronize(self, x: Tensor) -> None:
@@ -315,21 +335,29 @@ class BatchlessStatistics:
         return total
 
     def update(self, num_images: int) -> Tensor | None:
-        """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each layer, or None."""
+        """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each, None if L = 0.
+
+        Raises:
+            RuntimeError: a forward's likelihood was never taken by `nll`, so the statistics would not follow the data.
+        """
+        for name, layer in self.layers.items():
+            if layer.pending_nll is not None:
+                self.discard()
+                raise RuntimeError(
+                    f"the likelihood of layer '{name}' was not added to the loss: call nll() after each training forward. "
+                    "Activation checkpointing runs forwards again during backward and cannot be used with this layer."
+                )
         values = [layer.update(num_images) for layer in self.layers.values()]
-        seen = [v for v in values if v is not None]
-        return torch.stack(seen) if len(seen) == len(values) and seen else None
+        return torch.stack(values) if values else None
 
     def discard(self) -> None:
         """Forget a half-done effective batch."""
         for layer in self.layers.values():
-            layer.pending_nll = layer._probe_sums = layer._probe_moments = None
-            layer.num_images_seen = layer.num_positions_seen = layer._probe_count = 0
+            layer.discard()
 
     @torch.no_grad()
-    def synchronize(self, forward: object) -> None:
+    def synchronize(self, forward: Callable[[], object]) -> None:
         """Run `forward`, a no-argument call of the network on the watched images, letting each layer follow in turn."""
-        assert callable(forward)
         for layer in self.layers.values():
             layer.synchronizing = True
         try:

@@ -25,7 +25,10 @@ class _Moments:
 
     def add(self, x: Tensor) -> None:
         """Merge in (N, C, *spatial)."""
-        rows = x.detach().movedim(1, -1).reshape(-1, x.shape[1]).double()
+        for image in x.detach().split(1):  # float64 copies of one image at a time
+            self._add_rows(image.movedim(1, -1).reshape(-1, x.shape[1]).double())
+
+    def _add_rows(self, rows: Tensor) -> None:
         count = rows.shape[0]
         mean = rows.mean(0)
         delta = mean - self.mean

@@ -49,7 +49,8 @@ def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None 
     Raises:
         ValueError: a standard deviation below sqrt(eps), which no BatchNorm with that eps can express.
     """
-    if bool((norm.std.square() < eps).any()):
+    variance = norm.std.detach().square() - eps
+    if bool((variance < -1e-4 * eps).any()):  # below it only by rounding is a variance of 0
         raise ValueError(f"a standard deviation below sqrt(eps) = {eps**0.5:.3g} has no BatchNorm form; lower eps")
     layer = _TO_BATCH[type(norm)](
         norm.num_features,
@@ -63,7 +64,7 @@ def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None 
     assert layer.running_var is not None
     with torch.no_grad():
         layer.running_mean.copy_(norm.mean)
-        layer.running_var.copy_(norm.std.square() - eps)
+        layer.running_var.copy_(variance.clamp(min=0))
     _copy_affine(norm, layer)
     return layer.train(norm.training)
 

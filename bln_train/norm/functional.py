@@ -80,6 +80,17 @@ def _rows_in_order(a: Tensor, channels_last: bool) -> Rows:
     return Rows(a.reshape(a.shape[0], a.shape[1], -1), (0, 2), (-1, 1))
 
 
+def _empty_rows(a: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """An uninitialised tensor of a's shape, in rows order whatever a's strides are, and its rows, which are a view."""
+    n, c, *spatial = a.shape
+    if not channels_last:
+        out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+        return out, out if a.dim() == 2 else out.view(n, c, -1)
+    first, *middle, last = torch.empty((n, *spatial, c), device="meta").stride()
+    out = torch.empty_strided(a.shape, (first, last, *middle), dtype=a.dtype, device=a.device)
+    return out, out.movedim(1, -1).view(-1, c)
+
+
 def _from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
     """View rows as a tensor of shape (N, C, *spatial), in the memory order they came from."""
     if rows.dim() == 2 and len(shape) > 2:
@@ -135,8 +146,8 @@ class _BatchlessNormFunction(torch.autograd.Function):
         nll = nll + constant if gauge else nll + (num_images * nll_scale) * std.log().sum()
 
         # Written through a view: the output itself must be no view, or nobody could apply a relu to it in place.
-        out = torch.empty_like(a)
-        rows = as_rows(out).rows
+        channels_last = a.dim() > 2 and xhat.dim() == 2
+        out, rows = _empty_rows(a, channels_last)
         if weight is None or bias is None:
             rows.copy_(xhat)
         elif rows.dtype == xhat.dtype:
@@ -144,33 +155,36 @@ class _BatchlessNormFunction(torch.autograd.Function):
         else:
             rows.copy_(torch.addcmul(bias.view(shape), xhat, weight.view(shape)))
         ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, correction, sum_xhat, sum_xhat_sq)
-        ctx.shape, ctx.channels_last = a.shape, a.dim() > 2 and xhat.dim() == 2
+        ctx.shape, ctx.channels_last = a.shape, channels_last
         ctx.parametrization, ctx.nll_scale = parametrization, nll_scale
         ctx.num_images, ctx.num_positions = num_images, num_positions
         ctx.mark_non_differentiable(sum_xhat, sum_xhat_sq)
+        ctx.set_materialize_grads(False)
         return out, nll, sum_xhat, sum_xhat_sq
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_nll: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         xhat, std, raw_std, weight, correction, sum_xhat, sum_xhat_sq = ctx.saved_tensors
-        grad_rows, reduced, shape = _rows_in_order(grad_out, ctx.channels_last)
         needs_a, needs_mean, needs_raw, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         grad_a = grad_mean = grad_raw = grad_weight = grad_bias = None
 
-        if needs_mean or needs_raw:  # the likelihood alone moves the statistics
+        if grad_nll is not None and (needs_mean or needs_raw):  # the likelihood alone moves the statistics
             slope = grad_nll * ctx.nll_scale / std
             grad_mean = -slope * sum_xhat / ctx.num_positions
             grad_std = slope * (ctx.num_images - sum_xhat_sq / ctx.num_positions)
             grad_raw = grad_std * std_slope(raw_std, std, ctx.parametrization)
 
+        if grad_out is None:
+            return None, grad_mean, grad_raw, *[None] * 7
+        grad_rows, reduced, shape = _rows_in_order(grad_out, ctx.channels_last)
         if needs_bias:
             grad_bias = grad_rows.sum(reduced, dtype=std.dtype)
         if needs_weight:
-            grad_weight = (grad_rows * xhat).sum(reduced, dtype=std.dtype)
+            grad_weight = (grad_rows.to(std.dtype) * xhat).sum(reduced)  # low precision would overflow in the product
         if needs_a:  # the task alone reaches the layers below
             gain = (weight / std if weight is not None else std.reciprocal()).view(shape)
-            if correction is None:
+            if correction is None or grad_nll is None:
                 rows = grad_rows * gain
             else:
                 # g - scale*(A + B*xhat). The likelihood enters the loss with the weight of one image, 1/N (times a loss
@@ -190,7 +204,7 @@ def batchless_norm(
     *,
     correction: Tensor | None = None,
     parametrization: Parametrization = "log",
-    eps: float = 1e-5,
+    eps: float = 1e-3,
     nll_weight: float = 1.0,
     nll_reduction: Literal["mean", "sum"] = "mean",
     gauge: bool = True,

@@ -12,9 +12,12 @@ from torch.nn import functional as F
 
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
+from bln_train.errors import DivergedError
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once
+
+_SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
 
 
 class StepTotals(NamedTuple):
@@ -88,6 +91,8 @@ class AccumulationStep:
     ) -> StepTotals:
         """Take one step on images[index]; index and seeds are (N,) int64 on the CPU, N >= 1."""
         num_images = len(index)
+        # A short last batch may hold fewer images than the probe needs: too few would add noise to every statistic.
+        probing = 0 < self.probe_images <= num_images
         self.model.train()
         loss_sum, correct = self.accumulate(images, index, seeds, gradients_ready)
         if self.scaler is not None:
@@ -107,8 +112,10 @@ class AccumulationStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self._drop_gradients()
-        if self.probe_images:
-            first = self._load(images, index[: self.probe_images], seeds[: self.probe_images])
+        if probing and nll is not None:
+            first = self._load(
+                images, index[: self.probe_images], *self._to_device(images, index, seeds, self.probe_images)
+            )
             self.statistics.synchronize(lambda: self._forward(first))
         set_instance_seeds(self.dropouts, None)
         return StepTotals(loss_sum, correct, grad_norm, nll)
@@ -118,17 +125,19 @@ class AccumulationStep:
     ) -> tuple[Tensor, Tensor]:
         """Add the effective batch's gradient to every parameter's; returns the sums () of loss and of right answers."""
         num_images = len(index)
+        num_watched = self.probe_images if self.probe_images <= num_images else 0
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         with standardize_once(self.standardized):
             for start, batch in self._micro_batches(images, index, seeds):
-                self.statistics.watch(max(0, self.probe_images - start))
+                self.statistics.watch(max(0, num_watched - start))
                 logits = self._forward(batch)
                 losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
                 mean_loss = (losses + self.statistics.nll()) / num_images
                 (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
                 loss_sum += losses.detach()
                 correct += (logits.detach().argmax(1) == batch.labels).sum()
+                del batch, logits, losses, mean_loss  # or they would be alive beside their successors
             gradients_ready()
         return loss_sum, correct
 
@@ -141,15 +150,19 @@ class AccumulationStep:
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     def _micro_batches(self, images: ImageSet, index: Tensor, seeds: Tensor) -> Iterator[tuple[int, MicroBatch]]:
+        labels, seeds = self._to_device(images, index, seeds, len(index))
         for start in range(0, len(index), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
-            yield start, self._load(images, index[part], seeds[part])
+            yield start, self._load(images, index[part], labels[part], seeds[part])
 
-    def _load(self, images: ImageSet, index: Tensor, seeds: Tensor) -> MicroBatch:
+    def _to_device(self, images: ImageSet, index: Tensor, seeds: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Labels and seeds of the first images: 16 bytes each, so one copy for all micro-batches, which waits once."""
+        return images.labels[index[:first]].to(self.device), seeds[:first].to(self.device)
+
+    def _load(self, images: ImageSet, index: Tensor, labels: Tensor, seeds: Tensor) -> MicroBatch:
         """Bring one micro-batch to the device: only its own images are ever there, so memory is flat in the batch."""
-        seeds = seeds.to(self.device, non_blocking=True)
         raw = images.images[index].to(self.device, non_blocking=True)
-        return MicroBatch(self.preprocess.train(raw, seeds), images.labels[index].to(self.device), seeds)
+        return MicroBatch(self.preprocess.train(raw, seeds), labels, seeds)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         set_instance_seeds(self.dropouts, batch.seeds)
@@ -160,11 +173,16 @@ class AccumulationStep:
     def _unscale(self) -> None:
         """Divide the loss scale out of every gradient, those of natural statistics included, which no optimizer holds."""
         assert self.scaler is not None
+        scale = self.scaler.get_scale()
+        if scale < _SMALLEST_LOSS_SCALE:
+            raise DivergedError(
+                f"fp16 gradients overflow at any loss scale (now {scale:.1e}); training diverged",
+                "Lower optimizer.lr, or use train.precision=bf16 or fp32.",
+            )
         natural = [p.grad for p in self.statistics.natural_parameters if p.grad is not None]
-        inverse = 1.0 / self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         if natural:
-            torch._foreach_mul_(natural, inverse)
+            torch._foreach_mul_(natural, 1.0 / scale)
 
     def _drop_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -68,6 +68,7 @@ class Trainer:
             DivergedError: the loss or the gradient norm is not finite.
         """
         self.meter.start()
+        first_step = self.step
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
             epoch, position = divmod(self.step, self.steps_per_epoch)
@@ -80,7 +81,7 @@ class Trainer:
                 order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
             begin = position * self.effective_batch_size
             yield self._train_on(order[begin : begin + self.effective_batch_size], epoch)
-            if self.step == PeakMeter.NUM_NOTED:
+            if self.step - first_step == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
         yield self.memory_record()
 
@@ -118,6 +119,7 @@ class Trainer:
         self._epoch_sums.images += num_images
         self._epoch_sums.loss += loss
         self._epoch_sums.correct += correct
+        followed = [value for value in layers if math.isfinite(value)]  # NaN: a layer whose statistics are frozen
         names = list(self.take_step.statistics.layers)
         return StepRecord(
             step=self.step,
@@ -125,7 +127,7 @@ class Trainer:
             num_images=num_images,
             loss=loss / num_images,
             accuracy=correct / num_images,
-            nll=sum(layers) / len(layers) if layers else None,
+            nll=sum(followed) / len(followed) if followed else None,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             seconds=seconds,

@@ -72,9 +72,8 @@ def show_progress(num_steps: int, first_step: int = 0) -> Iterator[Listener]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        TaskProgressColumn(),
         TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=talk, expand=True) as progress:
         task = progress.add_task("training", total=num_steps, completed=first_step, figures="")
@@ -106,10 +105,9 @@ class _Smooth:
         self.loss += rate * (record.loss - self.loss)
         self.accuracy += rate * (record.accuracy - self.accuracy)
         self.speed += rate * (record.num_images / record.seconds - self.speed)
-        return (
-            f"loss {self.loss:.3f}  accuracy {100 * self.accuracy:.1f} %  {self.speed:.0f} images/s  "
-            f"peak {format_bytes(self.peak)}"
-        )
+        # Short enough for 80 columns; the bar takes what is left.
+        figures = f"loss {self.loss:.3f}  {100 * self.accuracy:.1f} %  {self.speed:.0f} images/s"
+        return f"{figures}  {format_bytes(self.peak)}"
 
     def note(self, record: Record) -> None:
         if isinstance(record, MemoryRecord):
@@ -144,8 +142,8 @@ def _lines(record: Record) -> Iterator[str]:
         yield f"[yellow]note:[/] {escape(record.text)}"
     elif isinstance(record, EpochRecord):
         yield (
-            f"epoch {record.epoch}: train loss {record.train_loss:.3f}, accuracy {format_percent(record.train_accuracy)}; "
-            f"test loss {format_number(record.test_loss)}, accuracy {format_percent(record.test_accuracy)}; "
+            f"epoch {record.epoch}: loss {record.train_loss:.3f}, {format_percent(record.train_accuracy)}; "
+            f"test loss {format_number(record.test_loss)}, {format_percent(record.test_accuracy)}; "
             f"{format_number(record.images_per_second, 0)} images/s"
         )
 

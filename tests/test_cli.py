@@ -142,7 +142,7 @@ def test_stdout_is_data_and_stderr_is_talk(finished):
     """`--json` prints one JSON document, the summary, and nothing else on stdout; progress goes to stderr."""
     _, folder, stdout, stderr = finished
     assert {**json.loads((folder / "summary.json").read_text()), "folder": "run"} == json.loads(stdout)
-    assert "epoch 2: train loss" in stderr
+    assert "epoch 2: loss" in stderr
     assert "effective batch 16, micro-batch 8" in stderr
 
 
@@ -483,7 +483,7 @@ def test_comparison_writes_table_csv_json_and_plots(comparison):
         with Image.open(out / plot) as image:
             image.verify()
     assert "peak" in stdout
-    assert "images/s" in stdout
+    assert "test accuracy" in stdout
     assert "± " in stdout
     assert "device: " in stdout
     assert "[1/8] batchless-effective4-micro1-seed0" in stderr

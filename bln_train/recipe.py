@@ -132,8 +132,8 @@ class BatchlessNormSection(Section):
     correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Rate of the running backward correction; 0 turns it off."""
     probe_images: Annotated[int, Field(ge=0)] = 8
-    """Images of each effective batch on which the statistics follow the weights (at most all of them); 0 turns it
-    off."""
+    """Images of the next batch on which the statistics follow the weights after each step, at most an effective batch; 0
+    turns it off."""
     init_images: Annotated[int, Field(ge=0)] = 128
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
 

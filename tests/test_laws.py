@@ -138,13 +138,17 @@ class Subtract(torch.autograd.Function):
         return g - ctx.saved_tensors[0], None
 
 
+def keep_moments(old, layer, args):
+    old[layer] = (args[0].mean((0, 2, 3)), args[0].var((0, 2, 3), correction=0))
+
+
 def remember(seen, layer, a, xhat, g):
     seen[layer] = (a, xhat, g)
 
 
 def test_batchless_steps_equal_a_hand_written_loop():
     """The preset's whole step, written out on the whole batch from the formulas: autograd, natural statistics, correction,
-    clipping, SGD and probe; for a full batch, another, and the short last one, whose 8 images the probe of 6 fits."""
+    clipping, SGD and probe on the images that come next; for a full batch, another, and the short last one."""
     recipe = tiny_recipe(train__micro_batch_size=3, optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5})
     experiment = build_experiment(recipe)
     trainer, model = experiment.trainer, copy.deepcopy(experiment.model)
@@ -169,15 +173,24 @@ def test_batchless_steps_equal_a_hand_written_loop():
             out.register_hook(partial(remember, seen, m, args[0].detach(), xhat))
             return out
 
-        handles = [m.register_forward_hook(formula) for m in norms]
         model.train()
         model.zero_grad()
+        following = order[(start + num_images + torch.arange(6)) % 40]
+        probe = trainer.take_step.preprocess.train(
+            trainer.data.train.images[following], instance_seeds(0, 0, following)
+        )
+        old = {}
+        handles = [m.register_forward_pre_hook(partial(keep_moments, old)) for m in norms]
+        with torch.no_grad():
+            model(probe)
+        for handle in handles:
+            handle.remove()
+        handles = [m.register_forward_hook(formula) for m in norms]
         torch.nn.functional.cross_entropy(
             model(inputs), trainer.data.train.labels[index], label_smoothing=0.1
         ).backward()
         for handle in handles:
             handle.remove()
-        old = {}
         for m in norms:
             m.pending_nll, m.num_images_seen = None, 0
             a, xhat, g = seen[m]
@@ -188,7 +201,6 @@ def test_batchless_steps_equal_a_hand_written_loop():
             new_mean = mean + 0.1 * (a.mean((0, 2, 3)) - mean)
             new_var = std**2 + 0.1 * ((a - mean.view(-1, 1, 1)).square().mean((0, 2, 3)) - std**2)
             m.set_statistics(new_mean, new_var.sqrt())
-            old[m] = (a[:6].mean((0, 2, 3)), a[:6].var((0, 2, 3), correction=0))
         norm = torch.sqrt(sum(p.grad.square().sum() for p in weights))
         clip = min(1.0, 0.5 / (float(norm) + 1e-6))
         rate = 0.1 * trainer.schedule.factor(step)
@@ -204,7 +216,7 @@ def test_batchless_steps_equal_a_hand_written_loop():
                 m.set_statistics(m.mean + a.mean((0, 2, 3)) - mean_old, m.std * ratio.sqrt())
 
             handles = [m.register_forward_pre_hook(follow) for m in norms]
-            model(inputs[:6])
+            model(probe)
             for handle in handles:
                 handle.remove()
         record = next(r for r in advanced if isinstance(r, StepRecord))

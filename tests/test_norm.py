@@ -172,7 +172,6 @@ def test_gauged_nll_is_zero_for_matching_input():
 def accumulate(norm, x, loss=lambda out: out.square().sum()):
     """Gradients of one effective batch of a single layer."""
     statistics = BatchlessStatistics(norm)
-    statistics.watch(len(x))
     ((loss(norm(x)) + statistics.nll()) / len(x)).backward()
     return statistics
 
@@ -234,15 +233,15 @@ def test_probe_follows_an_affine_change_of_the_input(share):
     """If new weights map every input a to 3a + 2, mean moves by what the images' mean moves by, and std grows threefold."""
     norm = BatchlessNorm2d(4, share=share, statistics="gradient", init_mean=0.3, init_std=2.0, dtype=torch.float64)
     x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
-    statistics = accumulate(norm, x)
-    statistics.update(6)
-    statistics.synchronize(lambda: norm(3 * x + 2))
+    statistics = BatchlessStatistics(norm)
+    statistics.observe(lambda: norm(x))
+    statistics.follow(lambda: norm(3 * x + 2))
     axes = (0, 2, 3) if share == "channel" else (0, 1, 2, 3)
     torch.testing.assert_close(norm.mean.detach(), (0.3 + 2 * x.mean(axes) + 2).reshape(-1), rtol=1e-9, atol=1e-9)
     # the guard of 1 % of std is the tolerance
     torch.testing.assert_close(norm.std.detach(), torch.full_like(norm.std.detach(), 6.0), rtol=1e-2, atol=0)
     before = copy.deepcopy(norm.state_dict())
-    statistics.synchronize(lambda: norm(x))  # nothing watched since: nothing to follow
+    statistics.follow(lambda: norm(x))  # nothing observed since: nothing to follow
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 
@@ -255,16 +254,14 @@ def test_probe_without_change_is_the_identity_also_for_a_layer_used_twice():
         return norm(5 * norm(x) + 1)
 
     statistics = BatchlessStatistics(norm)
-    statistics.watch(6)
-    ((net().sum() + statistics.nll()) / 6).backward()
-    statistics.update(6)
+    statistics.observe(net)
     before = copy.deepcopy(norm.state_dict())
-    statistics.synchronize(net)
+    statistics.follow(net)
     for key, value in norm.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=1e-12, atol=1e-12)
 
 
-def test_frozen_statistics_keep_correction_probe_and_account():
+def test_frozen_statistics_keep_correction_and_account():
     """With mean and std frozen, the correction still learns, the account is emptied, and the layer reports NaN."""
     norm = BatchlessNorm2d(3, dtype=torch.float64).requires_grad_(False)
     norm.weight.requires_grad_(True)
@@ -287,21 +284,6 @@ def test_activation_checkpointing_is_refused(reentrant):
     ((out.sum() + statistics.nll()) / 4).backward()
     with pytest.raises(RuntimeError, match="Activation checkpointing"):
         statistics.update(4)
-
-
-@pytest.mark.parametrize("split", [1, 3, 8])
-def test_probe_watches_the_same_images_whatever_the_split(split):
-    """The leading images' moments are those of the images, not of the micro-batches they came in."""
-    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
-    norm = BatchlessNorm2d(3, dtype=torch.float64)
-    statistics = BatchlessStatistics(norm)
-    for start in range(0, 8, split):
-        statistics.watch(max(0, 5 - start))
-        ((norm(x[start : start + split]).sum() + statistics.nll()) / 8).backward()
-    statistics.update(8)
-    mean, variance = norm._probe_moments
-    torch.testing.assert_close(mean, x[:5].mean((0, 2, 3)), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(variance, x[:5].var((0, 2, 3), correction=0), rtol=1e-10, atol=1e-10)
 
 
 def test_eval_is_the_affine_map_in_both_layouts():

@@ -110,11 +110,8 @@ class _BatchlessNorm(nn.Module):
         self.pending_nll: Tensor | None = None
         self.num_images_seen = 0
         self.num_positions_seen = 0
-        # Probe synchronisation: how many leading images of the next forward to watch, and what was seen of them.
-        self.watch_first = 0
-        self.synchronizing = False
-        self._probe_count = 0
-        self._probe_sums: Tensor | None = None
+        # The probe: what the next forwards are for, and what was observed of the probe's images under the old weights.
+        self.probe: Literal["", "observe", "follow"] = ""
         self._probe_moments: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -131,8 +128,10 @@ class _BatchlessNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *spatial) to the same shape and dtype; see the class."""
         self._check_input(x)
-        if self.synchronizing:
-            self._synchronize(x)
+        if self.probe == "observe":
+            self._observe(x)
+        elif self.probe == "follow":
+            self._follow(x)
         elif self.training and torch.is_grad_enabled():
             return self._train_forward(x)
         shape = (-1, *([1] * (x.dim() - 2)))
@@ -166,29 +165,14 @@ class _BatchlessNorm(nn.Module):
         num_images, per_image = x.shape[0], x.numel() // (x.shape[0] * x.shape[1])
         self.num_images_seen += num_images
         self.num_positions_seen += num_images * per_image
-        if self.watch_first:
-            self._watch(x.detach(), result.sum_xhat, result.sum_xhat_sq)
         return result.out
-
-    @torch.no_grad()
-    def _watch(self, x: Tensor, sum_xhat: Tensor, sum_xhat_sq: Tensor) -> None:
-        """Add the leading images' sums, so that the probe can compare the same images before and after the step."""
-        count = min(self.watch_first, x.shape[0])
-        if count < x.shape[0]:
-            view = as_rows(x[:count])
-            xhat = (view.rows - self.mean.view(view.broadcast)) / self.std.view(view.broadcast)
-            sum_xhat, sum_xhat_sq = (self._entries(s.sum(view.reduced)) for s in (xhat, xhat * xhat))
-        sums = torch.stack((sum_xhat, sum_xhat_sq))
-        self._probe_sums = sums if self._probe_sums is None else self._probe_sums + sums
-        self.watch_first = 0  # where a network uses the layer twice, both sides of the probe see its first use
-        self._probe_count += count * (x.numel() // (x.shape[0] * x.shape[1]))
 
     def _entries(self, per_channel: Tensor) -> Tensor:
         return per_channel if self.share == "channel" else per_channel.mean(0, keepdim=True)
 
     @torch.no_grad()
     def update(self, num_images: int) -> Tensor:
-        """Take what the gradients of one effective batch say: correction, probe account, natural step.
+        """Take what the gradients of one effective batch say: correction and natural step.
 
         With m1, m2 the batch's means of xhat and xhat^2:  mean += rate*std*m1;  std *= sqrt(1 + rate*(m2 - 1)).
         Call it between the last backward and anything that changes gradients (clipping) or parameters.
@@ -210,10 +194,6 @@ class _BatchlessNorm(nn.Module):
                     positions = self.num_positions_seen / self.num_images_seen
                     seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
                     self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
-            if self._probe_sums is not None:
-                first, second = (self._probe_sums / self._probe_count).unbind(0)
-                variance = (second - first * first).clamp(min=0)
-                self._probe_moments = (torch.addcmul(self.mean, std, first), std * std * variance)
             if self.mean.grad is not None and self.raw_std.grad is not None:
                 value = self._follow_gradients(calls, std)
         self._empty_account()
@@ -244,12 +224,19 @@ class _BatchlessNorm(nn.Module):
             self.mean.grad = self.raw_std.grad = None
 
     def _empty_account(self) -> None:
-        self.pending_nll = self._probe_sums = None
-        self.num_images_seen = self.num_positions_seen = self._probe_count = self.watch_first = 0
+        self.pending_nll = None
+        self.num_images_seen = self.num_positions_seen = 0
 
     @torch.no_grad()
-    def _synchronize(self, x: Tensor) -> None:
-        """Move the statistics by what the new weights did to the watched images, x: (p, C, *spatial).
+    def _observe(self, x: Tensor) -> None:
+        """Keep mean and variance of the probe's images under the old weights, x: (p, C, *spatial)."""
+        if self._probe_moments is None:  # where a network uses the layer twice, both sides see its first use
+            shift, variance = self._moments_about(x, self.mean)
+            self._probe_moments = (self.mean + shift, variance)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Move the statistics by what the step did to the probe's images, x: (p, C, *spatial).
 
         mean += mean_new - mean_old;  log std += log(std_new / std_old).  The images are the same on both sides, so their
         sampling noise cancels; what upstream layers changed has already been normalised away and is passed on once.
@@ -257,15 +244,18 @@ class _BatchlessNorm(nn.Module):
         if self._probe_moments is None:
             return
         mean_old, var_old = self._probe_moments
-        count = x.numel() // x.shape[1]
-        sums = [self._centred_sums(image, mean_old) for image in x.split(1)]  # one image's temporaries at a time
-        shift, square = (self._entries(s) / count for s in torch.stack(sums).sum(0))
+        shift, var_new = self._moments_about(x, mean_old)
         std = self.std
-        # Where the watched images barely vary the ratio says nothing: 1 % of std is added to both sides.
+        # Where the images barely vary the ratio says nothing: 1 % of std is added to both sides.
         guard = 1e-4 * std * std
-        ratio = ((square - shift * shift).clamp(min=0) + guard) / (var_old + guard)
-        self.set_statistics(self.mean + shift, std * ratio.sqrt())
+        self.set_statistics(self.mean + shift, std * ((var_new + guard) / (var_old + guard)).sqrt())
         self._probe_moments = None
+
+    def _moments_about(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of x less `centre`, and variance of x, over images and positions, (C,) or (1,) each."""
+        sums = [self._centred_sums(image, centre) for image in x.split(1)]  # one image's temporaries at a time
+        shift, square = (self._entries(s) / (x.numel() // x.shape[1]) for s in torch.stack(sums).sum(0))
+        return shift, (square - shift * shift).clamp(min=0)
 
     def _centred_sums(self, x: Tensor, mean: Tensor) -> Tensor:
         """Sums over images and positions of x - mean and of its square: (2, C)."""
@@ -296,12 +286,12 @@ class BatchlessStatistics:
 
     for each effective batch of N images:
         for each micro-batch:                          # of any size
-            statistics.watch(...)                      # optional, for the probe
             loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
             (loss / N).backward()
+        statistics.observe(lambda: net(probe_images))  # optional: a few images that are not in this batch
         statistics.update(N)                           # correction and natural step
         optimizer.step()                               # over everything but statistics.natural_parameters
-        statistics.synchronize(lambda: net(first_images))   # optional, the probe
+        statistics.follow(lambda: net(probe_images))   # optional, with observe: the statistics follow the weights
 
     Args:
         model: any module; one without batchless layers makes every method a no-op.
@@ -319,11 +309,6 @@ class BatchlessStatistics:
     def gradient_parameters(self) -> list[nn.Parameter]:
         """Means and raw_stds that belong into the optimizer."""
         return [p for m in self.layers.values() if m.statistics == "gradient" for p in (m.mean, m.raw_std)]
-
-    def watch(self, num_first: int) -> None:
-        """In the next forward, take account of the first `num_first` images for the probe (0: of none)."""
-        for layer in self.layers.values():
-            layer.watch_first = num_first
 
     def nll(self) -> Tensor | float:
         """Sum of the layers' negative log likelihoods of the last forward's images; to be added to a summed loss."""
@@ -355,13 +340,20 @@ class BatchlessStatistics:
         for layer in self.layers.values():
             layer.discard()
 
+    def observe(self, forward: Callable[[], object]) -> None:
+        """Run `forward`, a no-argument call of the network on the probe's images, noting each layer's input moments."""
+        self._run_probe("observe", forward)
+
+    def follow(self, forward: Callable[[], object]) -> None:
+        """Run `forward` again after the step: layer after layer, statistics move by what the step did to those images."""
+        self._run_probe("follow", forward)
+
     @torch.no_grad()
-    def synchronize(self, forward: Callable[[], object]) -> None:
-        """Run `forward`, a no-argument call of the network on the watched images, letting each layer follow in turn."""
+    def _run_probe(self, kind: Literal["observe", "follow"], forward: Callable[[], object]) -> None:
         for layer in self.layers.values():
-            layer.synchronizing = True
+            layer.probe = kind
         try:
             forward()
         finally:
             for layer in self.layers.values():
-                layer.synchronizing = False
+                layer.probe = ""

@@ -50,12 +50,12 @@ class AccumulationStep:
         gradient = 1/N * sum over micro-batches of d/dw [ sum of task losses + sum of likelihoods ]
 
     The sums are divided by the true number of images N, so ragged micro-batches and a short last batch are exact. The
-    order is: accumulate, update statistics (they read the gradients), clip, step, drop gradients, probe.
+    order is: accumulate; observe the probe's images under the old weights; update statistics, which read the gradients; clip;
+    step; drop gradients; let the statistics follow the new weights on the probe's images.
 
     Args:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.
         micro_batch_size: images in memory at once.
-        probe_images: leading images of each effective batch on which the statistics follow the weights, 0 for none.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
         autocast: makes the context of each forward.
@@ -71,7 +71,6 @@ class AccumulationStep:
         *,
         device: torch.device,
         micro_batch_size: int,
-        probe_images: int = 0,
         label_smoothing: float = 0.0,
         clip_norm: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]],
@@ -79,7 +78,6 @@ class AccumulationStep:
     ) -> None:
         self.model, self.optimizer, self.statistics, self.preprocess = model, optimizer, statistics, preprocess
         self.device, self.micro_batch_size = device, micro_batch_size
-        self.probe_images = probe_images if statistics.layers else 0
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.autocast, self.scaler = autocast, scaler
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -87,14 +85,22 @@ class AccumulationStep:
         self.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
 
     def __call__(
-        self, images: ImageSet, index: Tensor, seeds: Tensor, gradients_ready: Callable[[], None] = lambda: None
+        self,
+        images: ImageSet,
+        index: Tensor,
+        seeds: Tensor,
+        probe_index: Tensor,
+        probe_seeds: Tensor,
+        gradients_ready: Callable[[], None] = lambda: None,
     ) -> StepTotals:
-        """Take one step on images[index]; index and seeds are (N,) int64 on the CPU, N >= 1."""
+        """Take one step on images[index]; index and seeds are (N,) int64 on the CPU, N >= 1, those of the probe (p,), p >= 0."""
         num_images = len(index)
-        # A short last batch may hold fewer images than the probe needs: too few would add noise to every statistic.
-        probing = 0 < self.probe_images <= num_images
         self.model.train()
         loss_sum, correct = self.accumulate(images, index, seeds, gradients_ready)
+        probing = len(probe_index) > 0 and bool(self.statistics.layers)
+        if probing:
+            probe = self._load(images, probe_index, *self._to_device(images, probe_index, probe_seeds))
+            self.statistics.observe(lambda: self._forward(probe))
         if self.scaler is not None:
             self._unscale()
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -111,12 +117,9 @@ class AccumulationStep:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self._drop_gradients()
+        self.model.zero_grad(set_to_none=True)
         if probing and nll is not None:
-            first = self._load(
-                images, index[: self.probe_images], *self._to_device(images, index, seeds, self.probe_images)
-            )
-            self.statistics.synchronize(lambda: self._forward(first))
+            self.statistics.follow(lambda: self._forward(probe))
         set_instance_seeds(self.dropouts, None)
         return StepTotals(loss_sum, correct, grad_norm, nll)
 
@@ -125,12 +128,10 @@ class AccumulationStep:
     ) -> tuple[Tensor, Tensor]:
         """Add the effective batch's gradient to every parameter's; returns the sums () of loss and of right answers."""
         num_images = len(index)
-        num_watched = self.probe_images if self.probe_images <= num_images else 0
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         with standardize_once(self.standardized):
-            for start, batch in self._micro_batches(images, index, seeds):
-                self.statistics.watch(max(0, num_watched - start))
+            for batch in self._micro_batches(images, index, seeds):
                 logits = self._forward(batch)
                 losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
                 mean_loss = (losses + self.statistics.nll()) / num_images
@@ -149,15 +150,15 @@ class AccumulationStep:
         ]
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def _micro_batches(self, images: ImageSet, index: Tensor, seeds: Tensor) -> Iterator[tuple[int, MicroBatch]]:
-        labels, seeds = self._to_device(images, index, seeds, len(index))
+    def _micro_batches(self, images: ImageSet, index: Tensor, seeds: Tensor) -> Iterator[MicroBatch]:
+        labels, seeds = self._to_device(images, index, seeds)
         for start in range(0, len(index), self.micro_batch_size):
             part = slice(start, start + self.micro_batch_size)
-            yield start, self._load(images, index[part], labels[part], seeds[part])
+            yield self._load(images, index[part], labels[part], seeds[part])
 
-    def _to_device(self, images: ImageSet, index: Tensor, seeds: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Labels and seeds of the first images: 16 bytes each, so one copy for all micro-batches, which waits once."""
-        return images.labels[index[:first]].to(self.device), seeds[:first].to(self.device)
+    def _to_device(self, images: ImageSet, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and seeds: 16 bytes an image, so one copy for all micro-batches, which waits once."""
+        return images.labels[index].to(self.device), seeds.to(self.device)
 
     def _load(self, images: ImageSet, index: Tensor, labels: Tensor, seeds: Tensor) -> MicroBatch:
         """Bring one micro-batch to the device: only its own images are ever there, so memory is flat in the batch."""
@@ -183,6 +184,3 @@ class AccumulationStep:
         self.scaler.unscale_(self.optimizer)
         if natural:
             torch._foreach_mul_(natural, 1.0 / scale)
-
-    def _drop_gradients(self) -> None:
-        self.model.zero_grad(set_to_none=True)

@@ -36,19 +36,22 @@ def bare_steps(experiment, effective, micro):
             loss_sum = torch.zeros(())
             for at in range(0, effective, micro):
                 part = index[at : at + micro]
-                norms.watch(max(0, step.probe_images - at))
                 logits = model(step.preprocess.train(images.images[part], seeds[at : at + micro]))
                 loss = F.cross_entropy(logits, images.labels[part], reduction="sum")
                 ((loss + norms.nll()) / effective).backward()
                 loss_sum += loss.detach()
+            probing = trainer.probe_images and norms.layers
+            if probing:
+                chosen = order[(start + effective + torch.arange(trainer.probe_images)) % len(order)]
+                probe = step.preprocess.train(images.images[chosen], instance_seeds(0, epoch, chosen))
+                norms.observe(lambda probe=probe: model(probe))
             norms.update(effective)
             if step.clip_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
             optimizer.step()
             model.zero_grad(set_to_none=True)
-            if step.probe_images:
-                first = step.preprocess.train(images.images[index[: step.probe_images]], seeds[: step.probe_images])
-                norms.synchronize(lambda first=first: model(first))
+            if probing:
+                norms.follow(lambda probe=probe: model(probe))
             loss_sum.item()
             yield
         epoch += 1

@@ -134,6 +134,8 @@ class BatchlessNormSection(Section):
     probe_images: Annotated[int, Field(ge=0)] = 8
     """Images of the next batch on which the statistics follow the weights after each step, at most an effective batch; 0
     turns it off."""
+    probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] = 128
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
 

@@ -229,17 +229,22 @@ def test_constant_input_cannot_blow_up():
 
 
 @pytest.mark.parametrize("share", ["channel", "layer"])
-def test_probe_follows_an_affine_change_of_the_input(share):
-    """If new weights map every input a to 3a + 2, mean moves by what the images' mean moves by, and std grows threefold."""
-    norm = BatchlessNorm2d(4, share=share, statistics="gradient", init_mean=0.3, init_std=2.0, dtype=torch.float64)
+@pytest.mark.parametrize("gain", [1.0, 0.25])
+def test_probe_follows_an_affine_change_of_the_input(share, gain):
+    """If new weights map every input a to 3a + 2, mean moves by its share of what the images' mean moves by, log std by its
+    share of log 3."""
+    norm = BatchlessNorm2d(4, share=share, statistics="gradient", init_mean=0.3, init_std=2.0, probe_gain=gain,
+                           dtype=torch.float64)  # fmt: skip
     x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
     statistics = BatchlessStatistics(norm)
     statistics.observe(lambda: norm(x))
     statistics.follow(lambda: norm(3 * x + 2))
     axes = (0, 2, 3) if share == "channel" else (0, 1, 2, 3)
-    torch.testing.assert_close(norm.mean.detach(), (0.3 + 2 * x.mean(axes) + 2).reshape(-1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        norm.mean.detach(), (0.3 + gain * (2 * x.mean(axes) + 2)).reshape(-1), rtol=1e-9, atol=1e-9
+    )
     # the guard of 1 % of std is the tolerance
-    torch.testing.assert_close(norm.std.detach(), torch.full_like(norm.std.detach(), 6.0), rtol=1e-2, atol=0)
+    torch.testing.assert_close(norm.std.detach(), torch.full_like(norm.std.detach(), 2 * 3**gain), rtol=1e-2, atol=0)
     before = copy.deepcopy(norm.state_dict())
     statistics.follow(lambda: norm(x))  # nothing observed since: nothing to follow
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
@@ -312,7 +317,14 @@ def test_low_precision_input_keeps_statistics_in_float32():
 
 def test_arguments_and_shapes_are_checked():
     """ValueError names what came and what is wanted."""
-    for settings in ({"statistics_rate": 0}, {"correction_rate": 2}, {"affine": False}, {"init_std": 0}, {"eps": 0}):
+    for settings in (
+        {"statistics_rate": 0},
+        {"probe_gain": 2},
+        {"correction_rate": 2},
+        {"affine": False},
+        {"init_std": 0},
+        {"eps": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             BatchlessNorm2d(3, **settings)
     with pytest.raises(ValueError, match="3 channels on axis 1, got shape"):

@@ -40,6 +40,7 @@ class _BatchlessNorm(nn.Module):
         statistics_rate: step of the natural update, in (0, 1].
         nll_weight, nll_reduction, gauge: see `functional.batchless_norm`.
         correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
+        probe_gain: share of what a step did to the probe's images that the statistics follow at once, in [0, 1].
 
     Attributes:
         mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
@@ -72,6 +73,7 @@ class _BatchlessNorm(nn.Module):
         nll_reduction: Literal["mean", "sum"] = "mean",
         gauge: bool = True,
         correction_rate: float = 0.1,
+        probe_gain: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,6 +86,8 @@ class _BatchlessNorm(nn.Module):
             raise ValueError(f"statistics_rate is {statistics_rate}; a natural step needs a rate in (0, 1]")
         if not 0 <= correction_rate <= 1:
             raise ValueError(f"correction_rate is {correction_rate}; it is the rate of a moving average, in [0, 1]")
+        if not 0 <= probe_gain <= 1:
+            raise ValueError(f"probe_gain is {probe_gain}; it is a share, in [0, 1]")
         if correction_rate and not affine:
             raise ValueError(
                 "the correction is read off the gradients of weight and bias: set affine=True or correction_rate=0"
@@ -91,7 +95,7 @@ class _BatchlessNorm(nn.Module):
         self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
         self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
         self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
-        self.correction_rate = correction_rate
+        self.correction_rate, self.probe_gain = correction_rate, probe_gain
 
         entries = num_features if share == "channel" else 1
         self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))
@@ -238,8 +242,10 @@ class _BatchlessNorm(nn.Module):
     def _follow(self, x: Tensor) -> None:
         """Move the statistics by what the step did to the probe's images, x: (p, C, *spatial).
 
-        mean += mean_new - mean_old;  log std += log(std_new / std_old).  The images are the same on both sides, so their
-        sampling noise cancels; what upstream layers changed has already been normalised away and is passed on once.
+        mean += gain * (mean_new - mean_old);  log std += gain * log(std_new / std_old).  The images are the same on both
+        sides, so their sampling noise cancels; what upstream layers changed has already been normalised away in part. A
+        gain of 1 undoes at once what the gradient, which holds statistics fixed, meant to do to mean and scale; a gain of 0
+        lets the lag compound with depth.
         """
         if self._probe_moments is None:
             return
@@ -248,7 +254,8 @@ class _BatchlessNorm(nn.Module):
         std = self.std
         # Where the images barely vary the ratio says nothing: 1 % of std is added to both sides.
         guard = 1e-4 * std * std
-        self.set_statistics(self.mean + shift, std * ((var_new + guard) / (var_old + guard)).sqrt())
+        ratio = ((var_new + guard) / (var_old + guard)) ** (self.probe_gain / 2)
+        self.set_statistics(self.mean + self.probe_gain * shift, std * ratio)
         self._probe_moments = None
 
     def _moments_about(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:

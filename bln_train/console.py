@@ -193,7 +193,14 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
 
 def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
     """The table of a comparison, on stdout."""
-    table = Table(title="Peak memory of training and accuracy", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="Peak memory of training and accuracy",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,  # the longest norm's name must leave room for the rest in 80 columns
+    )
     table.add_column("norm", no_wrap=True)
     headings = (
         "effective\nbatch",
@@ -201,14 +208,15 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
         "peak\nmemory",
         "images\n/s",
         "train\nloss",
-        "test accuracy",
+        "test\naccuracy %",
         "runs",
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     failures = []
     for row in rows:
-        accuracy = format_percent(row["test_accuracy_mean"])
+        mean = row["test_accuracy_mean"]
+        accuracy = format_number(None if mean is None else 100 * mean, 2)
         if row["test_accuracy_std"] is not None:
             accuracy += f" ± {100 * row['test_accuracy_std']:.2f}"
         table.add_row(

@@ -483,7 +483,7 @@ def test_comparison_writes_table_csv_json_and_plots(comparison):
         with Image.open(out / plot) as image:
             image.verify()
     assert "peak" in stdout
-    assert "test accuracy" in stdout
+    assert "accuracy %" in stdout
     assert "± " in stdout
     assert "device: " in stdout
     assert "[1/8] batchless-effective4-micro1-seed0" in stderr

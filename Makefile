@@ -4,13 +4,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo compare test check format bench clean
+.PHONY: demo compare memory test check format bench clean
 
 demo: $(READY)          ## train the quickstart recipe: about two minutes on two CPU cores
 	$(BIN)/bln-train run recipes/quickstart.yaml
 
 compare: $(READY)       ## batch against batchless, side by side
 	$(BIN)/bln-train compare --norm batch,batchless
+
+# Random images, nothing to download; sized for some 15 minutes on two CPU cores.
+memory: $(READY)        ## the README's memory tables
+	$(BIN)/bln-train memory cifar10_mb1 --micro-batch 1,64 --effective-batch 1,128,1024 --out memory/resnet20
+	$(BIN)/bln-train memory cifar10_mb1 --set model.name=resnet18 --micro-batch 1,32 --effective-batch 1,32 \
+	  --repeats 3 --out memory/resnet18
+	$(BIN)/bln-train memory cifar10_mb1 --set model.name=torchvision:resnet50 \
+	  --set "data={name: folder, root: unused, image_size: 224}" --micro-batch 1,8 --effective-batch 1,8 \
+	  --repeats 3 --out memory/resnet50
 
 test: $(READY)          ## all tests; those marked gpu skip without a CUDA device
 	$(BIN)/python -m pytest

@@ -15,8 +15,10 @@ from bln_train.augment import Preprocess
 from bln_train.data import DataSet, channel_moments, epoch_order, load_dataset
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
+from bln_train.models.names import torchvision_name
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.calibrate import initialize_statistics
+from bln_train.norm.fuse import fuse
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.recipe import (
     BatchlessNormSection,
@@ -32,6 +34,7 @@ from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
 _LARGEST_AUTO_EVAL_BATCH = 256
+_AUTO_PROBE = (4, 8)  # fewer images let deep nets drift; more were measured to gain nothing
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,17 @@ class Experiment:
     """What the user should know before it runs."""
 
 
-def build_experiment(recipe: Recipe, *, initialize: bool = True) -> Experiment:
+def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None) -> Experiment:
     """Turn a recipe into data, network, optimizer and trainer.
 
     Args:
-        initialize: take the norms' statistics from data; pass False where a checkpoint brings them.
+        initialize: take the norms' statistics from data, or all weights from model.init; pass False where a checkpoint brings them.
+        data: in place of the recipe's.
 
     Raises:
         UsageError: the recipe asks for what this machine or its data cannot do.
         DataError: the data are missing or damaged.
+        CheckpointError: the trained weights of model.init are missing, damaged or of another network.
     """
     device = runtime.resolve_device(recipe.runtime.device)
     runtime.set_up(
@@ -66,15 +71,18 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True) -> Experiment:
     autocast = partial(runtime.autocast, device, recipe.train.precision)
     autocast()  # says at once if the device cannot do the precision
 
-    data = load(recipe)
+    data = load(recipe) if data is None else data
     preprocess = _preprocess(recipe, data)
-    model = _model(recipe, data).to(device)
+    model, model_notices = _model(recipe, data, initialize=initialize)
+    model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    notices = list(_notices(recipe, data))
-    if initialize:
+    notices = [*_notices(recipe, data), *model_notices]
+    if initialize and recipe.model.init is None:  # trained weights bring their statistics
         notices += _initialize(recipe, model, data, preprocess, device)
 
+    if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
+        notices += _fuse(model)
     statistics = BatchlessStatistics(model)
     optimizer = _optimizer(recipe, model, statistics)
     step = AccumulationStep(
@@ -96,13 +104,26 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True) -> Experiment:
         partial(evaluate_on_test, recipe, model, data, preprocess, device),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
-        probe_images=probe_images(recipe),
+        probe_images=probe_images(recipe, step, data),
         seed=recipe.train.seed,
         eval_every_epochs=recipe.train.eval_every_epochs,
         max_steps=recipe.train.max_steps,
         detail_every_steps=recipe.runtime.log_every_steps,
     )
     return Experiment(trainer, model, data, device, tuple(notices))
+
+
+def _fuse(model: nn.Module) -> Iterator[str]:
+    """Fold norms into convolutions; notes those that stay, by reason."""
+    report = fuse(model)
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in report.kept.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        yield (
+            f"{len(names)} of {len(report.folded) + len(report.kept)} norms are not folded into a convolution and keep a "
+            f"tensor of their own: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({reason})."
+        )
 
 
 def load(recipe: Recipe) -> DataSet:
@@ -125,10 +146,23 @@ def load(recipe: Recipe) -> DataSet:
     return data
 
 
-def probe_images(recipe: Recipe) -> int:
-    """Images of the probe; 0 for norms without one."""
+def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
+    """Images of the probe; 0 for norms without one.
+
+    Auto is measured on one image whatever the micro-batch, which must not change the result: the largest number, from 4 to
+    8, whose forward without gradients stays within the live tensors of one image's forward and backward.
+    """
     norm = recipe.norm
-    return min(norm.probe_images, recipe.train.effective_batch_size) if isinstance(norm, BatchlessNormSection) else 0
+    if not isinstance(norm, BatchlessNormSection):
+        return 0
+    number = norm.probe_images
+    if number == "auto":
+        low, high = _AUTO_PROBE
+        one, few = step.live_bytes(data.train, 1, gradients=True), step.live_bytes(data.train, low, gradients=False)
+        more = step.live_bytes(data.train, 2 * low, gradients=False)
+        per_image = max(1, (more - few) // low)
+        number = min(high, max(low, low + (one - few) // per_image))
+    return min(int(number), recipe.train.effective_batch_size)
 
 
 def eval_batch_size(recipe: Recipe) -> int:
@@ -171,13 +205,15 @@ def _preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
     )
 
 
-def _model(recipe: Recipe, data: DataSet) -> nn.Module:
+def _model(recipe: Recipe, data: DataSet, *, initialize: bool) -> tuple[nn.Module, list[str]]:
+    """The network on the CPU, and what the user should know of its trained weights."""
     section = recipe.norm
     settings: dict[str, Any] = {}
     name = section.name
     if isinstance(section, BatchlessNormSection):
         name = "batchless"  # the presets are one layer
-        settings = section.model_dump(exclude={"name", "probe_images", "init_images"})
+        settings = section.model_dump(exclude={"name", "probe_images", "init_images", "fold", "correction_mode"})
+        settings["correction_mode"] = section.resolved_correction_mode
         if section.statistics == "gradient":
             settings.pop("statistics_rate")  # the optimizer's business
     elif isinstance(section, GroupNormSection):
@@ -185,19 +221,30 @@ def _model(recipe: Recipe, data: DataSet) -> nn.Module:
     elif isinstance(section, BatchNormSection):
         settings = {"momentum": section.momentum}
     torch.manual_seed(recipe.train.seed)
+    dtype, notices = runtime.weight_dtype(recipe.train.precision), list[str]()
+    common: dict[str, Any] = {
+        "norm": norm_factory(name, **settings),
+        "weight_standardization": recipe.weight_standardization,
+        "image_size": data.train.images.shape[-1],
+    }
+    foreign = torchvision_name(recipe.model.name)
     try:
-        model = build_model(
-            recipe.model.name,
-            len(data.class_names),
-            norm=norm_factory(name, **settings),
-            weight_standardization=recipe.weight_standardization,
-            shortcut=recipe.model.shortcut or "A",
-            zero_init_residual=recipe.model.zero_init_residual,
-            image_size=data.train.images.shape[-1],
-        )
+        if foreign is not None:
+            from bln_train.models.zoo import build_torchvision_model  # torchvision.models takes long to import
+
+            init = recipe.model.init if initialize else None
+            model, notices = build_torchvision_model(foreign, len(data.class_names), init=init, dtype=dtype, **common)
+        else:
+            model = build_model(
+                recipe.model.name,
+                len(data.class_names),
+                shortcut=recipe.model.shortcut or "A",
+                zero_init_residual=recipe.model.zero_init_residual,
+                **common,
+            )
     except ValueError as error:
         raise UsageError(f"model {recipe.model.name} with norm {recipe.norm.name}: {error}") from error
-    return model.to(runtime.weight_dtype(recipe.train.precision))
+    return model.to(dtype), notices
 
 
 def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
@@ -210,6 +257,11 @@ def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
         )
     if recipe.train.effective_batch_size > len(data.train):
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."
+    if recipe.clip_update is not None and isinstance(recipe.optimizer, SgdSection):
+        yield (
+            "The update is clipped, not the gradient: gradients gather in the momentum, whose norm is bounded by "
+            f"optimizer.clip_update / (1 - momentum) = {recipe.clip_update:g} / (1 - {recipe.optimizer.momentum:g})."
+        )
 
 
 def _initialize(
@@ -245,6 +297,9 @@ def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics
         settings: dict[str, Any] = {"momentum": section.momentum, "nesterov": section.nesterov}
     else:
         settings = {"betas": section.betas, "eps": section.eps}
+    if recipe.accumulates_into_momentum:
+        settings = {"momentum": settings["momentum"], "clip_update": recipe.clip_update}
+        return build_optimizer(groups, "sgd-into-momentum", section.lr, **settings)
     return build_optimizer(groups, section.name, section.lr, **settings)
 
 

@@ -139,6 +139,53 @@ def compare(
 
 
 @app.command()
+def memory(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
+    ] = "cifar10_mb1",
+    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "none,batch,group,batchless",
+    micro_batch: Annotated[str, typer.Option(help="Micro-batches, comma-separated.")] = "1,8,64",
+    effective_batch: Annotated[str, typer.Option(help="Effective batches, comma-separated.")] = "1,128,1024",
+    set_: SetOption = None,
+    device: DeviceOption = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default memory/<recipe>. Its memory.* files are overwritten.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
+    from bln_train import console
+    from bln_train.compare import plan_cells
+    from bln_train.recipe_file import load_recipe
+    from bln_train.report.plots import plot_memory
+
+    loaded = load_recipe(recipe, _overrides(set_, device)).untrained()
+    folder = out or Path("memory") / Path(recipe).stem
+    cells = plan_cells(
+        loaded,
+        folder,
+        norms=_split(norm),
+        effective_batches=_sizes(effective_batch, "--effective-batch"),
+        micro_batches=_sizes(micro_batch, "--micro-batch"),
+    )
+
+    from bln_train.memory import sweep  # torch, from here on
+
+    with console.show_cells(sweep.num_stages(cells)) as show:
+        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
+    sweep.write_tables(folder, document)
+    plot_memory(folder, document)
+    if json_:
+        console.print_json({**document, "folder": str(folder)})
+    else:
+        console.print_memory(document)
+        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png")
+    if not any(row["peak_bytes"] for row in document["rows"]):
+        raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
+
+
+@app.command()
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder or a checkpoint file.")],
     device: DeviceOption = None,
@@ -230,6 +277,13 @@ def _size(text: str, option: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
         raise UsageError(f"{option}: '{text}' is not a batch size", f"Example: {option} 1,8,64")
     return int(text)
+
+
+def _sizes(text: str, option: str) -> list[int]:
+    sizes = [_size(part, option) for part in _split(text)]
+    if not sizes:
+        raise UsageError(f"{option}: name at least one batch size", f"Example: {option} 1,8,64")
+    return sizes
 
 
 def main() -> None:

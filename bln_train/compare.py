@@ -71,7 +71,7 @@ def plan_cells(
         if norm not in NORM_NAMES:
             raise UsageError(f"unknown norm '{norm}'", f"Norms: {', '.join(NORM_NAMES)}.")
     if num_seeds < 1 or not norms:
-        raise UsageError("a comparison needs at least one norm and one seed")
+        raise UsageError("name at least one norm and one seed")
     train = recipe.train
     effective_batches = effective_batches or (train.effective_batch_size,)
     micro_batches = micro_batches or (train.micro_batch_size, "full")

@@ -273,3 +273,67 @@ def show_cells(num_cells: int) -> Iterator[CellDisplay]:
             return listen
 
         yield live
+
+
+def print_memory(document: dict[str, Any]) -> None:
+    """The table of a memory sweep, on stdout, within 80 columns."""
+    rows, floor = document["rows"], document["floor"]
+    table = Table(
+        title=f"What training takes: {escape(document['model'])}, {document['precision']}, {document['optimizer']}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+    )
+    table.add_column("norm", no_wrap=True)
+    for heading in (
+        "micro-\nbatch",
+        "effective\nbatch",
+        "saved/\nimage",
+        "peak\nmemory",
+        "peak/\nfloor",
+        "ms/\nimage",
+        "x\nnone",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = None
+    for row in rows:
+        if sizes not in (None, (row["micro_batch_size"], row["effective_batch_size"])):
+            table.add_section()
+        sizes = (row["micro_batch_size"], row["effective_batch_size"])
+        table.add_row(
+            row["norm"],
+            str(row["micro_batch_size"]),
+            str(row["effective_batch_size"]),
+            format_bytes(row["saved_bytes_per_image"]),
+            format_bytes(row["peak_bytes"]),
+            format_number(row["peak_over_floor"], 2),
+            format_number(row["ms_per_image"], 2),
+            format_number(row["ms_over_none"], 2),
+        )
+    out.print(table)
+    for row in rows:
+        if row["problem"]:
+            print_line(
+                f"not measured: {row['norm']}, micro-batch {row['micro_batch_size']} of "
+                f"{row['effective_batch_size']}: {row['problem']}"
+            )
+    if floor is None:
+        print_line(f"floor: - ({document['floor_problem']})")
+    else:
+        print_line(
+            f"floor: {format_bytes(floor['floor_bytes'])} = parameters {format_bytes(floor['parameter_bytes'])} + "
+            f"optimizer {format_bytes(floor['optimizer_bytes'])} + one image's tensors "
+            f"{format_bytes(floor['live_bytes'])}, norm none"
+        )
+    shorter = {r["num_timed_images"] for r in rows if r["num_timed_images"] not in (None, r["effective_batch_size"])}
+    if shorter:
+        print_line(
+            f"ms/image: whole steps of the effective batch, or of {', '.join(map(str, sorted(shorter)))} images where "
+            "that is larger, and then the work done once a step weighs more than it would"
+        )
+    environment = document["environment"]
+    print_line(f"peak:   {document['method']}, two steps; medians of {document['num_repeats']} interleaved repetitions")
+    print_line(f"data:   {document['data']}; nothing is learned")
+    print_line(f"device: {environment['device']}; torch {environment['torch']}; {document['date']}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bln_train.norm.batchless import BatchlessStatistics
 
@@ -32,10 +32,149 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+class MomentumAccumulatingSGD(torch.optim.SGD):
+    """SGD with momentum whose weights gather their gradient in the momentum buffer: one weight-sized buffer less.
+
+        begin:     buf = momentum * buf + weight_decay * p;  p.grad = buf, which every backward adds to
+        step:      p -= lr * buf;  p.grad = None
+
+    This is torch.optim.SGD up to the order of a sum, and its state dict is the same. Parameters of at most one dimension
+    (biases, scales, shifts, statistics) keep gradients of their own, for those who read them, and buf is updated in `step`.
+    A weight that no backward reaches has the gradient 0 here, where torch.optim.SGD would leave it as it is.
+
+    With `clip_update`, every buf, those of the small parameters included, is scaled by min(1, bound / norm) before it is
+    applied, and stays so: norm is that of all bufs together, this step's gradient and weight decay in them, and
+    bound = clip_update / (1 - momentum), what a constant gradient of norm clip_update would lead to.
+
+    Between `begin` and `step` the buffers belong to no step. Nothing may zero, scale or read the weights' gradients there, and
+    a step that is given up cannot be undone (that would take the memory this saves): go on with `load_state_dict`.
+
+    Args:
+        params, lr, momentum, weight_decay: see torch.optim.SGD; one momentum for all groups, above 0 and below 1.
+        clip_update: bound on the update in units of a gradient's norm, None for none.
+
+    Attributes:
+        update_norm: () norm of all bufs of the last step before clipping, None before the first.
+
+    Raises:
+        ValueError: a group, or one of a loaded state, has no usable momentum, Nesterov momentum or dampening.
+        RuntimeError: `begin`, `step` and `state_dict` out of turn.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]] | Iterable[nn.Parameter],
+        lr: float,
+        *,
+        momentum: float,
+        weight_decay: float = 0.0,
+        clip_update: float | None = None,
+    ) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.clip_update = clip_update
+        self.update_norm: Tensor | None = None
+        self._gathering: list[Tensor] | None = None  # weights whose gradient is their buffer, from begin to step
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        momenta = {group["momentum"] for group in self.param_groups}
+        if len(momenta) != 1 or not 0 < min(momenta) < 1:
+            raise ValueError(f"gradients gather in one momentum for all, above 0 and below 1, got {sorted(momenta)}")
+        for key in ("nesterov", "dampening", "maximize"):
+            if any(group[key] for group in self.param_groups):
+                raise ValueError(f"{key} needs the gradient apart from the momentum")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._check_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of torch.optim.SGD; raises RuntimeError between `begin` and `step`."""
+        if self._gathering is not None:
+            raise RuntimeError("a step is under way: the momentum holds part of a gradient")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of this class or of torch.optim.SGD, and forget a step under way."""
+        super().load_state_dict(state_dict)
+        for p in self._gathering or []:
+            p.grad = None
+        self._gathering = None
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Scale the momentum, add the weight decay, and let gradients gather there; call it before the step's forwards.
+
+        Raises:
+            RuntimeError: a step is under way already, or a weight still has a gradient, which would be lost.
+        """
+        if self._gathering is not None:
+            raise RuntimeError("begin() was called twice: the step before was given up; load a state to go on")
+        groups: list[list[Tensor]] = [
+            [p for p in group["params"] if p.dim() > 1 and p.requires_grad] for group in self.param_groups
+        ]
+        if any(p.grad is not None for weights in groups for p in weights):
+            raise RuntimeError("a weight has a gradient already: set gradients to None before begin()")
+        for group, weights in zip(self.param_groups, groups, strict=True):
+            buffers = [self._buffer(p) for p in weights]
+            if weights:
+                torch._foreach_mul_(buffers, group["momentum"])
+            if weights and group["weight_decay"]:
+                torch._foreach_add_(buffers, weights, alpha=group["weight_decay"])
+            for p, buffer in zip(weights, buffers, strict=True):
+                p.grad = buffer
+        self._gathering = [p for weights in groups for p in weights]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a backward cannot be repeated
+        """Move every parameter and drop the weights' gradients; takes no closure.
+
+        Raises:
+            RuntimeError: `begin` was not called, or a weight's gradient is no longer the buffer that it set.
+        """
+        if self._gathering is None or closure is not None:
+            raise RuntimeError(
+                "call begin() before the step's forwards, and step() without a closure after its backwards"
+            )
+        if any(p.grad is not self.state[p]["momentum_buffer"] for p in self._gathering):
+            raise RuntimeError("a weight's gradient was replaced after begin(): only backward may change it")
+        moved: list[tuple[list[Tensor], list[Tensor], float]] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            small = [p for p in params if p.dim() <= 1]
+            if small:
+                gradients = [p.grad for p in small if p.grad is not None]
+                if group["weight_decay"]:
+                    gradients = list(torch._foreach_add(gradients, small, alpha=group["weight_decay"]))
+                buffers = [self._buffer(p) for p in small]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, gradients)
+            if params:
+                moved.append((params, [self._buffer(p) for p in params], group["lr"]))
+        every = [buffer for _, buffers, _ in moved for buffer in buffers]
+        self.update_norm = torch.nn.utils.get_total_norm(every)
+        if self.clip_update is not None:
+            bound = self.clip_update / (1 - self.param_groups[0]["momentum"])
+            torch._foreach_mul_(every, (bound / self.update_norm).clamp(max=1.0))  # on the device: nothing waits
+        for params, buffers, lr in moved:
+            torch._foreach_add_(params, buffers, alpha=-lr)
+        for p in self._gathering:
+            p.grad = None
+        self._gathering = None
+
+
 def build_optimizer(groups: Iterable[dict[str, Any]], name: str, lr: float, **settings: Any) -> torch.optim.Optimizer:
-    """PyTorch's sgd, adam or adamw over the groups; each group remembers its peak rate as `peak_lr`."""
+    """PyTorch's sgd, adam or adamw, or sgd-into-momentum, over the groups; each remembers its peak rate as `peak_lr`."""
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": torch.optim.SGD,
+        "sgd-into-momentum": MomentumAccumulatingSGD,
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.functional_validators import AfterValidator
 
 from bln_train.errors import UsageError
@@ -73,11 +73,15 @@ class Model(Section):
 
     name: str
     """`resnet8|20|32|44|56|110` (He et al. 2015, for CIFAR), `resnet18` (32x32 stem), `wrn<depth>_<width>`,
-    `paper_cnn`."""
+    `paper_cnn`, or `torchvision:<name>`, a classification model of torchvision that has BatchNorm."""
+    init: str | None = None
+    """Trained weights of a torchvision model with BatchNorm to start from: a state dict file, or `pretrained` for torchvision's
+    own; for `batchless`, `batch` and `batch-frozen`, whose statistics then come from it and not from the images."""
     shortcut: Literal["A", "B"] | None = None
     """CIFAR ResNets: A pads channels with zeros (default), B projects with a 1x1 convolution."""
     weight_standardization: bool | Literal["auto"] = "auto"
-    """Scaled weight standardisation of the convolutions; auto is on for `batchless` and `group`."""
+    """Scaled weight standardisation of the convolutions; auto is on for `batchless` and `group`,
+    off with `init`, whose function it would change."""
     zero_init_residual: bool = False
     """ResNets: start the last scale of each residual block at 0."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
@@ -92,6 +96,15 @@ class Model(Section):
             raise ValueError(f"name: {problem}")
         if self.shortcut and not (self.name.startswith("resnet") and self.name != "resnet18"):
             raise ValueError(f"shortcut: only the CIFAR ResNets have a choice; {self.name} does not")
+        torchvision = self.name.startswith("torchvision:")
+        if self.init is not None and not torchvision:
+            raise ValueError(f"init: only torchvision models can start from trained weights; {self.name} is none")
+        if self.init == "":
+            raise ValueError("init: is empty; give a file, `pretrained`, or null for none")
+        if self.init is not None and self.weight_standardization is True:
+            raise ValueError("weight_standardization: would change what the weights of init compute; leave it out")
+        if self.zero_init_residual and torchvision:
+            raise ValueError(f"zero_init_residual: {self.name} is built as torchvision builds it; leave it out")
         if self.zero_init_residual and not self.name.startswith("resnet"):
             raise ValueError(f"zero_init_residual: {self.name} has no norm at the end of a residual block")
         return self
@@ -131,13 +144,25 @@ class BatchlessNormSection(Section):
     """Report the likelihood shifted to be 0 for inputs that follow the statistics; changes no gradient."""
     correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Rate of the running backward correction; 0 turns it off."""
-    probe_images: Annotated[int, Field(ge=0)] = 8
+    correction_mode: Literal["auto", "exact", "imputed"] = "auto"
+    """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
+    it off the output and takes a constant where a relu cut it off; auto is imputed where there are a fold and a probe."""
+    probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Images of the next batch on which the statistics follow the weights after each step, at most an effective batch; 0
-    turns it off."""
+    turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
     probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] = 128
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
+    fold: bool = True
+    """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
+
+    @property
+    def resolved_correction_mode(self) -> Literal["exact", "imputed"]:
+        """`correction_mode`, auto resolved."""
+        if self.correction_mode != "auto":
+            return self.correction_mode
+        return "imputed" if self.fold and self.probe_images and self.correction_rate else "exact"
 
     @model_validator(mode="before")
     @classmethod
@@ -151,6 +176,14 @@ class BatchlessNormSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BatchlessNormSection:
+        if self.correction_mode == "imputed":
+            for key, missing in (("fold", not self.fold), ("probe_images", not self.probe_images)):
+                if missing:
+                    raise ValueError(
+                        f"correction_mode: imputed works in folded norms and is measured on the probe; set {key}"
+                    )
+        if self.correction_mode != "auto" and not self.correction_rate:
+            raise ValueError("correction_mode: there is no correction with correction_rate 0")
         if self.statistics == "natural":
             if self.statistics_rate is None or self.statistics_rate > 1:
                 raise ValueError("statistics_rate: natural statistics need a rate of at most 1")
@@ -209,7 +242,8 @@ class _Optimizer(Section):
     weight_decay: NonNegative = 5e-4
     """On convolution and linear weights only; not on biases, norms and statistics."""
     clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
-    """Bound on the global gradient norm; auto is 1.0 for `batchless` and none for every other norm."""
+    """Bound on the global gradient norm; auto is 1.0 for `batchless` and none for every other norm, and where gradients
+    gather in the momentum, which `clip_update` bounds."""
 
 
 class SgdSection(_Optimizer):
@@ -218,11 +252,24 @@ class SgdSection(_Optimizer):
     name: Literal["sgd"]
     momentum: Fraction = 0.9
     nesterov: bool = False
+    accumulate_into: Literal["gradient", "momentum"] = "gradient"
+    """`momentum`: gradients of convolution and linear weights gather in the momentum buffer, which saves a buffer of the
+    weights' size and computes the same; not with `nesterov`, `clip_norm`, fp16 or a momentum of 0."""
+    clip_update: PositiveFloat | Literal["auto"] | None = "auto"
+    """With `accumulate_into: momentum`, bound on the global norm of the momentum buffers times (1 - momentum), the step's
+    gradient and weight decay in them; auto is 1.0 for `batchless` and none for every other norm."""
 
     @model_validator(mode="after")
     def _check(self) -> SgdSection:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov: needs a momentum above 0")
+        problems = []
+        if self.nesterov and self.momentum == 0 and self.accumulate_into == "gradient":
+            problems.append("nesterov: needs a momentum above 0")
+        if self.accumulate_into == "gradient" and isinstance(self.clip_update, float):
+            problems.append(
+                "clip_update: clips momentum that gradients gather in; set accumulate_into: momentum, or set clip_norm instead"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -343,32 +390,95 @@ class Recipe(Section):
         classes = {"cifar10": 10, "cifar100": 100, "shapes": 10}.get(self.data.name)
         if classes and self.model.num_classes not in (None, classes):
             problems.append(f"model.num_classes: {self.model.num_classes}, but {self.data.name} has {classes} classes")
+        if self.model.init is not None and not isinstance(self.norm, BatchlessNormSection | BatchNormSection):
+            problems.append(
+                f"model.init: norm {self.norm.name} would throw the trained statistics away; "
+                "use batchless, batch or batch-frozen"
+            )
+        elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
+            problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
         if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
             problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")
         if self.schedule.warmup_epochs >= self.train.epochs:
             problems.append(
                 f"schedule.warmup_epochs: {self.schedule.warmup_epochs} leaves nothing of {self.train.epochs} epochs"
             )
+        if self.accumulates_into_momentum:
+            problems += self._problems_of_momentum()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _problems_of_momentum(self) -> list[str]:
+        """What needs a gradient apart from the momentum, or has no momentum; here, not in the section: all at once."""
+        section, way_out = self.optimizer, "or accumulate_into: gradient"
+        assert isinstance(section, SgdSection)
+        problems = []
+        if section.nesterov:
+            problems.append(
+                f"optimizer.nesterov: adds the gradient once more to the update, and accumulate_into: momentum keeps none "
+                f"apart; set it to false, {way_out}"
+            )
+        if section.momentum == 0:
+            problems.append(f"optimizer.momentum: is 0, so there is no buffer to accumulate into; raise it, {way_out}")
+        if isinstance(section.clip_norm, float):
+            problems.append(
+                f"optimizer.clip_norm: accumulate_into: momentum keeps no gradient to clip; set clip_update instead and "
+                f"clip_norm to auto or null, {way_out}"
+            )
+        if self.train.precision == "fp16":
+            problems.append(
+                f"train.precision: the loss scale of fp16 would scale the momentum that gradients gather in; use bf16, "
+                f"or optimizer.{way_out.removeprefix('or ')}"
+            )
+        return problems
+
+    @property
+    def accumulates_into_momentum(self) -> bool:
+        """Whether gradients of weights gather in the momentum buffer."""
+        return isinstance(self.optimizer, SgdSection) and self.optimizer.accumulate_into == "momentum"
 
     @property
     def weight_standardization(self) -> bool:
         """Whether convolutions are standardised, `auto` resolved."""
         setting = self.model.weight_standardization
-        return self.norm.name in ("batchless", "group") if setting == "auto" else setting
+        if setting == "auto":
+            return self.norm.name in ("batchless", "group") and self.model.init is None
+        return setting
 
     @property
     def clip_norm(self) -> float | None:
-        """Bound on the gradient norm, `auto` resolved."""
+        """Bound on the gradient norm, `auto` resolved; None where gradients gather in the momentum."""
         setting = self.optimizer.clip_norm
+        auto = 1.0 if self.norm.name == "batchless" and not self.accumulates_into_momentum else None
+        return auto if setting == "auto" else setting
+
+    @property
+    def clip_update(self) -> float | None:
+        """Bound on the momentum's norm times (1 - momentum), `auto` resolved; None where gradients have their own place."""
+        if not isinstance(self.optimizer, SgdSection) or self.optimizer.accumulate_into == "gradient":
+            return None
+        setting = self.optimizer.clip_update
         return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
 
+    def untrained(self) -> Recipe:
+        """The same network from drawn weights, for any norm: without model.init, and with standardisation as that has it."""
+        if self.model.init is None:
+            return self
+        change = {"init": None, "weight_standardization": self.weight_standardization}
+        return self.model_copy(update={"model": self.model.model_copy(update=change)})
+
     def with_norm(self, name: str) -> Recipe:
-        """The same recipe with another norm at its defaults, or unchanged where that norm is the recipe's own."""
+        """The same recipe with another norm at its defaults, or unchanged where that norm is the recipe's own.
+
+        Raises UsageError for a norm that is unknown or that the recipe excludes.
+        """
         if name not in NORM_NAMES:
             raise UsageError(f"unknown norm '{name}'", f"Norms: {', '.join(NORM_NAMES)}.")
         if name == self.norm.name:
             return self
-        return Recipe.model_validate({**self.model_dump(), "norm": {"name": name}})
+        try:
+            return Recipe.model_validate({**self.model_dump(), "norm": {"name": name}})
+        except ValidationError as error:  # a norm that another setting excludes
+            problems = [str(detail.get("ctx", {}).get("error", detail["msg"])) for detail in error.errors()]
+            raise UsageError("\n".join(problems)) from error

@@ -24,10 +24,12 @@ class StepRecord:
     nll: float | None
     """Mean over layers of the gauged likelihood: 0 when inputs follow the learned statistics."""
     learning_rate: float
-    grad_norm: float
-    """Before clipping; statistics that follow their own rule are not in it."""
+    grad_norm: float | None
+    """Before clipping; statistics that follow their own rule are not in it. None where gradients gather in the momentum."""
     seconds: float
     nll_by_layer: dict[str, float] | None = None
+    update_norm: float | None = None
+    """Norm of all momentum buffers before clipping, where gradients gather there; None elsewhere, see `grad_norm`."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def run(
     """
     folder.check_usable(recipe, resume=resume)
     state = load_checkpoint(folder.checkpoint) if resume and folder.checkpoint.exists() else None
-    with _explained_failures(recipe):
+    with explained_failures(recipe):
         experiment = build_experiment(recipe, initialize=state is None)
     trainer = experiment.trainer
     if state is not None:
@@ -76,7 +76,7 @@ def run(
             folder.append(NoticeRecord(text))
     epochs, memory = [r for r in folder.records() if isinstance(r, EpochRecord)], trainer.memory_record()
     last_saved = began = time.monotonic()
-    with stop_requests() as stop_asked, _explained_failures(recipe):
+    with stop_requests() as stop_asked, explained_failures(recipe):
         for record in trainer.steps():
             if isinstance(record, StepRecord):
                 if record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0:
@@ -139,7 +139,7 @@ def _summary(
 
 
 @contextmanager
-def _explained_failures(recipe: Recipe) -> Iterator[None]:
+def explained_failures(recipe: Recipe) -> Iterator[None]:
     """Turn what PyTorch raises while training into errors that say what to do."""
     train = recipe.train
     try:
@@ -156,7 +156,7 @@ def _explained_failures(recipe: Recipe) -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise UsageError(
-            "BatchNorm cannot train on one value per channel: a dense layer's micro-batch of one image (or a last one of one)",
+            "BatchNorm cannot train on one value per channel: one image, alone or left over, in a layer with one position",
             "Use norm.name=batchless, or a larger train.micro_batch_size that leaves no single image over.",
         ) from error
 

@@ -12,6 +12,8 @@ from helpers import advance, largest_difference, state, tiny_recipe, trained
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
 from bln_train.norm import BatchlessNorm2d
+from bln_train.norm.fuse import folded_layers, unfuse
+from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.records import StepRecord
 from bln_train.rng import instance_seeds
 
@@ -146,12 +148,22 @@ def remember(seen, layer, a, xhat, g):
     seen[layer] = (a, xhat, g)
 
 
-def test_batchless_steps_equal_a_hand_written_loop():
-    """The preset's whole step, written out on the whole batch from the formulas: autograd, natural statistics, correction,
-    clipping, SGD and probe on the images that come next; for a full batch, another, and the short last one."""
-    recipe = tiny_recipe(train__micro_batch_size=3, optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5})
+@pytest.mark.parametrize("fold", [True, False])
+def test_batchless_steps_equal_a_hand_written_loop(fold):
+    """The preset's whole step, folded or not, written out on the whole batch from the formulas: autograd, natural statistics,
+    correction, clipping, SGD and probe on the images that come next; for a full batch, another, and the short last one."""
+    recipe = tiny_recipe(
+        train__micro_batch_size=3,
+        optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5},
+        norm={"name": "batchless", "probe_images": 6, "fold": fold, "correction_mode": "exact"},
+    )
     experiment = build_experiment(recipe)
+    assert bool(folded_layers(experiment.model)) == fold
+    for conv in experiment.trainer.take_step.model.modules():
+        if isinstance(conv, StandardizedConv2d):  # they were in float32
+            centre_filters(conv.weight)
     trainer, model = experiment.trainer, copy.deepcopy(experiment.model)
+    unfuse(model)
     norms = [m for m in model.modules() if isinstance(m, BatchlessNorm2d)]
     assert all(bool(m.mean.detach().any()) for m in norms)  # they were initialised from data
     weights = [p for n, p in model.named_parameters() if not n.endswith((".mean", "raw_std"))]
@@ -274,7 +286,18 @@ def test_law_8_help_needs_no_torch():
 LAYERS = [
     {"errors", "units", "records", "rng", "signals", "__init__"},
     {"strict_yaml", "recipe", "recipe_words", "recipe_file", "models.names", "shapes"},
-    {"runtime", "norm.functional", "norm.standardize", "norm.batchless", "norm.convert", "norm.calibrate", "norm"},
+    {
+        "runtime",
+        "norm.functional",
+        "norm.standardize",
+        "norm.batchless",
+        "norm.fused_function",
+        "norm.fused",
+        "norm.fuse",
+        "norm.convert",
+        "norm.calibrate",
+        "norm",
+    },
     {
         "data",
         "augment",
@@ -282,6 +305,7 @@ LAYERS = [
         "models.cifar_resnet",
         "models.paper_cnn",
         "models.build",
+        "models.zoo",
         "models",
         "optim",
         "memory.peak",
@@ -289,7 +313,7 @@ LAYERS = [
     },
     {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
     {"build"},
-    {"run", "compare", "report.runlog", "report.plots", "report"},
+    {"run", "compare", "memory.sweep", "report.runlog", "report.plots", "report"},
     {"console"},
     {"cli", "__main__"},
 ]

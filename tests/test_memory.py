@@ -8,6 +8,7 @@ from helpers import advance, state, tiny_recipe
 
 from bln_train.build import build_experiment
 from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
+from bln_train.memory.sweep import measure_floor
 
 KIB = 1024
 
@@ -108,6 +109,47 @@ def test_peak_grows_with_the_micro_batch():
         measured(norm={"name": "group"}, train__micro_batch_size=n)[0].activation_bytes for n in (4, 8, 16)
     )
     assert sixteen - eight == pytest.approx(2 * (eight - four), rel=0.05)  # the peak's moment moves
+
+
+@pytest.mark.parametrize("model", ["resnet8", "resnet20", "wrn16_4", "paper_cnn"])
+def test_auto_probe_stays_within_the_memory_of_one_image(model):
+    """probe_images auto: from 4 to 8, the same for every micro-batch, and above 4 only within one image's live tensors."""
+    found = set()
+    for micro in (1, 8):
+        norm = {"name": "batchless", "init_images": 4}
+        experiment = build_experiment(
+            tiny_recipe(model__name=model, norm=norm, train__micro_batch_size=micro, train__precision="fp32")
+        )
+        step, images = experiment.trainer.take_step, experiment.data.train
+        number = experiment.trainer.probe_images
+        one, probe = step.live_bytes(images, 1, gradients=True), step.live_bytes(images, number, gradients=False)
+        assert 4 <= number <= 8
+        assert probe <= one or number == 4
+        found.add(number)
+    assert len(found) == 1
+
+
+def test_measuring_live_bytes_changes_nothing():
+    """No parameter, buffer, gradient or account is touched."""
+    experiment = build_experiment(tiny_recipe(train__precision="fp32"))
+    step, images = experiment.trainer.take_step, experiment.data.train
+    before = {k: v.clone() for k, v in step.model.state_dict().items()}
+    for gradients in (True, False):
+        assert step.live_bytes(images, 2, gradients=gradients) > 0
+    assert all(torch.equal(before[k], v) for k, v in step.model.state_dict().items())
+    assert all(p.grad is None for p in step.model.parameters())
+    assert all(m.num_images_seen == 0 and m.pending_nll is None for m in step.statistics.layers.values())
+
+
+def test_peak_at_micro_batch_1_is_near_the_floor():
+    """Folded, with gradients in the momentum: at most 1.10 times parameters, momentum and one image's tensors without norm."""
+    size = {"model__name": "resnet20", "train__micro_batch_size": 1}
+    optimizer = {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}
+    bare = build_experiment(tiny_recipe(norm={"name": "none"}, optimizer=optimizer, train__precision="fp32", **size))
+    floor = measure_floor(bare).floor_bytes
+    norm = {"name": "batchless", "init_images": 4}
+    record, _ = measured(norm=norm, optimizer=optimizer, data__num_train=16, **size)
+    assert floor <= record.peak_bytes <= 1.10 * floor
 
 
 def test_nothing_is_left_alive_between_steps():

@@ -269,7 +269,28 @@ def test_paper_presets_are_filled_in(name: str, parametrization: str) -> None:
     assert (norm.correction_rate, norm.probe_images) == (0, 0)
     natural = parse(text_of()).norm
     assert isinstance(natural, BatchlessNormSection)
-    assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, 8)
+    assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, "auto")
+
+
+def test_correction_mode_is_imputed_where_there_are_a_fold_and_a_probe() -> None:
+    def mode(*overrides: str) -> str:
+        norm = parse(text_of(), "norm=batchless", *overrides).norm
+        assert isinstance(norm, BatchlessNormSection)
+        return norm.resolved_correction_mode
+
+    assert mode() == "imputed"
+    for override in (
+        "norm.probe_images=0",
+        "norm.fold=false",
+        "norm.correction_rate=0.0",
+        "norm.correction_mode=exact",
+    ):
+        assert mode(override) == "exact"
+    for key, value in (("fold", "false"), ("probe_images", "0")):
+        found = refusal(text_of(), f"norm={{name: batchless, correction_mode: imputed, {key}: {value}}}")
+        assert f"set {key}" in found
+    found = refusal(text_of(), "norm={name: batchless, correction_mode: exact, correction_rate: 0.0}")
+    assert "there is no correction with correction_rate 0" in found
 
 
 ROUND_TRIPS = [

@@ -156,18 +156,21 @@ class PeakMeter:
         if self._peak is not None and tracker.peak_bytes <= self._peak:
             return
         self._peak = tracker.peak_bytes
+        optimizer = tracker.births(self._optimizer_state())
         self._parts = {
             "parameter_bytes": tracker.bytes_at_peak(tracker.births(self.model.parameters())),
-            "gradient_bytes": tracker.bytes_at_peak(gradients),
-            "optimizer_bytes": tracker.bytes_at_peak(tracker.births(self._optimizer_state())),
+            "gradient_bytes": tracker.bytes_at_peak(gradients - optimizer),  # a gradient may be the momentum
+            "optimizer_bytes": tracker.bytes_at_peak(optimizer),
             "other_bytes": tracker.bytes_at_peak(tracker.births(self.model.buffers())),
         }
 
     def _note_cuda(self) -> None:
+        state = self._optimizer_state()
+        optimizer_bytes = storage_bytes(state)
         self._parts = {
             "parameter_bytes": storage_bytes(self.model.parameters()),
-            "gradient_bytes": storage_bytes(self.gradients()),
-            "optimizer_bytes": storage_bytes(self._optimizer_state()),
+            "gradient_bytes": storage_bytes([*self.gradients(), *state]) - optimizer_bytes,  # it may be the momentum
+            "optimizer_bytes": optimizer_bytes,
         }
 
     def record(self, effective_batch_size: int, micro_batch_size: int) -> MemoryRecord:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.rng import keep_mask
 
 
@@ -26,6 +27,8 @@ def init_he(model: nn.Module) -> None:
             nn.init.kaiming_uniform_(module.weight, a=1.0)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, StandardizedConv2d):  # as training will keep them, folded or not
+            centre_filters(module.weight)
 
 
 class InstanceDropout(nn.Module):
@@ -62,6 +65,20 @@ class InstanceDropout(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
         return f"p={self.p}"
+
+
+class InstanceStochasticDepth(InstanceDropout):
+    """Stochastic depth (Huang et al. 2016) whose choice belongs to the image: one draw keeps or drops all of its entries.
+
+    Without seeds it is torchvision's, in mode `row`. In eval mode the identity. Arguments of InstanceDropout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, *) to the same shape."""
+        if not self.training or self.p == 0:
+            return x
+        ones = x.new_ones(x.shape[0], *([1] * (x.dim() - 1)))
+        return x * super().forward(ones)
 
 
 def set_instance_seeds(dropouts: list[InstanceDropout], seeds: Tensor | None) -> None:

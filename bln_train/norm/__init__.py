@@ -4,17 +4,25 @@ from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d, Batchless
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.functional import batchless_norm
+from bln_train.norm.fuse import FuseReport, folded_layers, fuse, unfuse
+from bln_train.norm.fused import FoldedConvNorm, fold_once
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
 
 __all__ = [
     "BatchlessNorm1d",
     "BatchlessNorm2d",
     "BatchlessStatistics",
+    "FoldedConvNorm",
+    "FuseReport",
     "StandardizedConv2d",
     "batchless_norm",
     "convert_batchnorm",
     "convert_to_batchnorm",
+    "fold_once",
+    "folded_layers",
+    "fuse",
     "initialize_statistics",
     "standardize_once",
     "standardize_weight",
+    "unfuse",
 ]

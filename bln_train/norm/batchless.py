@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -40,11 +41,16 @@ class _BatchlessNorm(nn.Module):
         statistics_rate: step of the natural update, in (0, 1].
         nll_weight, nll_reduction, gauge: see `functional.batchless_norm`.
         correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
+        correction_mode: where the correction's xhat comes from in a folded layer (norm/fused.py): "exact" computes it again,
+            "imputed" reads it off the output. By itself the layer keeps it, so that both are one.
         probe_gain: share of what a step did to the probe's images that the statistics follow at once, in [0, 1].
 
     Attributes:
         mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
         correction (2, C): buffer, running means of the output gradient g and of g*xhat per position, for a summed loss.
+        imputation (2, C): buffer of mode "imputed": where a relu follows, running means over the probe's images of
+            h = relu(v) - v + weight*xhat, v being what enters the relu, and the share of positions with v > 0, which for a
+            normal xhat is the mean of h*xhat / weight (Stein's lemma). Both start as a standard normal's.
 
     Raises:
         ValueError: an argument is out of range, a correction without affine, or an input of another shape.
@@ -56,6 +62,7 @@ class _BatchlessNorm(nn.Module):
     _dims: tuple[int, ...] = ()
 
     correction: Tensor | None
+    imputation: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +80,7 @@ class _BatchlessNorm(nn.Module):
         nll_reduction: Literal["mean", "sum"] = "mean",
         gauge: bool = True,
         correction_rate: float = 0.1,
+        correction_mode: Literal["exact", "imputed"] = "exact",
         probe_gain: float = 0.5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,7 +103,7 @@ class _BatchlessNorm(nn.Module):
         self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
         self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
         self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
-        self.correction_rate, self.probe_gain = correction_rate, probe_gain
+        self.correction_rate, self.correction_mode, self.probe_gain = correction_rate, correction_mode, probe_gain
 
         entries = num_features if share == "channel" else 1
         self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))
@@ -109,6 +117,11 @@ class _BatchlessNorm(nn.Module):
             self.register_parameter("bias", None)
         correction = torch.zeros(2, num_features, device=device, dtype=dtype) if correction_rate else None
         self.register_buffer("correction", correction)
+        imputation = None
+        if correction is not None and correction_mode == "imputed":  # a standard normal's with weight 1 and bias 0
+            imputation = torch.tensor([[1 / math.sqrt(2 * math.pi)], [0.5]], device=device, dtype=dtype)
+            imputation = imputation.repeat(1, num_features)
+        self.register_buffer("imputation", imputation)
 
         # One effective batch's account; emptied by `update`.
         self.pending_nll: Tensor | None = None
@@ -117,6 +130,7 @@ class _BatchlessNorm(nn.Module):
         # The probe: what the next forwards are for, and what was observed of the probe's images under the old weights.
         self.probe: Literal["", "observe", "follow"] = ""
         self._probe_moments: tuple[Tensor, Tensor] | None = None
+        self._seen_imputation: Tensor | None = None
 
     @property
     def std(self) -> Tensor:
@@ -132,18 +146,45 @@ class _BatchlessNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *spatial) to the same shape and dtype; see the class."""
         self._check_input(x)
-        if self.probe == "observe":
-            self._observe(x)
-        elif self.probe == "follow":
-            self._follow(x)
-        elif self.training and torch.is_grad_enabled():
+        if not self.probe and self.training and torch.is_grad_enabled():
             return self._train_forward(x)
+        if self.probe:
+            self.see_probe(*self._moments_about(x, self.mean.detach()))
         shape = (-1, *([1] * (x.dim() - 2)))
+        scale, shift = self.affine_map()
+        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+
+    def affine_map(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift per channel, (C,) or (1,) each, that the layer applies outside training."""
         scale = self.std.detach().reciprocal()
         scale = scale if self.weight is None else self.weight * scale
         shift = -self.mean.detach() * scale
-        shift = shift if self.bias is None else self.bias + shift
-        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+        return scale, shift if self.bias is None else self.bias + shift
+
+    @torch.no_grad()
+    def see_probe(self, shift: Tensor, square: Tensor) -> None:
+        """Do what the probe asks for with the moments of its images about `mean`: those of x - mean and its square, (C,) each."""
+        shift, square = self._entries(shift), self._entries(square)
+        mean, variance = self.mean + shift, (square - shift * shift).clamp_(min=0)
+        if self.probe == "follow":
+            self._follow(mean, variance)
+        elif self._probe_moments is None:  # where a network uses the layer twice, both sides see its first use
+            self._probe_moments = (mean, variance)
+
+    @torch.no_grad()
+    def see_relu(self, z: Tensor, residual: Tensor | None) -> None:
+        """Measure on the probe's images what `update` averages into `imputation`, z = relu(out + residual): (p, C, *spatial)."""
+        assert self.bias is not None
+        num = z.numel() // z.shape[1]
+        view = as_rows(z)
+        hidden = view.rows.sum(view.reduced, dtype=self.mean.dtype)
+        if residual is not None:
+            view = as_rows(residual)
+            hidden -= view.rows.sum(view.reduced, dtype=self.mean.dtype)
+        view = as_rows(z)
+        alive = torch.count_nonzero(view.rows, view.reduced) / num
+        # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
+        self._seen_imputation = torch.stack((hidden / num - self.bias, alive.to(self.mean.dtype).clamp(min=0.1)))
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self._dims or x.shape[1] != self.num_features or x.numel() == 0:
@@ -165,11 +206,19 @@ class _BatchlessNorm(nn.Module):
             nll_reduction=self.nll_reduction,
             gauge=self.gauge,
         )
-        self.pending_nll = result.nll if self.pending_nll is None else self.pending_nll + result.nll
-        num_images, per_image = x.shape[0], x.numel() // (x.shape[0] * x.shape[1])
-        self.num_images_seen += num_images
-        self.num_positions_seen += num_images * per_image
+        self.account(result.nll, x.shape[0], x.numel() // (x.shape[0] * x.shape[1]))
         return result.out
+
+    def account(self, nll: Tensor, num_images: int, num_positions: int) -> None:
+        """Note a training forward: its likelihood (), its images, and the positions of each."""
+        self.pending_nll = nll if self.pending_nll is None else self.pending_nll + nll
+        self.num_images_seen += num_images
+        self.num_positions_seen += num_images * num_positions
+
+    @property
+    def nll_scale(self) -> float:
+        """Weight in the loss of each entry's likelihood of one image."""
+        return self.nll_weight * (1 if self.nll_reduction == "mean" else self.num_features) / self.mean.numel()
 
     def _entries(self, per_channel: Tensor) -> Tensor:
         return per_channel if self.share == "channel" else per_channel.mean(0, keepdim=True)
@@ -198,6 +247,8 @@ class _BatchlessNorm(nn.Module):
                     positions = self.num_positions_seen / self.num_images_seen
                     seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
                     self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
+            if self.imputation is not None and self._seen_imputation is not None:
+                self.imputation.lerp_(self._seen_imputation, self.correction_rate)
             if self.mean.grad is not None and self.raw_std.grad is not None:
                 value = self._follow_gradients(calls, std)
         self._empty_account()
@@ -205,10 +256,7 @@ class _BatchlessNorm(nn.Module):
 
     def _follow_gradients(self, calls: float, std: Tensor) -> Tensor:
         """Read m1 and m2 off the gradients of the likelihood, take the natural step if it is ours; returns the nll."""
-        entries = self.mean.numel()
-        scale = (
-            self.nll_weight / entries if self.nll_reduction == "mean" else self.nll_weight * self.num_features / entries
-        )
+        scale = self.nll_scale
         assert self.mean.grad is not None
         assert self.raw_std.grad is not None
         m1 = self.mean.grad * std / (-scale * calls)
@@ -228,19 +276,11 @@ class _BatchlessNorm(nn.Module):
             self.mean.grad = self.raw_std.grad = None
 
     def _empty_account(self) -> None:
-        self.pending_nll = None
+        self.pending_nll = self._seen_imputation = None
         self.num_images_seen = self.num_positions_seen = 0
 
-    @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        """Keep mean and variance of the probe's images under the old weights, x: (p, C, *spatial)."""
-        if self._probe_moments is None:  # where a network uses the layer twice, both sides see its first use
-            shift, variance = self._moments_about(x, self.mean)
-            self._probe_moments = (self.mean + shift, variance)
-
-    @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        """Move the statistics by what the step did to the probe's images, x: (p, C, *spatial).
+    def _follow(self, mean_new: Tensor, var_new: Tensor) -> None:
+        """Move the statistics by what the step did to the probe's images.
 
         mean += gain * (mean_new - mean_old);  log std += gain * log(std_new / std_old).  The images are the same on both
         sides, so their sampling noise cancels; what upstream layers changed has already been normalised away in part. A
@@ -250,19 +290,18 @@ class _BatchlessNorm(nn.Module):
         if self._probe_moments is None:
             return
         mean_old, var_old = self._probe_moments
-        shift, var_new = self._moments_about(x, mean_old)
         std = self.std
         # Where the images barely vary the ratio says nothing: 1 % of std is added to both sides.
         guard = 1e-4 * std * std
         ratio = ((var_new + guard) / (var_old + guard)) ** (self.probe_gain / 2)
-        self.set_statistics(self.mean + self.probe_gain * shift, std * ratio)
+        self.set_statistics(self.mean + self.probe_gain * (mean_new - mean_old), std * ratio)
         self._probe_moments = None
 
     def _moments_about(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of x less `centre`, and variance of x, over images and positions, (C,) or (1,) each."""
+        """Means of x - centre and of its square over images and positions, (C,) each."""
         sums = [self._centred_sums(image, centre) for image in x.split(1)]  # one image's temporaries at a time
-        shift, square = (self._entries(s) / (x.numel() // x.shape[1]) for s in torch.stack(sums).sum(0))
-        return shift, (square - shift * shift).clamp(min=0)
+        shift, square = torch.stack(sums).sum(0) / (x.numel() // x.shape[1])
+        return shift, square
 
     def _centred_sums(self, x: Tensor, mean: Tensor) -> Tensor:
         """Sums over images and positions of x - mean and of its square: (2, C)."""
@@ -319,12 +358,10 @@ class BatchlessStatistics:
 
     def nll(self) -> Tensor | float:
         """Sum of the layers' negative log likelihoods of the last forward's images; to be added to a summed loss."""
-        total: Tensor | float = 0.0
+        pending = [layer.pending_nll for layer in self.layers.values() if layer.pending_nll is not None]
         for layer in self.layers.values():
-            if layer.pending_nll is not None:
-                total = total + layer.pending_nll
-                layer.pending_nll = None
-        return total
+            layer.pending_nll = None
+        return torch.stack(pending).sum() if pending else 0.0
 
     def update(self, num_images: int) -> Tensor | None:
         """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each, None if L = 0.

@@ -38,9 +38,16 @@ def to_batchless(norm: _BatchNorm, **settings: Any) -> _BatchlessNorm:
         settings.setdefault("correction_rate", 0.0)
     reference = norm.running_mean
     layer = target(norm.num_features, affine=norm.affine, device=reference.device, dtype=reference.dtype, **settings)
+    copy_batchnorm(norm, layer)
+    return layer.train(norm.training)
+
+
+def copy_batchnorm(norm: _BatchNorm, layer: _BatchlessNorm) -> None:
+    """Give an existing batchless layer the function of `norm`, which has running statistics; see `to_batchless`."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     layer.set_statistics(norm.running_mean, (norm.running_var + norm.eps).sqrt())
     _copy_affine(norm, layer)
-    return layer.train(norm.training)
 
 
 def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None = 0.1) -> _BatchNorm:
@@ -83,15 +90,16 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 
     Returns: the model, or the new layer where `model` itself is a BatchNorm. A layer used in two places stays one layer.
     """
-    return _replace(model, _BatchNorm, lambda norm: to_batchless(norm, **settings))
+    return replace_modules(model, _BatchNorm, lambda norm: to_batchless(norm, **settings))
 
 
 def convert_to_batchnorm(model: nn.Module, *, eps: float = 1e-5) -> nn.Module:
     """Replace every batchless layer inside `model` by a BatchNorm, in place; see `to_batch`."""
-    return _replace(model, _BatchlessNorm, lambda norm: to_batch(norm, eps=eps))
+    return replace_modules(model, _BatchlessNorm, lambda norm: to_batch(norm, eps=eps))
 
 
-def _replace(model: nn.Module, kind: type[nn.Module], convert: Any) -> nn.Module:
+def replace_modules(model: nn.Module, kind: type[nn.Module], convert: Any) -> nn.Module:
+    """Replace every module of a kind inside `model` by `convert(module)`, in place; one used in two places stays one."""
     done: dict[nn.Module, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:

@@ -48,6 +48,63 @@ def standardize_weight(weight: Tensor, eps: float = 1e-4) -> Tensor:
     return _StandardizeWeight.apply(weight, eps)
 
 
+@torch.no_grad()
+def filter_scale(weight: Tensor, eps: float = 1e-4) -> Tensor:
+    """Scale of each filter of mean 0 that `standardize_weight` applies: 1 / sqrt(sum of squares + eps), (C_out, 1, ...)."""
+    return _filter_norm(weight).square_().add_(eps).rsqrt_()
+
+
+def _filter_norm(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)  # no temporary of its size
+
+
+@torch.no_grad()
+def centre_filters(weight: Tensor) -> None:
+    """Take each filter's mean out of it, in place; of one that has none but for rounding no bit changes."""
+    axes = tuple(range(1, weight.dim()))
+    mean = weight.mean(axes, keepdim=True)
+    rounding = torch.finfo(weight.dtype).eps * _filter_norm(weight) / weight[0].numel() ** 0.5
+    weight.sub_(torch.where(mean.abs() > rounding, mean, 0.0))
+
+
+class RawGradient:
+    """A gradient at centred filters w with a scale iw held constant, to be made that of the unstandardised weight at the end.
+
+        grad - mean(grad) - iw^2 * w * <grad, w>,  over each filter
+
+    The map is linear, so it may be applied once to a sum over micro-batches; what `weight.grad` holds at the beginning, say a
+    momentum that gradients gather in, is left out of it.
+
+    Args:
+        weight: (C_out, ...); its filters are centred in place, which changes nothing that they compute.
+
+    Attributes:
+        scale: iw, (C_out, 1, ...).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        centre_filters(weight)
+        self.weight, self.scale = weight, filter_scale(weight)
+        self.before = self._moments()
+
+    def _moments(self) -> tuple[Tensor | float, Tensor | float]:
+        if self.weight.grad is None:
+            return 0.0, 0.0
+        axes = tuple(range(1, self.weight.dim()))
+        grad = self.weight.grad
+        return grad.mean(axes, keepdim=True), (grad * self.weight.detach()).sum(axes, keepdim=True)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Apply the map to what came in since."""
+        if self.weight.grad is None:
+            return
+        (mean_before, along_before), (mean, along) = self.before, self._moments()
+        self.weight.grad.sub_(mean - mean_before).addcmul_(
+            self.weight, self.scale.square() * (along - along_before), value=-1
+        )
+
+
 class StandardizedConv2d(nn.Conv2d):
     """A convolution whose weight passes through `standardize_weight`; arguments, shapes and state dict of nn.Conv2d."""
 

@@ -1,9 +1,12 @@
-"""Plots of a comparison. matplotlib is imported when one is drawn; no torch here."""
+"""Plots of a comparison and of a memory sweep. matplotlib is imported when one is drawn; no torch here."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from bln_train.report.runlog import write_atomically
 
 _MARKERS = "osD^vPX*<>"
 
@@ -50,3 +53,69 @@ def _series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         full = row["micro_batch_size"] == row["effective_batch_size"]
         series.setdefault(f"{row['norm']}, micro-batch {'full' if full else row['micro_batch_size']}", []).append(row)
     return series
+
+
+_PARTS = (
+    ("parameters", "parameter_bytes", ""),
+    ("gradients", "gradient_bytes", "//"),
+    ("optimizer", "optimizer_bytes", "xx"),
+    ("activations", "activation_bytes", ".."),
+    ("other", "other_bytes", "\\\\"),
+)
+
+
+def plot_memory(folder: Path, document: dict[str, Any]) -> Path:
+    """Draw the peak of each cell of a memory sweep, split by what it is for, in MiB; returns memory.png.
+
+    A panel for each micro-batch, with its own scale: a bar for one image would vanish beside one for 64.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = document["rows"]
+    panels: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(row["micro_batch_size"], []).append(row)
+    figure, all_axes = plt.subplots(
+        len(panels),
+        figsize=(8, 1.6 + 0.9 * len(panels) + 0.24 * len(rows)),
+        height_ratios=[1.5 + len(members) for members in panels.values()],
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (micro, members) in zip(all_axes[:, 0], panels.items(), strict=True):
+        left = [0.0] * len(members)
+        for part, key, hatch in _PARTS:
+            widths = [(row[key] or 0) / 2**20 for row in members]
+            axes.barh(range(len(members)), widths, left=left, label=part, hatch=hatch, edgecolor="black", linewidth=0.5)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for n, row in enumerate(members):
+            text = "- (not measured)" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.4g}"
+            axes.annotate(text, (left[n], n), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        if document["floor"] is not None:
+            axes.axvline(document["floor"]["floor_bytes"] / 2**20, color="black", ls="--", lw=1, label="floor")
+        axes.set_yticks(
+            range(len(members)), [f"{row['norm']}, {row['effective_batch_size']}" for row in members], fontsize=8
+        )
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+        axes.set_title(f"micro-batch {micro}", fontsize=9, loc="left")
+        axes.set_ylabel("norm, effective batch", fontsize=8)
+    all_axes[-1, 0].set_xlabel("peak memory of training, MiB (scales differ)")
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    environment = document["environment"]
+    figure.suptitle(
+        f"Peak memory of training {document['model']}, {document['precision']}, {document['method']}\n"
+        f"{environment['device']}, torch {environment['torch']}, {document['date']}",
+        fontsize=10,
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    path = folder / "memory.png"
+    write_atomically(path, picture.getvalue())
+    return path

@@ -28,19 +28,20 @@ RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises RunFolderError where that is impossible."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) whole or not at all; raises RunFolderError where that is impossible."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}", "Choose another --out.") from error
+    finally:  # after a failure or Ctrl-C; a file written whole has moved
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"cannot write {path}: {error.strerror or error}", "Choose another --out.") from error
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
@@ -65,6 +66,10 @@ def same_trajectory(old: Recipe, new: Recipe) -> bool:
         if recipe.norm.name != "batch":  # with BatchNorm the micro-batch changes the result
             free.append("micro_batch_size")
         data["train"] = {key: value for key, value in data["train"].items() if key not in free}
+        data["optimizer"].pop(
+            "accumulate_into", None
+        )  # where the sum is kept, not what it is; clipping tells them apart
+        data["optimizer"] |= {"clip_norm": recipe.clip_norm, "clip_update": recipe.clip_update}
         return data
 
     return essence(old) == essence(new)

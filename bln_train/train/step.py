@@ -13,9 +13,14 @@ from torch.nn import functional as F
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
 from bln_train.errors import DivergedError
+from bln_train.memory.peak import StorageTracker
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.batchless import BatchlessStatistics
-from bln_train.norm.standardize import StandardizedConv2d, standardize_once
+from bln_train.norm.fuse import folded_layers
+from bln_train.norm.fused import fold_once
+from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
+from bln_train.optim import MomentumAccumulatingSGD
+from bln_train.rng import instance_seeds
 
 _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
 
@@ -27,8 +32,10 @@ class StepTotals(NamedTuple):
     """() sum of the task loss over the images."""
     correct: Tensor
     """() number of images classified right."""
-    grad_norm: Tensor
-    """() global norm of the mean gradient before clipping."""
+    grad_norm: Tensor | None
+    """() global norm of the mean gradient before clipping; None where gradients gather in the momentum."""
+    update_norm: Tensor | None
+    """() global norm of the momentum before clipping where gradients gather there, else None."""
     nll: Tensor | None
     """(L,) likelihood of each batchless layer, or None without such layers."""
 
@@ -60,6 +67,9 @@ class AccumulationStep:
         clip_norm: bound on the global gradient norm, None for none.
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
+
+    Raises:
+        ValueError: clip_norm or a scaler with an optimizer that gathers gradients in its momentum.
     """
 
     def __init__(
@@ -80,8 +90,13 @@ class AccumulationStep:
         self.device, self.micro_batch_size = device, micro_batch_size
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.autocast, self.scaler = autocast, scaler
+        self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
+        if self.into_momentum is not None and (clip_norm is not None or scaler is not None):
+            raise ValueError("gradients that gather in the momentum can be neither clipped nor loss-scaled")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.standardized = [m for m in model.modules() if isinstance(m, StandardizedConv2d)]
+        self.folded = folded_layers(model)
+        inside = {layer.linear for layer in self.folded}
+        self.standardized = [m for m in model.modules() if isinstance(m, StandardizedConv2d) and m not in inside]
         self.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
 
     def __call__(
@@ -96,6 +111,11 @@ class AccumulationStep:
         """Take one step on images[index]; index and seeds are (N,) int64 on the CPU, N >= 1, those of the probe (p,), p >= 0."""
         num_images = len(index)
         self.model.train()
+        if self.into_momentum is not None:
+            for layer in self.folded:  # as accumulate does, but the weight decay has to see the same weights
+                if isinstance(layer.linear, StandardizedConv2d):
+                    centre_filters(layer.linear.weight)
+            self.into_momentum.begin()  # from here on the weights' gradients are their momentum
         loss_sum, correct = self.accumulate(images, index, seeds, gradients_ready)
         probing = len(probe_index) > 0 and bool(self.statistics.layers)
         if probing:
@@ -103,14 +123,16 @@ class AccumulationStep:
             self.statistics.observe(lambda: self._forward(probe))
         if self.scaler is not None:
             self._unscale()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.scaler is not None and not torch.isfinite(grad_norm):
+        grad_norm = None
+        if self.into_momentum is None:
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.scaler is not None and grad_norm is not None and not torch.isfinite(grad_norm):
             # fp16 overflowed: the scaler lowers its scale and skips the step; statistics and correction skip it as well.
             nll = None
             self.statistics.discard()
         else:
             nll = self.statistics.update(num_images)
-        if self.clip_norm is not None:
+        if self.clip_norm is not None and grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
         if self.scaler is None:
             self.optimizer.step()
@@ -121,7 +143,8 @@ class AccumulationStep:
         if probing and nll is not None:
             self.statistics.follow(lambda: self._forward(probe))
         set_instance_seeds(self.dropouts, None)
-        return StepTotals(loss_sum, correct, grad_norm, nll)
+        update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
+        return StepTotals(loss_sum, correct, grad_norm, update_norm, nll)
 
     def accumulate(
         self, images: ImageSet, index: Tensor, seeds: Tensor, gradients_ready: Callable[[], None] = lambda: None
@@ -130,7 +153,7 @@ class AccumulationStep:
         num_images = len(index)
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        with standardize_once(self.standardized):
+        with standardize_once(self.standardized), fold_once(self.folded):
             for batch in self._micro_batches(images, index, seeds):
                 logits = self._forward(batch)
                 losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
@@ -141,6 +164,33 @@ class AccumulationStep:
                 del batch, logits, losses, mean_loss  # or they would be alive beside their successors
             gradients_ready()
         return loss_sum, correct
+
+    def live_bytes(self, images: ImageSet, num_images: int, *, gradients: bool) -> int:
+        """Peak of tensors alive in one forward on the first images, and backward with `gradients`, beside weights and gradients.
+
+        Operators' scratch is not in it. No state is changed, and no gradient left.
+        """
+        index = torch.arange(num_images) % len(images)
+        batch = self._load(images, index, *self._to_device(images, index, instance_seeds(0, 0, index)))
+        self.model.train()
+        with fold_once(self.folded):
+
+            def run() -> None:
+                with torch.set_grad_enabled(gradients):
+                    loss = F.cross_entropy(self._forward(batch), batch.labels) + self.statistics.nll()
+                if gradients:
+                    loss.backward()
+
+            if gradients:
+                run()  # now all gradients exist, as they do for every image but the first
+            tracker = StorageTracker([*self.model.parameters(), *self.model.buffers(), *self.gradients(), *batch])
+            before = tracker.live_bytes
+            with tracker:
+                run()
+        self.statistics.discard()
+        self.model.zero_grad(set_to_none=True)
+        set_instance_seeds(self.dropouts, None)
+        return tracker.peak_bytes - before
 
     def gradients(self) -> list[Tensor]:
         """The gradients alive now: of parameters, and of weights that are standardised once for many micro-batches."""

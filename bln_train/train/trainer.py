@@ -69,7 +69,7 @@ class Trainer:
         would have yielded from there.
 
         Raises:
-            DivergedError: the loss or the gradient norm is not finite.
+            DivergedError: the loss, the gradient norm or the update norm is not finite.
         """
         self.meter.start()
         first_step = self.step
@@ -110,17 +110,18 @@ class Trainer:
         self, totals: StepTotals, num_images: int, learning_rate: float, began: float, detail: bool
     ) -> StepRecord:
         """Bring a step's sums to the host: the one synchronisation of the step."""
-        values = [totals.loss, totals.correct, totals.grad_norm]
+        norm, of = (totals.grad_norm, "gradient") if totals.update_norm is None else (totals.update_norm, "update")
+        assert norm is not None
+        values = [totals.loss, totals.correct, norm]
         nll = totals.nll if totals.nll is not None else torch.empty(0, device=totals.loss.device)
-        loss, correct, grad_norm, *layers = torch.cat(
-            [torch.stack([v.double() for v in values]), nll.double()]
-        ).tolist()
+        loss, correct, size, *layers = torch.cat([torch.stack([v.double() for v in values]), nll.double()]).tolist()
         seconds = time.perf_counter() - began
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.take_step.scaler is not None):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+        if not math.isfinite(loss) or not (math.isfinite(size) or self.take_step.scaler is not None):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the {of} norm is {size}"
             raise DivergedError(
                 f"step {self.step}: {what}; training diverged",
-                "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_norm=1.0.",
+                "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set "
+                f"optimizer.{'clip_norm' if of == 'gradient' else 'clip_update'}=1.0.",
             )
         self._epoch_sums.images += num_images
         self._epoch_sums.loss += loss
@@ -135,7 +136,8 @@ class Trainer:
             accuracy=correct / num_images,
             nll=sum(followed) / len(followed) if followed else None,
             learning_rate=learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=size if of == "gradient" else None,
+            update_norm=size if of == "update" else None,
             seconds=seconds,
             nll_by_layer=dict(zip(names, layers, strict=True)) if layers and detail else None,
         )

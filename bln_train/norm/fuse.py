@@ -1,0 +1,211 @@
+"""Fold a network's batchless norms into the convolutions before them, by tracing its forward with torch.fx."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.fused import Activation, FoldedConvNorm, why_not_foldable
+
+_LAYERS = "folded_layers"
+_ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+_RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_)
+_LEAKY_RELUS: tuple[Any, ...] = (F.leaky_relu, F.leaky_relu_)
+# What keeps its input for backward, whatever we do; the activations unless they overwrite it.
+_KEEPS_INPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.MaxPool2d)
+_KEEPS_INPUT_UNLESS_INPLACE = (nn.SiLU, nn.GELU, nn.Hardswish)
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """Which norms `fuse` folded."""
+
+    folded: tuple[str, ...]
+    """Names of the norms that are now part of the operation before them."""
+    kept: dict[str, str]
+    """Names of the others, and why each stays as it is."""
+
+
+class _Tracer(fx.Tracer):
+    """Stops at torch.nn's layers and at every module without children, ours among them."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Make training forwards of `model` run each conv + batchless norm (+ residual) (+ relu) as one `FoldedConvNorm`, in place.
+
+    Parameters, buffers, state dict and the forward in eval mode stay what they are. A network that torch.fx cannot trace, or
+    whose forward depends on data, is left alone. Replace layers (conversion, a new head) before, not after.
+
+    Returns: what was folded and what was not, each with its reason.
+
+    Raises:
+        ValueError: the model is fused already.
+    """
+    if hasattr(model, _LAYERS):
+        raise ValueError("the model is fused already; unfuse it first")
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchlessNorm)}
+    if not norms:
+        return FuseReport((), {})
+    modes = {module: module.training for module in model.modules()}
+    model.train()  # a forward may ask
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever a foreign forward raises when it meets a proxy
+        reason = f"torch.fx cannot trace the network: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return FuseReport((), dict.fromkeys(norms, reason))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _drop_identities(graph, modules)
+    layers = nn.ModuleList()
+    setattr(model, _LAYERS, layers)
+    seen: dict[str, str] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules.get(str(node.target)), _BatchlessNorm):
+            reason = _fold(graph, node, modules, layers)
+            seen[node.target] = seen.get(node.target) or reason  # a norm used twice is folded if both uses are
+    if not len(layers):
+        delattr(model, _LAYERS)
+        return FuseReport((), {name: _reason(name, norm, modules, seen) for name, norm in norms.items()})
+    _note_what_is_kept(graph, modules, layers)
+    graph.lint()
+    traced: Callable[..., Any] = type(fx.GraphModule(model, graph)).forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Traced in training mode; what eval mode does is the original's business.
+        return (traced if self.training else type(self).forward)(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+    folded = tuple(name for name, norm in norms.items() if not _reason(name, norm, modules, seen))
+    return FuseReport(folded, {n: _reason(n, norm, modules, seen) for n, norm in norms.items() if n not in folded})
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`, in place; a model that is not fused stays as it is."""
+    if hasattr(model, _LAYERS):
+        delattr(model, _LAYERS)
+        del model.forward
+
+
+def folded_layers(model: nn.Module) -> list[FoldedConvNorm]:
+    """The folded operations of a fused model, in the order of execution; none of another model."""
+    return list(getattr(model, _LAYERS, ()))
+
+
+def _reason(name: str, norm: nn.Module, modules: dict[str, nn.Module], seen: dict[str, str]) -> str:
+    names = [other for other, module in modules.items() if module is norm and other in seen]
+    if not names:
+        return "its forward does not reach it"
+    return next((seen[other] for other in names if seen[other]), "")
+
+
+def _drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules.get(str(node.target)), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers: nn.ModuleList) -> str:
+    """Replace the chain around a norm by one node; returns why not, "" if it was done."""
+    source = norm.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_module":
+        return "its input does not come from a convolution or linear layer"
+    linear, layer = modules[str(source.target)], modules[str(norm.target)]
+    problem = why_not_foldable(linear, layer)
+    if problem:
+        return problem
+    if len(source.users) > 1:
+        return "the convolution's output is used elsewhere too"
+    assert isinstance(layer, _BatchlessNorm)
+
+    last, residual = norm, None
+    add = _only_user(norm)
+    if add is not None and _is_add(add):
+        other = next((a for a in add.args if a is not norm), None)
+        if isinstance(other, fx.Node):  # not x + x, which has one argument
+            last, residual = add, other
+    activation: Activation = "identity"
+    slope = 0.0
+    follower = _only_user(last)
+    if follower is not None:
+        activation, slope = _activation(follower, modules)
+        last = follower if activation != "identity" else last
+
+    name = f"{_LAYERS}.{len(layers)}"
+    layers.append(FoldedConvNorm(linear, layer, activation=activation, slope=slope))
+    with graph.inserting_after(last):
+        node = graph.call_module(name, (source.args[0],) if residual is None else (source.args[0], residual))
+    last.replace_all_uses_with(node)
+    for old in (last, add, norm, source):
+        if old is not None and not old.users and old in graph.nodes and old is not node:
+            graph.erase_node(old)
+    return ""
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_add(node: fx.Node) -> bool:
+    called = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    return called and len(node.args) == 2 and not node.kwargs
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Activation, float]:
+    """What a node does to its one input, if it is an activation that can be folded."""
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, nn.ReLU) or (node.op == "call_function" and node.target in _RELUS):
+        return "relu", 0.0
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return "relu", 0.0
+    slope: Any = None
+    if isinstance(module, nn.LeakyReLU):
+        slope = module.negative_slope
+    elif node.op == "call_function" and node.target in _LEAKY_RELUS:
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+    if isinstance(slope, float) and 0 < slope < 1:
+        return "leaky_relu", slope
+    return "identity", 0.0
+
+
+def _note_what_is_kept(graph: fx.Graph, modules: dict[str, nn.Module], layers: nn.ModuleList) -> None:
+    """Tell each folded layer whether its output and its residual outlive the forward anyway."""
+    by_name = {f"{_LAYERS}.{n}": layer for n, layer in enumerate(layers)}
+
+    def kept(node: fx.Node) -> bool:
+        own = by_name.get(str(node.target))
+        if isinstance(own, FoldedConvNorm) and own.activation != "identity":
+            return True  # its own backward needs it
+        for user in node.users:
+            if user.op != "call_module" or user.args[0] is not node:
+                continue
+            module = by_name.get(str(user.target), modules.get(str(user.target)))
+            if isinstance(module, (FoldedConvNorm, *_KEEPS_INPUT)):
+                return True
+            if isinstance(module, _KEEPS_INPUT_UNLESS_INPLACE) and not getattr(module, "inplace", False):
+                return True
+        return False
+
+    for node in graph.nodes:
+        layer = by_name.get(str(node.target))
+        if isinstance(layer, FoldedConvNorm):
+            layer.output_is_kept = layer.activation != "identity" or kept(node)
+            layer.residual_is_kept = len(node.args) < 2 or kept(node.args[1])
+            # Another folded layer's output is its own, of nobody's view; with one user, nobody else's.
+            layer.input_is_free = str(node.args[0].target) in by_name and len(node.args[0].users) == 1

@@ -166,6 +166,26 @@ def test_imputed_correction_is_its_formula():
     torch.testing.assert_close(norm.bias.grad, g.sum((0, 2, 3)), rtol=1e-10, atol=1e-12)
 
 
+def test_imputation_is_measured_on_the_probe():
+    """update averages what observe saw: the mean of relu(v) - r - beta, and the share of positions with v > 0."""
+    torch.manual_seed(0)
+    linear, norm = nn.Conv2d(4, 6, 3, 1, 1), drawn_norm(BatchlessNorm2d, 6, correction_mode="imputed")
+    layer = FoldedConvNorm(linear, norm, activation="relu")
+    statistics = BatchlessStatistics(norm)
+    x, r = torch.randn(5, 4, 6, 6), torch.randn(5, 6, 6, 6)
+    v = norm.eval()(linear(x)).detach() + r
+    norm.train()
+    start = norm.imputation.clone()
+    torch.testing.assert_close(start[:, 0], torch.tensor([0.3989422804, 0.5]))
+    (layer(x, r).sum() + statistics.nll()).div(5).backward()
+    statistics.observe(lambda: layer(x, r))
+    assert torch.equal(norm.imputation, start)
+    statistics.update(5)
+    hidden = (v.relu() - r - norm.bias.detach().view(-1, 1, 1)).mean((0, 2, 3))
+    alive = (v > 0).double().mean((0, 2, 3)).clamp(min=0.1)
+    torch.testing.assert_close(norm.imputation, start + 0.1 * (torch.stack((hidden, alive)) - start))
+
+
 def gradients(model, x, once):
     statistics = BatchlessStatistics(model)
     model.train()

@@ -168,7 +168,7 @@ class AccumulationStep:
     def live_bytes(self, images: ImageSet, num_images: int, *, gradients: bool) -> int:
         """Peak of tensors alive in one forward on the first images, and backward with `gradients`, beside weights and gradients.
 
-        Operators' scratch is not in it. No state is changed, and no gradient left.
+        Operators' scratch is not in it. What the network computes stays (`fold_once` may centre filters); no gradient is left.
         """
         index = torch.arange(num_images) % len(images)
         batch = self._load(images, index, *self._to_device(images, index, instance_seeds(0, 0, index)))

@@ -97,6 +97,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         autocast=autocast,
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
     )
+    step.probe_images = probe_images(recipe, step, data)
     trainer = Trainer(
         step,
         data,
@@ -104,7 +105,6 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         partial(evaluate_on_test, recipe, model, data, preprocess, device),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
-        probe_images=probe_images(recipe, step, data),
         seed=recipe.train.seed,
         eval_every_epochs=recipe.train.eval_every_epochs,
         max_steps=recipe.train.max_steps,

@@ -29,6 +29,7 @@ def float64():
 
 def linears():
     yield "plain", lambda conv: conv(4, 6, 3, 1, 1)
+    yield "as many channels as compiled kernels take", lambda conv: conv(4, 8, 3, 1, 1)
     yield "no bias", lambda conv: conv(4, 6, 3, 1, 1, bias=False)
     yield "strided, grouped", lambda conv: conv(4, 6, 3, 2, 1, groups=2, bias=False)
     yield "dilated, depthwise", lambda conv: conv(6, 6, 3, 1, 2, dilation=2, groups=6)
@@ -166,22 +167,24 @@ def test_imputed_correction_is_its_formula():
     torch.testing.assert_close(norm.bias.grad, g.sum((0, 2, 3)), rtol=1e-10, atol=1e-12)
 
 
-def test_imputation_is_measured_on_the_probe():
-    """update averages what observe saw: the mean of relu(v) - r - beta, and the share of positions with v > 0."""
+@pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
+def test_imputation_is_measured_on_the_probe(channels):
+    """update averages the mean of relu(v) - r - beta over the watched images, and the share of positions with v > 0."""
     torch.manual_seed(0)
-    linear, norm = nn.Conv2d(4, 6, 3, 1, 1), drawn_norm(BatchlessNorm2d, 6, correction_mode="imputed")
+    linear, norm = nn.Conv2d(4, channels, 3, 1, 1), drawn_norm(BatchlessNorm2d, channels, correction_mode="imputed")
     layer = FoldedConvNorm(linear, norm, activation="relu")
     statistics = BatchlessStatistics(norm)
-    x, r = torch.randn(5, 4, 6, 6), torch.randn(5, 6, 6, 6)
-    v = norm.eval()(linear(x)).detach() + r
+    x, r = (torch.randn(9, c, 6, 6).to(memory_format=torch.channels_last) for c in (4, channels))
+    v = norm.eval()(linear(x[:5])).detach() + r[:5]
     norm.train()
     start = norm.imputation.clone()
     torch.testing.assert_close(start[:, 0], torch.tensor([0.3989422804, 0.5]))
-    (layer(x, r).sum() + statistics.nll()).div(5).backward()
-    statistics.observe(lambda: layer(x, r))
+    statistics.watch(5)
+    for part in (slice(0, 3), slice(3, 7), slice(7, 9)):
+        (layer(x[part], r[part]).sum() + statistics.nll()).div(9).backward()
     assert torch.equal(norm.imputation, start)
-    statistics.update(5)
-    hidden = (v.relu() - r - norm.bias.detach().view(-1, 1, 1)).mean((0, 2, 3))
+    statistics.update(9)
+    hidden = (v.relu() - r[:5] - norm.bias.detach().view(-1, 1, 1)).mean((0, 2, 3))
     alive = (v > 0).double().mean((0, 2, 3)).clamp(min=0.1)
     torch.testing.assert_close(norm.imputation, start + 0.1 * (torch.stack((hidden, alive)) - start))
 

@@ -121,7 +121,7 @@ def test_auto_probe_stays_within_the_memory_of_one_image(model):
             tiny_recipe(model__name=model, norm=norm, train__micro_batch_size=micro, train__precision="fp32")
         )
         step, images = experiment.trainer.take_step, experiment.data.train
-        number = experiment.trainer.probe_images
+        number = step.probe_images
         one, probe = step.live_bytes(images, 1, gradients=True), step.live_bytes(images, number, gradients=False)
         assert 4 <= number <= 8
         assert probe <= one or number == 4
@@ -138,7 +138,7 @@ def test_measuring_live_bytes_changes_nothing():
         assert step.live_bytes(images, 2, gradients=gradients) > 0
     assert all(torch.equal(before[k], v) for k, v in step.model.state_dict().items())
     assert all(p.grad is None for p in step.model.parameters())
-    assert all(m.num_images_seen == 0 and m.pending_nll is None for m in step.statistics.layers.values())
+    assert all(m.account.num_images == 0 and m.account.nll is None for m in step.statistics.layers.values())
 
 
 def test_peak_at_micro_batch_1_is_near_the_floor():

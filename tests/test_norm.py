@@ -228,6 +228,16 @@ def test_constant_input_cannot_blow_up():
     torch.testing.assert_close(norm.std.detach(), x.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
 
 
+def watch(statistics, net, x):
+    """Training forwards of a batch that begins with x, in ragged micro-batches, and the update after them."""
+    statistics.watch(len(x))
+    batch = torch.cat((x, torch.randn_like(x)))
+    for part in batch.split(4):
+        net(part)
+        statistics.nll()
+    statistics.update(len(batch))
+
+
 @pytest.mark.parametrize("share", ["channel", "layer"])
 @pytest.mark.parametrize("gain", [1.0, 0.25])
 def test_probe_follows_an_affine_change_of_the_input(share, gain):
@@ -237,7 +247,8 @@ def test_probe_follows_an_affine_change_of_the_input(share, gain):
                            dtype=torch.float64)  # fmt: skip
     x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
     statistics = BatchlessStatistics(norm)
-    statistics.observe(lambda: norm(x))
+    norm.requires_grad_(False)
+    watch(statistics, lambda part: norm(part), x)
     statistics.follow(lambda: norm(3 * x + 2))
     axes = (0, 2, 3) if share == "channel" else (0, 1, 2, 3)
     torch.testing.assert_close(
@@ -246,7 +257,7 @@ def test_probe_follows_an_affine_change_of_the_input(share, gain):
     # the guard of 1 % of std is the tolerance
     torch.testing.assert_close(norm.std.detach(), torch.full_like(norm.std.detach(), 2 * 3**gain), rtol=1e-2, atol=0)
     before = copy.deepcopy(norm.state_dict())
-    statistics.follow(lambda: norm(x))  # nothing observed since: nothing to follow
+    statistics.follow(lambda: norm(x))  # nothing watched since: nothing to follow
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 
@@ -255,13 +266,14 @@ def test_probe_without_change_is_the_identity_also_for_a_layer_used_twice():
     norm = BatchlessNorm1d(3, statistics="gradient", dtype=torch.float64)
     x = torch.randn(6, 3, dtype=torch.float64)
 
-    def net():
-        return norm(5 * norm(x) + 1)
+    def net(part):
+        return norm(5 * norm(part) + 1)
 
     statistics = BatchlessStatistics(norm)
-    statistics.observe(net)
+    norm.requires_grad_(False)
+    watch(statistics, net, x)
     before = copy.deepcopy(norm.state_dict())
-    statistics.follow(net)
+    statistics.follow(lambda: net(x))
     for key, value in norm.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=1e-12, atol=1e-12)
 
@@ -275,7 +287,7 @@ def test_frozen_statistics_keep_correction_and_account():
     value = accumulate(norm, x).update(4)
     assert bool(value.isnan().all())
     assert norm.correction.abs().max() > 0
-    assert norm.num_images_seen == 0
+    assert norm.account.num_images == 0
     assert torch.equal(norm.mean, torch.zeros(3).double())
 
 

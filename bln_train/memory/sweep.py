@@ -31,7 +31,6 @@ from bln_train.errors import BlnError, RunFolderError
 from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
 from bln_train.recipe import Recipe
 from bln_train.report.runlog import json_text, write_atomically
-from bln_train.rng import instance_seeds
 from bln_train.run import explained_failures
 from bln_train.train.step import AccumulationStep
 
@@ -201,9 +200,7 @@ def _prepare_step(experiment: Experiment, num_images: int) -> Callable[..., floa
     """One whole step as the trainer takes it, given a callback for when all gradients exist; at its end the device is idle."""
     trainer, images = experiment.trainer, experiment.data.train
     index = torch.arange(num_images)
-    probe = (num_images + torch.arange(trainer.probe_images)) % len(images)
-    seeds, probe_seeds = (instance_seeds(trainer.seed, 0, chosen) for chosen in (index, probe))
-    return lambda *ready: trainer.take_step(images, index, seeds, probe, probe_seeds, *ready).loss.item()
+    return lambda *ready: trainer.take_step(images, index, trainer.seed, 0, *ready).loss.item()
 
 
 def measure_floor(experiment: Experiment) -> Floor:
@@ -219,14 +216,13 @@ def measure_floor(experiment: Experiment) -> Floor:
     step, images = experiment.trainer.take_step, experiment.data.train
     _prepare_step(experiment, 1)()  # now the optimizer has its state
     index = torch.arange(1)
-    seeds = instance_seeds(0, 0, index)
-    step.accumulate(images, index, seeds)
+    step.accumulate(images, index, 0, 0)
     state = [v for entry in step.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     beside = [*step.model.parameters(), *step.model.buffers(), *state, *step.gradients()]
     tracker = StorageTracker(beside)
     beside_bytes = tracker.live_bytes
     with tracker:
-        step.accumulate(images, index, seeds)
+        step.accumulate(images, index, 0, 0)
     parameter_bytes, optimizer_bytes = storage_bytes(step.model.parameters()), storage_bytes(state)
     live_bytes = tracker.peak_bytes - beside_bytes
     return Floor(parameter_bytes, optimizer_bytes, live_bytes, parameter_bytes + optimizer_bytes + live_bytes)
@@ -261,7 +257,7 @@ def measure_saved_bytes(step: AccumulationStep, images: ImageSet, num_images: in
     step.model.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            step.accumulate(images, index, instance_seeds(0, 0, index), note_weights)
+            step.accumulate(images, index, 0, 0, note_weights)
     finally:
         start.remove()
         step.statistics.discard()

@@ -19,6 +19,34 @@ from bln_train.norm.functional import (
 )
 
 
+class _Account:
+    """What the forwards of one effective batch leave in a layer; a new one begins each."""
+
+    def __init__(self, num_to_watch: int = 0) -> None:
+        self.nll: Tensor | None = None
+        """() likelihood of the last forward's images, until the loss takes it."""
+        self.num_images = self.num_positions = 0
+        """Images, and positions of all of them."""
+        self.num_to_watch = num_to_watch
+        """Images of the probe that are still to come."""
+        self.is_open = num_to_watch > 0
+        """Whether the next forward's first images are some of them."""
+        self.num_watched = 0
+        """Positions of those that came."""
+        self.watched: Tensor | None = None
+        """(4, C), see `watch`."""
+        self.unit: Tensor | None = None
+
+    def add(self, num_images: int, num_positions: int) -> None:
+        """Count a training forward's images, and the positions of each."""
+        self.num_images += num_images
+        self.num_positions += num_images * num_positions
+
+    def take(self, nll: Tensor) -> None:
+        """Keep a likelihood, (), for the loss."""
+        self.nll = nll if self.nll is None else self.nll + nll
+
+
 class _BatchlessNorm(nn.Module):
     """Normalise each channel by a learned mean and standard deviation, for any number of images, down to one.
 
@@ -123,14 +151,12 @@ class _BatchlessNorm(nn.Module):
             imputation = imputation.repeat(1, num_features)
         self.register_buffer("imputation", imputation)
 
-        # One effective batch's account; emptied by `update`.
-        self.pending_nll: Tensor | None = None
-        self.num_images_seen = 0
-        self.num_positions_seen = 0
-        # The probe: what the next forwards are for, and what was observed of the probe's images under the old weights.
-        self.probe: Literal["", "observe", "follow"] = ""
-        self._probe_moments: tuple[Tensor, Tensor] | None = None
-        self._seen_imputation: Tensor | None = None
+        self.account = _Account()
+        self.follows = False
+        """Whether the next forward without gradients is the probe's, after a step."""
+        self._old_moments: tuple[Tensor, Tensor] | None = (
+            None  # of the probe's images, under the weights before the step
+        )
 
     @property
     def std(self) -> Tensor:
@@ -146,10 +172,10 @@ class _BatchlessNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *spatial) to the same shape and dtype; see the class."""
         self._check_input(x)
-        if not self.probe and self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled():
             return self._train_forward(x)
-        if self.probe:
-            self.see_probe(*self._moments_about(x, self.mean.detach()))
+        if self.follows:
+            self.follow(self._sums_about_mean(x), x.numel() // x.shape[1])
         shape = (-1, *([1] * (x.dim() - 2)))
         scale, shift = self.affine_map()
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
@@ -161,30 +187,20 @@ class _BatchlessNorm(nn.Module):
         shift = -self.mean.detach() * scale
         return scale, shift if self.bias is None else self.bias + shift
 
-    @torch.no_grad()
-    def see_probe(self, shift: Tensor, square: Tensor) -> None:
-        """Do what the probe asks for with the moments of its images about `mean`: those of x - mean and its square, (C,) each."""
-        shift, square = self._entries(shift), self._entries(square)
-        mean, variance = self.mean + shift, (square - shift * shift).clamp_(min=0)
-        if self.probe == "follow":
-            self._follow(mean, variance)
-        elif self._probe_moments is None:  # where a network uses the layer twice, both sides see its first use
-            self._probe_moments = (mean, variance)
+    def watch(self, num_images: int, num_positions: int, unit: Tensor | None = None) -> tuple[int, Tensor | None]:
+        """How many of a training forward's first images belong to the probe, and where their sums are to be added, (4, C).
 
-    @torch.no_grad()
-    def see_relu(self, z: Tensor, residual: Tensor | None) -> None:
-        """Measure on the probe's images what `update` averages into `imputation`, z = relu(out + residual): (p, C, *spatial)."""
-        assert self.bias is not None
-        num = z.numel() // z.shape[1]
-        view = as_rows(z)
-        hidden = view.rows.sum(view.reduced, dtype=self.mean.dtype)
-        if residual is not None:
-            view = as_rows(residual)
-            hidden -= view.rows.sum(view.reduced, dtype=self.mean.dtype)
-        view = as_rows(z)
-        alive = torch.count_nonzero(view.rows, view.reduced) / num
-        # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
-        self._seen_imputation = torch.stack((hidden / num - self.bias, alive.to(self.mean.dtype).clamp(min=0.1)))
+        The sums are those of y = (x - mean) / unit, of y^2 and, where a relu follows at once, of its output less the residual
+        that entered it, and of how often that output is above 0.
+        """
+        account, self.account.is_open = self.account, False  # the first use counts where a network uses the layer twice
+        number = min(num_images, account.num_to_watch)
+        account.num_to_watch -= number
+        account.num_watched += number * num_positions
+        account.unit = unit
+        if account.watched is None:
+            account.watched = torch.zeros(4, self.num_features, dtype=self.mean.dtype, device=self.mean.device)
+        return number, account.watched
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self._dims or x.shape[1] != self.num_features or x.numel() == 0:
@@ -206,14 +222,14 @@ class _BatchlessNorm(nn.Module):
             nll_reduction=self.nll_reduction,
             gauge=self.gauge,
         )
-        self.account(result.nll, x.shape[0], x.numel() // (x.shape[0] * x.shape[1]))
+        num_images, num_positions = x.shape[0], x.numel() // (x.shape[0] * x.shape[1])
+        if self.account.is_open:
+            number, watched = self.watch(num_images, num_positions)
+            if watched is not None:
+                watched[:2] += self._sums_about_mean(x.detach()[:number])
+        self.account.add(num_images, num_positions)
+        self.account.take(result.nll)
         return result.out
-
-    def account(self, nll: Tensor, num_images: int, num_positions: int) -> None:
-        """Note a training forward: its likelihood (), its images, and the positions of each."""
-        self.pending_nll = nll if self.pending_nll is None else self.pending_nll + nll
-        self.num_images_seen += num_images
-        self.num_positions_seen += num_images * num_positions
 
     @property
     def nll_scale(self) -> float:
@@ -237,22 +253,41 @@ class _BatchlessNorm(nn.Module):
             layer saw no image.
         """
         value = torch.full((), torch.nan, device=self.mean.device, dtype=self.mean.dtype)
-        if self.num_images_seen:
-            calls = self.num_images_seen / num_images  # 2 where a network uses the layer twice
+        account = self.account
+        if account.num_images:
+            calls = account.num_images / num_images  # 2 where a network uses the layer twice
             std = self.std
+            if account.watched is not None:
+                self._note_watched(account.watched)
             if self.correction is not None:
                 assert self.weight is not None
                 assert self.bias is not None
                 if self.weight.grad is not None and self.bias.grad is not None:  # else they are frozen
-                    positions = self.num_positions_seen / self.num_images_seen
+                    positions = account.num_positions / account.num_images
                     seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
                     self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
-            if self.imputation is not None and self._seen_imputation is not None:
-                self.imputation.lerp_(self._seen_imputation, self.correction_rate)
             if self.mean.grad is not None and self.raw_std.grad is not None:
                 value = self._follow_gradients(calls, std)
-        self._empty_account()
+        self.account = _Account()
         return value
+
+    def _note_watched(self, sums: Tensor) -> None:
+        """Turn the probe's sums into its moments and, where a relu follows, average what it shows into `imputation`."""
+        sums = sums / self.account.num_watched
+        self._old_moments = self._moments(sums[0], sums[1], self.account.unit)
+        if self.imputation is not None:
+            assert self.bias is not None
+            # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
+            seen = torch.stack((sums[2] - self.bias, sums[3].clamp(min=0.1)))
+            self.imputation.lerp_(seen.to(self.imputation.dtype), self.correction_rate)
+
+    def _moments(self, shift: Tensor, square: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance of x, (C,) or (1,), from the means of y = (x - mean) / unit and of y^2, (C,)."""
+        if unit is not None:
+            shift, square = shift * unit, square * unit * unit
+        if self.share == "layer":
+            shift, square = shift.mean(0, keepdim=True), square.mean(0, keepdim=True)
+        return self.mean + shift, (square - shift * shift).clamp_(min=0)
 
     def _follow_gradients(self, calls: float, std: Tensor) -> Tensor:
         """Read m1 and m2 off the gradients of the likelihood, take the natural step if it is ours; returns the nll."""
@@ -270,44 +305,47 @@ class _BatchlessNorm(nn.Module):
 
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
-        self._empty_account()
-        self._probe_moments = None
+        self.account = _Account()
+        self._old_moments = None
         if self.statistics == "natural":
             self.mean.grad = self.raw_std.grad = None
 
-    def _empty_account(self) -> None:
-        self.pending_nll = self._seen_imputation = None
-        self.num_images_seen = self.num_positions_seen = 0
-
-    def _follow(self, mean_new: Tensor, var_new: Tensor) -> None:
+    @torch.no_grad()
+    def follow(self, sums: Tensor, num: int, unit: Tensor | None = None) -> None:
         """Move the statistics by what the step did to the probe's images.
 
         mean += gain * (mean_new - mean_old);  log std += gain * log(std_new / std_old).  The images are the same on both
         sides, so their sampling noise cancels; what upstream layers changed has already been normalised away in part. A
         gain of 1 undoes at once what the gradient, which holds statistics fixed, meant to do to mean and scale; a gain of 0
         lets the lag compound with depth.
+
+        Args:
+            sums: (2, C), of y = (x - mean) / unit and of y^2 over the probe's images after the step.
+            num: images times positions.
+            unit: (C,), None for 1.
         """
-        if self._probe_moments is None:
+        if self._old_moments is None:
             return
-        mean_old, var_old = self._probe_moments
+        sums = sums / num
+        mean_new, var_new = self._moments(sums[0], sums[1], unit)
+        mean_old, var_old = self._old_moments
         std = self.std
         # Where the images barely vary the ratio says nothing: 1 % of std is added to both sides.
         guard = 1e-4 * std * std
         ratio = ((var_new + guard) / (var_old + guard)) ** (self.probe_gain / 2)
         self.set_statistics(self.mean + self.probe_gain * (mean_new - mean_old), std * ratio)
-        self._probe_moments = None
+        self._old_moments = None
 
-    def _moments_about(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-        """Means of x - centre and of its square over images and positions, (C,) each."""
-        sums = [self._centred_sums(image, centre) for image in x.split(1)]  # one image's temporaries at a time
-        shift, square = torch.stack(sums).sum(0) / (x.numel() // x.shape[1])
-        return shift, square
+    def _sums_about_mean(self, x: Tensor) -> Tensor:
+        """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
+        mean = self.mean.detach()
 
-    def _centred_sums(self, x: Tensor, mean: Tensor) -> Tensor:
-        """Sums over images and positions of x - mean and of its square: (2, C)."""
-        view = as_rows(x)
-        centred = view.rows.to(mean.dtype) - mean.view(view.broadcast)
-        return torch.stack((centred.sum(view.reduced), (centred * centred).sum(view.reduced)))
+        def sums(image: Tensor) -> Tensor:
+            view = as_rows(image)
+            centred = view.rows.to(mean.dtype) - mean.view(view.broadcast)
+            return torch.stack((centred.sum(view.reduced), (centred * centred).sum(view.reduced)))
+
+        return torch.stack([sums(image) for image in x.split(1)]).sum(0)
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
@@ -331,13 +369,13 @@ class BatchlessStatistics:
     """The batchless layers of a network, and what a training loop does with them.
 
     for each effective batch of N images:
+        statistics.watch(p)                            # optional: its first p images, as the probe
         for each micro-batch:                          # of any size
             loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
             (loss / N).backward()
-        statistics.observe(lambda: net(probe_images))  # optional: a few images that are not in this batch
         statistics.update(N)                           # correction and natural step
         optimizer.step()                               # over everything but statistics.natural_parameters
-        statistics.follow(lambda: net(probe_images))   # optional, with observe: the statistics follow the weights
+        statistics.follow(lambda: net(first p))        # optional, with watch: the statistics follow the weights
 
     Args:
         model: any module; one without batchless layers makes every method a no-op.
@@ -358,9 +396,13 @@ class BatchlessStatistics:
 
     def nll(self) -> Tensor | float:
         """Sum of the layers' negative log likelihoods of the last forward's images; to be added to a summed loss."""
-        pending = [layer.pending_nll for layer in self.layers.values() if layer.pending_nll is not None]
+        pending = []
         for layer in self.layers.values():
-            layer.pending_nll = None
+            account = layer.account
+            if account.nll is not None:
+                pending.append(account.nll)
+                account.nll = None
+            account.is_open = account.num_to_watch > 0
         return torch.stack(pending).sum() if pending else 0.0
 
     def update(self, num_images: int) -> Tensor | None:
@@ -370,7 +412,7 @@ class BatchlessStatistics:
             RuntimeError: a forward's likelihood was never taken by `nll`, so the statistics would not follow the data.
         """
         for name, layer in self.layers.items():
-            if layer.pending_nll is not None:
+            if layer.account.nll is not None:
                 self.discard()
                 raise RuntimeError(
                     f"the likelihood of layer '{name}' was not added to the loss: call nll() after each training forward. "
@@ -384,20 +426,21 @@ class BatchlessStatistics:
         for layer in self.layers.values():
             layer.discard()
 
-    def observe(self, forward: Callable[[], object]) -> None:
-        """Run `forward`, a no-argument call of the network on the probe's images, noting each layer's input moments."""
-        self._run_probe("observe", forward)
-
-    def follow(self, forward: Callable[[], object]) -> None:
-        """Run `forward` again after the step: layer after layer, statistics move by what the step did to those images."""
-        self._run_probe("follow", forward)
+    def watch(self, num_images: int) -> None:
+        """Begin an effective batch: note the moments of its first images for `follow`."""
+        for layer in self.layers.values():
+            layer.account = _Account(num_images)
 
     @torch.no_grad()
-    def _run_probe(self, kind: Literal["observe", "follow"], forward: Callable[[], object]) -> None:
+    def follow(self, forward: Callable[[], object]) -> None:
+        """After the step run `forward`, a no-argument call of the network in training mode on the images that were watched.
+
+        Layer after layer, statistics move by what the step did to those images.
+        """
         for layer in self.layers.values():
-            layer.probe = kind
+            layer.follows = True
         try:
             forward()
         finally:
             for layer in self.layers.values():
-                layer.probe = ""
+                layer.follows = False

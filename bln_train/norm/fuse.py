@@ -13,9 +13,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.fused import Activation, FoldedConvNorm, why_not_foldable
+from bln_train.norm.epilogue import Activation
+from bln_train.norm.fused import FoldedChain, FoldedConvNorm, why_not_foldable
+from bln_train.norm.fused_function import Plan, Step
 
-_LAYERS = "folded_layers"
+_LAYERS, _CHAINS = "folded_layers", "folded_chains"
 _ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 _RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_)
 _LEAKY_RELUS: tuple[Any, ...] = (F.leaky_relu, F.leaky_relu_)
@@ -81,6 +83,7 @@ def fuse(model: nn.Module) -> FuseReport:
         delattr(model, _LAYERS)
         return FuseReport((), {name: _reason(name, norm, modules, seen) for name, norm in norms.items()})
     _note_what_is_kept(graph, modules, layers)
+    setattr(model, _CHAINS, _chain(graph, layers))
     graph.lint()
     traced: Callable[..., Any] = type(fx.GraphModule(model, graph)).forward
 
@@ -97,6 +100,7 @@ def unfuse(model: nn.Module) -> None:
     """Undo `fuse`, in place; a model that is not fused stays as it is."""
     if hasattr(model, _LAYERS):
         delattr(model, _LAYERS)
+        delattr(model, _CHAINS)
         del model.forward
 
 
@@ -154,6 +158,46 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
         if old is not None and not old.users and old in graph.nodes and old is not node:
             graph.erase_node(old)
     return ""
+
+
+def _chain(graph: fx.Graph, layers: nn.ModuleList) -> nn.ModuleList:
+    """Replace folded layers that follow each other by one node."""
+    by_name = {f"{_LAYERS}.{n}": layer for n, layer in enumerate(layers)}
+    runs: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        layer = by_name.get(str(node.target))
+        if not isinstance(layer, FoldedConvNorm):
+            runs.append([])
+        elif isinstance(layer.linear, nn.Linear):  # what it does depends on its input's shape
+            runs += ([node], [])
+        else:
+            runs[-1].append(node)
+    chains = nn.ModuleList()
+    for run in runs:
+        if not run:
+            continue
+        inputs = list(dict.fromkeys(arg for node in run for arg in node.args if arg not in run))
+        numbers: dict[Any, int] = {node: n for n, node in enumerate([*inputs, *run])}
+        steps = tuple(
+            Step(
+                by_name[str(node.target)], numbers[node.args[0]], numbers[node.args[1]] if len(node.args) > 1 else None
+            )
+            for node in run
+        )
+        outputs = [node for node in run if any(user not in run for user in node.users)]
+        chains.append(FoldedChain(Plan(steps, len(inputs), tuple(numbers[node] for node in outputs))))
+        with graph.inserting_after(run[-1]):
+            whole = graph.call_module(f"{_CHAINS}.{len(chains) - 1}", tuple(inputs))
+        for n, node in enumerate(outputs):
+            part = whole
+            if len(outputs) > 1:
+                with graph.inserting_after(whole):
+                    part = graph.call_function(operator.getitem, (whole, n))
+            for user in [user for user in node.users if user not in run and user is not part]:
+                user.replace_input_with(node, part)
+        for node in reversed(run):
+            graph.erase_node(node)
+    return chains
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.epilogue import Activation, Row, activate_, dense, map_, sums_of
 from bln_train.norm.functional import std_slope
-from bln_train.norm.fused_function import Constants, _FoldedFunction, affine_, autocast_dtype, dense, flat
+from bln_train.norm.fused_function import (
+    Constants,
+    Plan,
+    Step,
+    add_gradient,
+    autocast_dtype,
+    run_chain,
+    split_gradients,
+)
 from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale, standardize_weight
 
-Activation = Literal["identity", "relu", "leaky_relu"]
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -78,16 +86,13 @@ class FoldedConvNorm(nn.Module):
         """(N, C_in, *spatial), residual (N, C, *spatial') to (N, C, *spatial'); see the class."""
         linear, norm = self._parts
         if not torch.is_grad_enabled():
-            return self._infer(x, residual)
+            return self.infer(x, residual)
         if not self.training or (isinstance(linear, nn.Linear) and x.dim() != 2):
             out = norm(linear(x))
-            return self.activate_(out if residual is None else out + residual)
-        constants = self.constants or self.measure(self._weight())
-        out, nll = _FoldedFunction.apply(
-            x, constants.weight, linear.bias, norm.mean, norm.raw_std, norm.weight, norm.bias, residual, self, constants
-        )
-        norm.account(nll, out.shape[0], out.numel() // (out.shape[0] * out.shape[1]))
-        return out
+            return activate_(out if residual is None else out + residual, self.activation, self.slope)
+        inputs = (x,) if residual is None else (x, residual)
+        plan = Plan((Step(self, 0, None if residual is None else 1),), len(inputs), (len(inputs),))
+        return run_chain(plan, inputs)[0]
 
     def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear operation with another weight and bias."""
@@ -114,43 +119,23 @@ class FoldedConvNorm(nn.Module):
             linear.output_padding, linear.groups, needs,
         )  # fmt: skip
 
-    def activate_(self, v: Tensor) -> Tensor:
-        """The activation, in place."""
-        if self.activation == "relu":
-            return F.relu_(v)
-        return F.leaky_relu_(v, self.slope) if self.activation == "leaky_relu" else v
-
-    def activation_backward(self, grad: Tensor, z: Tensor) -> Tensor:
-        """Gradient of what enters the activation, from that of its output z; a new tensor but for the identity."""
-        if self.activation == "relu":
-            return torch.ops.aten.threshold_backward(grad, z, 0)
-        if self.activation == "leaky_relu":
-            return torch.ops.aten.leaky_relu_backward(grad, z, self.slope, True)
-        return grad
-
     @torch.no_grad()
-    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The same map without gradients, in the linear operation's own output; part of the probe."""
         norm = self.norm
         centre = norm.mean.detach().clone()  # following moves it
-        weight, iw = self.linear.weight, centre.new_ones(norm.num_features)
+        weight, iw = self.linear.weight, None
+        bias = -centre if self.linear.bias is None else self.linear.bias - centre
         if isinstance(self.linear, StandardizedConv2d):  # as in `fold_once`: no copy of the weight
             centre_filters(weight)
             iw = filter_scale(weight).flatten()
-        bias = -centre if self.linear.bias is None else self.linear.bias - centre
-        out = dense(self._linear_(x, weight, bias / iw))
-        rows, axes = flat(out)
-        if norm.probe:
-            num = out.numel() // out.shape[1]
-            # Centred, so that the mean of squares loses nothing; without a temporary of the output's size.
-            square = torch.linalg.vector_norm(rows, dim=axes, dtype=centre.dtype).mul_(iw).square_() / num
-            norm.see_probe(rows.sum(axes, dtype=centre.dtype).mul_(iw) / num, square)
+            bias = bias / iw
+        out = dense(self._linear_(x, weight, bias.expand(norm.num_features)))
+        if norm.follows:
+            norm.follow(sums_of(out, centre.dtype), out.numel() // out.shape[1], iw)
         scale, shift = norm.affine_map()
-        shift = torch.addcmul(shift, centre, scale)
-        affine_(rows, scale * iw, shift.expand(norm.num_features))
-        out = self.activate_(out if residual is None else out.add_(residual))
-        if norm.probe == "observe" and norm.imputation is not None and self.activation == "relu":
-            norm.see_relu(out, residual)
+        shift = torch.addcmul(shift, centre, scale).expand(norm.num_features)
+        map_(out, residual, torch.stack((scale if iw is None else scale * iw, shift)), self.activation, self.slope)
         return out
 
     def _linear_(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -162,46 +147,77 @@ class FoldedConvNorm(nn.Module):
         dtype = autocast_dtype(x) or x.dtype
         return self.apply_linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
-    def _weight(self) -> Tensor:
+    def measure(self) -> Constants:
+        """Work out the constants for one forward and backward, whose gradients are autograd's business."""
         linear = self.linear
-        return standardize_weight(linear.weight) if isinstance(linear, StandardizedConv2d) else linear.weight
+        weight = standardize_weight(linear.weight) if isinstance(linear, StandardizedConv2d) else linear.weight
+        return self._measure(weight, None, None)
+
+    def measure_once(self, iw: Tensor | None) -> Constants:
+        """Work out the constants for many; standardised filters, which are centred, are still to be scaled by iw, (C,)."""
+        norm = self.norm
+        gradients = torch.zeros(4, norm.num_features, dtype=norm.mean.dtype, device=norm.mean.device)
+        return self._measure(self.linear.weight, iw, gradients)
 
     @torch.no_grad()
-    def measure(self, weight: Tensor, iw: Tensor | None = None) -> Constants:
-        """Work out the constants for a weight of the linear operation whose filters are still to be scaled by iw, (C,)."""
+    def _measure(self, weight: Tensor, iw: Tensor | None, gradients: Tensor | None) -> Constants:
         linear, norm = self._parts
         std, gamma, beta = norm.std, norm.weight, norm.bias
-        bias = (-norm.mean if linear.bias is None else linear.bias - norm.mean).expand(norm.num_features)
-        inverse = std.reciprocal().expand(norm.num_features)
+        bias = (-norm.mean if linear.bias is None else linear.bias - norm.mean).expand(norm.num_features).contiguous()
+        inverse = std.reciprocal().expand(norm.num_features).contiguous()
         if iw is not None:
             bias, inverse = bias / iw, inverse * iw
         scale = inverse if gamma is None else gamma * inverse
         recompute = self._must_recompute()
 
-        correction = gamma_scale = gamma_shift = None
+        zero = torch.zeros_like(inverse)
+        offset = gain = gamma_scale = gamma_shift = zero
         if gamma is not None and beta is not None:
             gamma_scale = inverse if recompute else gamma.reciprocal()
-            gamma_shift = None if recompute else -beta / gamma
+            gamma_shift = zero if recompute else -beta / gamma
         if norm.correction is not None:
             a, b = norm.correction.unbind(0)
             if recompute:  # q is yc
-                correction = torch.stack((scale * a, scale * b * inverse))
-            else:
+                offset, gain = -scale * a, -scale * b * inverse
+            else:  # xhat is taken for (q - beta - hidden) / (gamma * alive)
                 assert beta is not None
-                hidden, alive = torch.zeros_like(beta), torch.ones_like(beta)
+                hidden, alive = zero, 1 + zero
                 if self.activation == "relu" and norm.imputation is not None:
                     hidden, alive = norm.imputation.unbind(0)
-                slope = inverse * b / alive
-                correction = torch.stack((scale * a - slope * (beta + hidden), slope))
+                gain = -inverse * b / alive
+                offset = -scale * a - gain * (beta + hidden)
 
         # As in norm/functional.py, with sums of yc in the place of sums of xhat.
         per_std = norm.nll_scale / std
         to_raw = per_std * std_slope(norm.raw_std, std, norm.parametrization)
         square = inverse * inverse
-        return Constants(
-            weight, bias, iw, square, scale, beta, None if correction is None else correction.neg_(),
-            gamma_scale, gamma_shift, -per_std * inverse, -to_raw * square, to_raw, recompute,
-        )  # fmt: skip
+        share = norm.mean.numel() / norm.num_features  # of the likelihood's entries that a channel stands for
+        nll_image = zero - 0.5 if norm.gauge else zero + std.log()
+        nll_scale = norm.nll_scale * share
+        rows = {
+            Row.SCALE: scale,
+            Row.SHIFT: zero if beta is None else beta,
+            Row.OFFSET: offset,
+            Row.GAIN: gain,
+            Row.GAMMA_SCALE: gamma_scale,
+            Row.GAMMA_SHIFT: gamma_shift,
+            Row.NLL_SQUARE: nll_scale / 2 * square,
+            Row.NLL_IMAGE: nll_scale * nll_image,
+            Row.MEAN_MOMENT: -per_std * inverse,
+            Row.RAW_MOMENT: -to_raw * square,
+            Row.RAW_IMAGE: zero + to_raw,
+        }
+        table = torch.stack([rows[row] for row in Row])
+        return Constants(weight, bias, iw, table, norm.correction is not None, recompute, gradients)
+
+    def give_gradients(self) -> None:
+        """Add what gathered in the constants to the norm's parameters' gradients."""
+        norm = self.norm
+        assert self.constants is not None
+        assert self.constants.gradients is not None
+        parameters = (norm.mean, norm.raw_std, norm.weight, norm.bias)
+        for parameter, gradient in zip(parameters, split_gradients(norm.share, self.constants.gradients), strict=True):
+            add_gradient(parameter, gradient)
 
     def _must_recompute(self) -> bool:
         """Whether xhat cannot be read off z - r, or only by keeping what nothing else keeps."""
@@ -218,6 +234,48 @@ class FoldedConvNorm(nn.Module):
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
         return f"{type(self.linear).__name__} + {type(self.norm).__name__} + {self.activation}"
+
+
+class FoldedChain(nn.Module):
+    """Folded layers that follow each other, as one operation; owns none of them.
+
+    Args:
+        plan: which layer reads what, see norm/fused_function.py.
+
+    Shapes: the plan's inputs to its outputs, a tensor where that is one, else a tuple.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        # Where each value is read last, so that without gradients none outlives its use.
+        last = {
+            number: n for n, step in enumerate(plan.steps) for number in (step.x, step.residual) if number is not None
+        }
+        self._dead_after = [
+            [number for number, place in last.items() if place == n and number not in plan.outputs]
+            for n in range(len(plan.steps))
+        ]
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """See the class."""
+        plan = self.plan
+        if torch.is_grad_enabled() and self.training:
+            out = run_chain(plan, inputs)
+        else:
+            values = dict(enumerate(inputs))
+            del inputs
+            for n, step in enumerate(plan.steps):
+                residual = None if step.residual is None else values[step.residual]
+                values[plan.num_inputs + n] = step.layer(values[step.x], residual)
+                for number in self._dead_after[n]:
+                    del values[number]
+            out = tuple(values[number] for number in plan.outputs)
+        return out if len(out) > 1 else out[0]
+
+    def extra_repr(self) -> str:
+        """Arguments, as torch.nn layers print theirs."""
+        return f"{len(self.plan.steps)} layers"
 
 
 def why_not_foldable(linear: nn.Module, norm: nn.Module) -> str:
@@ -252,22 +310,24 @@ def fold_once(layers: Iterable[FoldedConvNorm]) -> Iterator[None]:
     Of standardised convolutions the filters are centred in place, which changes nothing that they compute; the plain filters
     then enter the convolution, their scale goes into the norm's map, and gradients gather in `weight.grad` as if the scale
     were constant, to be projected together at the end: no copy of a weight or of a gradient is ever made. What `weight.grad`
-    held on entry passes through untouched.
+    held on entry passes through untouched. Gradients of the norms' parameters gather apart and are added to theirs at the end. No
+    gradient of these layers' parameters passes through autograd: hooks on them are not called.
     """
     layers = list(layers)
     standardized: dict[Tensor, RawGradient] = {}
     try:
         for layer in layers:
-            linear = layer.linear
+            linear, iw = layer.linear, None
             if isinstance(linear, StandardizedConv2d):
                 if linear.weight not in standardized:
                     standardized[linear.weight] = RawGradient(linear.weight)
-                layer.constants = layer.measure(linear.weight, standardized[linear.weight].scale.flatten())
-            else:
-                layer.constants = layer.measure(linear.weight)
+                iw = standardized[linear.weight].scale.flatten()
+            layer.constants = layer.measure_once(iw)
         yield
         for gradient in standardized.values():
             gradient.project()
+        for layer in layers:
+            layer.give_gradients()
     finally:
         for layer in layers:
             layer.constants = None

@@ -1,4 +1,4 @@
-"""The autograd function of convolution + batchless norm + residual sum + activation, which keeps its input and output only.
+"""The autograd function of convolutions + batchless norms + residual sums + activations, which keeps inputs and outputs only.
 
 The statistics do not depend on the batch, so the norm is an affine map per channel, and the operation is
 
@@ -16,209 +16,236 @@ shows, h = z - r - beta, shifted and scaled to a mean of 0 and a covariance of 1
 images (`imputation` of the norm). Times s no gamma is divided by; a layer with a gamma too small to read xhat from z, or
 whose z or r nothing else keeps alive, runs its convolution again.
 
-Legend: N images, C channels, other shapes as in norm/functional.py; "per channel" is (C,). Rows: (N*S, C) of a channels-last
-or dense tensor, (N, C, S) of a contiguous one.
+Layers that follow each other are one function: between them no node of the autograd engine is visited, what is saved is let go
+layer by layer, and a gradient that nobody else can see is overwritten by the next. Its values are numbered, the inputs first,
+then the output of each step.
+
+Legend: N images, C channels, other shapes as in norm/functional.py; "per channel" is (C,).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from bln_train.norm.epilogue import backward, dense, forward_, likelihood_backward
 
 
 class Constants(NamedTuple):
-    """What a layer's parameters say, per channel; valid until one of them changes."""
+    """What a layer's parameters say; valid until one of them changes."""
 
     weight: Tensor
     """The linear operation's weight, as it enters it."""
     bias: Tensor
-    """Of the linear operation, so that its output is centred."""
+    """Of the linear operation, so that its output is centred, (C,)."""
     iw: Tensor | None
-    """Scale of standardised filters, None where `weight` needs none."""
-    inverse_square: Tensor
-    """(iw / std)^2: xhat^2 = inverse_square * yc^2."""
-    scale: Tensor
-    """s."""
-    shift: Tensor | None
-    """beta."""
-    correction: Tensor | None
-    """(2, C): -s * (A + B * c) and -s * B * a, where xhat is taken for a * q + c; q is yc or z - r."""
-    gamma_scale: Tensor | None
-    """sum of g * xhat = gamma_scale * sum of g * q + gamma_shift * sum of g."""
-    gamma_shift: Tensor | None
-    mean_moment: Tensor
-    """What a sum of yc, over the positions of an image, adds to the gradient of mean."""
-    raw_moment: Tensor
-    """The same of yc^2 and raw_std."""
-    per_image: Tensor
-    """(C,) or (1,): what one image adds to the gradient of raw_std besides."""
+    """(C,), scale of standardised filters, None where `weight` needs none."""
+    table: Tensor
+    """(len(Row), C), see norm/epilogue.py."""
+    corrects: bool
+    """Whether there is a correction."""
     recompute: bool
-    """Whether q is yc, computed again, or read off z."""
+    """Whether backward's q is yc, computed again, or read off z."""
+    gradients: Tensor | None
+    """(4, C), where gradients of mean, raw_std, gamma and beta gather, those of weight and conv bias being added to theirs at
+    once; None to give them all to autograd."""
 
 
-class _FoldedFunction(torch.autograd.Function):
-    """x, weight, conv bias, mean, raw_std, gamma, beta, residual, layer (FoldedConvNorm), constants -> z, nll."""
+class Step(NamedTuple):
+    """One layer of a chain, and the values that it reads."""
+
+    layer: Any
+    """FoldedConvNorm"""
+    x: int
+    residual: int | None
+
+
+class Plan(NamedTuple):
+    """What a chain computes; see the top for the numbers."""
+
+    steps: tuple[Step, ...]
+    num_inputs: int
+    outputs: tuple[int, ...]
+    """Values that others want."""
+
+
+def run_chain(plan: Plan, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Training forward of the layers of a plan, with gradients: the values that `plan.outputs` names.
+
+    Leaves the likelihood in the last layer's norm, and each layer's count in its own.
+    """
+    constants = [step.layer.constants or step.layer.measure() for step in plan.steps]
+    parameters: list[Tensor | None] = []
+    for step, own in zip(plan.steps, constants, strict=True):
+        linear, norm = step.layer.linear, step.layer.norm
+        if own.gradients is None:
+            parameters += (own.weight, linear.bias, norm.mean, norm.raw_std, norm.weight, norm.bias)
+        else:
+            parameters += (None,) * _PER_STEP
+    anchor = torch.empty((), device=inputs[0].device, requires_grad=True)  # statistics move even if nothing else does
+    *out, nll = _ChainFunction.apply(plan, constants, anchor, *inputs, *parameters)
+    plan.steps[-1].layer.norm.account.take(nll)
+    return tuple(out)
+
+
+_PER_STEP = 6  # parameters of a step: weight, conv bias, mean, raw_std, gamma, beta
+
+
+class _ChainFunction(torch.autograd.Function):
+    """plan, constants of its steps, anchor, inputs, parameters of its steps -> outputs, nll."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        conv_bias: Tensor | None,
-        mean: Tensor,
-        raw_std: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        residual: Tensor | None,
-        layer: Any,
-        constants: Constants,
-    ) -> tuple[Tensor, Tensor]:
-        norm = layer.norm
-        dtype = autocast_dtype(x) or x.dtype
-        kept_x = x.to(dtype)
-        y = dense(layer.apply_linear(kept_x, weight.to(dtype), constants.bias.to(dtype)))
-        num_images, num_positions = y.shape[0], y.numel() // (y.shape[0] * y.shape[1])
-        rows, axes = flat(y)
-        wide = rows.to(constants.scale.dtype)
-        sum_y, sum_square = wide.sum(axes), (wide * wide).sum(axes)
-        del wide
-        # nll = scale * sum over entries, images of [log std + mean over positions of xhat^2 / 2 - gauge]
-        entries = norm.nll_scale * mean.numel()
-        nll = torch.dot(sum_square, constants.inverse_square).mul_(entries / (2 * num_positions * norm.num_features))
-        if norm.gauge:
-            nll.sub_(0.5 * num_images * entries)
-        else:
-            nll.add_(norm.std.log().sum(), alpha=num_images * norm.nll_scale)
-
-        affine_(rows, constants.scale, constants.shift)
-        z = layer.activate_(y if residual is None else y.add_(residual))
-        keeps_z = layer.activation != "identity" or not constants.recompute
-        ctx.save_for_backward(
-            kept_x, weight, z if keeps_z else None, None if constants.recompute else residual, sum_y, sum_square
-        )
-        ctx.layer, ctx.constants, ctx.x_dtype = layer, constants, x.dtype
-        ctx.num_images, ctx.num_positions = num_images, num_positions
+        ctx: Any, plan: Plan, constants: list[Constants], anchor: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        # At micro-batch 1 every call costs as much as its arithmetic: none is made that does nothing.
+        values = list(tensors[: plan.num_inputs])
+        dtype = autocast_dtype(values[0])
+        nll = torch.zeros((), dtype=constants[0].table.dtype, device=anchor.device)
+        saved: list[Tensor | None] = []
+        sizes = []
+        for step, own in zip(plan.steps, constants, strict=True):
+            layer, norm = step.layer, step.layer.norm
+            x, weight, bias = values[step.x], own.weight, own.bias
+            residual = None if step.residual is None else values[step.residual]
+            low_weight = weight
+            if dtype is not None:
+                x, low_weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            z = dense(layer.apply_linear(x, low_weight, bias))
+            num_images, num_positions = z.shape[0], z.numel() // (z.shape[0] * z.shape[1])
+            account = norm.account
+            num_watched, watched = norm.watch(num_images, num_positions, own.iw) if account.is_open else (0, None)
+            account.add(num_images, num_positions)
+            sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
+            values.append(z)
+            keeps_z = layer.activation != "identity" or not own.recompute
+            saved += (x, weight, z if keeps_z else None, None if own.recompute else residual, sums)
+            sizes.append((num_images, num_positions))
+        ctx.save_for_backward(*saved)
+        ctx.plan, ctx.constants, ctx.sizes = plan, constants, sizes
+        ctx.dtypes = [value.dtype for value in values]
         ctx.set_materialize_grads(False)
-        return z, nll
+        return *[values[number] for number in plan.outputs], nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_nll: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, z, residual, sum_y, sum_square = ctx.saved_tensors
-        layer, constants = ctx.layer, ctx.constants
-        needs = dict(zip(("x", "weight", "conv_bias", "mean", "raw_std", "gamma", "beta", "residual"),
-                         ctx.needs_input_grad, strict=False))  # fmt: skip
-        grad_mean = grad_raw = grad_gamma = grad_beta = None
+    def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        *grads_of_outputs, grad_nll = grads_out
+        saved = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on each is let go after its use
+        needs = ctx.needs_input_grad[3:]
+        gradients = _Gradients()
+        for number, grad in zip(plan.outputs, grads_of_outputs, strict=True):
+            gradients.add(number, grad, is_own=False)
+        del grads_out, grads_of_outputs
+        of_parameters: list[Tensor | None] = [None] * (_PER_STEP * len(plan.steps))
+        for n in reversed(range(len(plan.steps))):
+            step, own = plan.steps[n], ctx.constants[n]
+            layer = step.layer
+            x, weight, z, residual, sums = saved[-5:]
+            del saved[-5:]
+            first = plan.num_inputs + n * _PER_STEP
+            vectors = own.gradients
+            if vectors is None:
+                vectors = torch.zeros(4, own.table.shape[1], dtype=own.table.dtype, device=own.table.device)
+            grad, is_own = gradients.pop(plan.num_inputs + n)
+            if grad is None:
+                if grad_nll is not None:
+                    num_images, num_positions = ctx.sizes[n]
+                    likelihood_backward(own.table, sums, grad_nll, num_images, num_positions, vectors)
+            else:
+                low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
+                given = None
+                if own.recompute and (own.corrects or layer.norm.weight is not None):
+                    bias = own.bias if own.bias.dtype == x.dtype else own.bias.to(x.dtype)
+                    given = dense(layer.apply_linear(x, low, bias))
+                wants_grad = step.residual is not None and (step.residual >= plan.num_inputs or needs[step.residual])
+                grad, grad_y = backward(
+                    grad, z, given, residual, own.table, sums, grad_nll, layer.activation, layer.slope, vectors,
+                    corrects=own.corrects, wants_grad=wants_grad, may_overwrite=is_own,
+                )  # fmt: skip
+                del z, given, residual
+                if wants_grad and step.residual is not None:
+                    gradients.add(step.residual, grad, is_own=is_own or layer.activation != "identity")
+                del grad
+                needs_x = step.x >= plan.num_inputs or needs[step.x]
+                conv_bias = layer.linear.bias
+                needs_bias = conv_bias is not None and conv_bias.requires_grad
+                grad_x, grad_weight, grad_bias = layer.linear_backward(
+                    grad_y, x, low, (needs_x, weight.requires_grad, needs_bias)
+                )
+                del grad_y
+                if grad_x is not None:
+                    kind = ctx.dtypes[step.x]
+                    gradients.add(step.x, grad_x if grad_x.dtype == kind else grad_x.to(kind), is_own=True)
+                if grad_weight is not None and low is not weight:
+                    grad_weight = grad_weight.to(weight.dtype)
+                if grad_bias is not None:
+                    grad_bias = grad_bias.to(vectors.dtype)
+                    grad_bias = grad_bias if own.iw is None else grad_bias / own.iw
+                if own.gradients is None:
+                    of_parameters[n * _PER_STEP : n * _PER_STEP + 2] = grad_weight, grad_bias
+                else:  # at once: held until the chain ends they would take the memory of its weights
+                    add_gradient(weight, grad_weight)
+                    add_gradient(conv_bias, grad_bias)
+                del grad_weight, grad_bias
+            if own.gradients is None:
+                reached = (grad_nll is not None, grad_nll is not None, True, True)
+                for place, value in enumerate(split_gradients(layer.norm.share, vectors)):
+                    if needs[first + 2 + place] and reached[place]:
+                        of_parameters[n * _PER_STEP + 2 + place] = value
+        of_inputs = [gradients.pop(number)[0] for number in range(plan.num_inputs)]
+        return None, None, None, *of_inputs, *of_parameters
 
-        if grad_nll is not None and (needs["mean"] or needs["raw_std"]):
-            grad_mean, grad_raw = _likelihood_backward(ctx, sum_y, sum_square, grad_nll)
-        if grad_out is None:
-            return None, None, None, grad_mean, grad_raw, *[None] * 5
 
-        grad = layer.activation_backward(grad_out, z)
-        corrects = constants.correction is not None and grad_nll is not None
-        if (corrects or needs["gamma"]) and constants.recompute:
-            q = layer.apply_linear(x, weight.to(x.dtype), constants.bias.to(x.dtype))
+def add_gradient(parameter: Tensor | None, grad: Tensor | None) -> None:
+    """Add to a parameter's gradient, in place where it has one."""
+    if parameter is not None and grad is not None and parameter.requires_grad:
+        if parameter.grad is None:
+            parameter.grad = grad
         else:
-            q = F.leaky_relu(z, 1 / layer.slope) if layer.activation == "leaky_relu" else z
-        grad = dense(grad) if q is None else in_order_of(grad, dense(q))
-        rows, axes = flat(grad)
-        q_rows = rows if q is None else flat(dense(q))[0]
-        if residual is not None:
-            q_rows = q_rows - flat(in_order_of(residual, grad))[0]
-        del q, residual, z
+            parameter.grad.add_(grad)
 
-        wide = rows.to(constants.scale.dtype)  # low precision would overflow in sums and products
-        if needs["beta"] or needs["gamma"]:
-            grad_beta = wide.sum(axes)
-        if needs["gamma"]:
-            grad_gamma = (wide * q_rows).sum(axes).mul_(constants.gamma_scale)
-            if constants.gamma_shift is not None and grad_beta is not None:
-                grad_gamma.addcmul_(grad_beta, constants.gamma_shift)
-        scale = aligned(constants.scale, rows)
-        if corrects:
-            offset, slope = (constants.correction * grad_nll).unbind(0)
-            out = torch.addcmul(aligned(offset, rows), q_rows, aligned(slope, rows)).addcmul_(wide, scale)
+
+class _Gradients:
+    """Gradients of a chain's values on the way back."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Tensor, bool]] = {}
+
+    def add(self, number: int, grad: Tensor | None, *, is_own: bool) -> None:
+        """Add to the gradient of a value; `is_own`: nobody else sees the tensor, so it may be overwritten."""
+        if grad is None:
+            return
+        other, other_is_own = self._found.get(number, (None, False))
+        if other is None:
+            self._found[number] = grad, is_own
+        elif other_is_own:
+            other.add_(grad)
+        elif is_own:
+            self._found[number] = grad.add_(other), True
         else:
-            out = wide * scale
-        grad_c = out.to(x.dtype).as_strided(grad.shape, grad.stride())
-        grad_residual = grad if needs["residual"] else None
-        del grad, rows, q_rows, wide, out
-        grad_x, grad_weight, grad_conv_bias = layer.linear_backward(
-            grad_c, x, weight.to(x.dtype), (needs["x"], needs["weight"], needs["conv_bias"])
-        )
-        if grad_conv_bias is not None and constants.iw is not None:
-            grad_conv_bias = grad_conv_bias / constants.iw
-        return (
-            None if grad_x is None else grad_x.to(ctx.x_dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_conv_bias is None else grad_conv_bias.to(constants.scale.dtype),
-            grad_mean,
-            grad_raw,
-            grad_gamma,
-            grad_beta if needs["beta"] else None,
-            grad_residual,
-            None,
-            None,
-        )
+            self._found[number] = grad + other, True
+
+    def pop(self, number: int) -> tuple[Tensor | None, bool]:
+        """Take out the gradient of a value, and whether it may be overwritten."""
+        return self._found.pop(number, (None, False))
 
 
-def _likelihood_backward(ctx: Any, sum_y: Tensor, sum_square: Tensor, grad_nll: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of mean and raw_std: the likelihood alone moves the statistics."""
-    constants = ctx.constants
-    per_position = grad_nll / ctx.num_positions
-    grad_mean = (sum_y * constants.mean_moment).mul_(per_position)
-    grad_raw = (sum_square * constants.raw_moment).mul_(per_position)
-    if ctx.layer.norm.share == "layer":
-        grad_mean, grad_raw = grad_mean.mean(0, keepdim=True), grad_raw.mean(0, keepdim=True)
-    return grad_mean, grad_raw.addcmul_(constants.per_image, grad_nll, value=ctx.num_images)
+def split_gradients(share: str, vectors: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of mean, raw_std, gamma and beta, of their shapes, from (4, C)."""
+    mean, raw_std, gamma, beta = vectors.unbind(0)
+    if share == "layer":
+        mean, raw_std = mean.mean(0, keepdim=True), raw_std.mean(0, keepdim=True)
+    return mean, raw_std, gamma, beta
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The precision in which autocast runs a convolution of x now, None outside autocast."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous or channels-last; a copy only of what is neither."""
-    return tensor if _channels_last(tensor) else tensor.contiguous()
-
-
-def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
-    """The tensor in the memory order of `model`; a copy only of what is in another."""
-    if tensor.stride() == model.stride():
-        return tensor
-    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
-
-
-def flat(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Rows of a dense tensor, a view, and their axes without channels. In one call: at micro-batch 1 calls are what costs."""
-    if _channels_last(tensor):
-        n, c, h, w = tensor.shape
-        return tensor.as_strided((n * h * w, c), (c, 1)), (0,)
-    return (tensor, (0,)) if tensor.dim() == 2 else (tensor.flatten(2), (0, 2))
-
-
-def aligned(per_channel: Tensor, rows: Tensor) -> Tensor:
-    """A vector per channel, shaped to broadcast over rows."""
-    return per_channel if rows.dim() == 2 else per_channel.view(-1, 1)
-
-
-def affine_(rows: Tensor, scale: Tensor, shift: Tensor | None) -> None:
-    """rows * scale + shift per channel, in place."""
-    scale = aligned(scale, rows)
-    if shift is None:
-        rows.mul_(scale)
-    elif rows.dtype == scale.dtype:
-        torch.addcmul(aligned(shift, rows), rows, scale, out=rows)
-    else:  # low precision under autocast: the map is computed in the parameters' precision
-        rows.copy_(torch.addcmul(aligned(shift, rows), rows, scale))

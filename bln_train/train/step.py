@@ -22,6 +22,7 @@ from bln_train.norm.standardize import StandardizedConv2d, centre_filters, stand
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.rng import instance_seeds
 
+_BLOCK_IMAGES = 128
 _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
 
 
@@ -57,12 +58,13 @@ class AccumulationStep:
         gradient = 1/N * sum over micro-batches of d/dw [ sum of task losses + sum of likelihoods ]
 
     The sums are divided by the true number of images N, so ragged micro-batches and a short last batch are exact. The
-    order is: accumulate; observe the probe's images under the old weights; update statistics, which read the gradients; clip;
-    step; drop gradients; let the statistics follow the new weights on the probe's images.
+    order is: accumulate; update statistics, which read the gradients; clip; step; drop gradients; let the statistics follow
+    the new weights on the batch's first images, the probe.
 
     Args:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.
         micro_batch_size: images in memory at once.
+        probe_images: images of the effective batch on which statistics follow the weights; 0 for none.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
         autocast: makes the context of each forward.
@@ -81,13 +83,14 @@ class AccumulationStep:
         *,
         device: torch.device,
         micro_batch_size: int,
+        probe_images: int = 0,
         label_smoothing: float = 0.0,
         clip_norm: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]],
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.model, self.optimizer, self.statistics, self.preprocess = model, optimizer, statistics, preprocess
-        self.device, self.micro_batch_size = device, micro_batch_size
+        self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.autocast, self.scaler = autocast, scaler
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
@@ -100,15 +103,9 @@ class AccumulationStep:
         self.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
 
     def __call__(
-        self,
-        images: ImageSet,
-        index: Tensor,
-        seeds: Tensor,
-        probe_index: Tensor,
-        probe_seeds: Tensor,
-        gradients_ready: Callable[[], None] = lambda: None,
+        self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
     ) -> StepTotals:
-        """Take one step on images[index]; index and seeds are (N,) int64 on the CPU, N >= 1, those of the probe (p,), p >= 0."""
+        """Take one step on images[index], (N,) int64 on the CPU, N >= 1, with the random draws of (seed, epoch)."""
         num_images = len(index)
         self.model.train()
         if self.into_momentum is not None:
@@ -116,11 +113,8 @@ class AccumulationStep:
                 if isinstance(layer.linear, StandardizedConv2d):
                     centre_filters(layer.linear.weight)
             self.into_momentum.begin()  # from here on the weights' gradients are their momentum
-        loss_sum, correct = self.accumulate(images, index, seeds, gradients_ready)
-        probing = len(probe_index) > 0 and bool(self.statistics.layers)
-        if probing:
-            probe = self._load(images, probe_index, *self._to_device(images, probe_index, probe_seeds))
-            self.statistics.observe(lambda: self._forward(probe))
+        self.statistics.watch(self.probe_images)
+        loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
         if self.scaler is not None:
             self._unscale()
         grad_norm = None
@@ -140,28 +134,32 @@ class AccumulationStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.model.zero_grad(set_to_none=True)
-        if probing and nll is not None:
+        if self.probe_images and self.statistics.layers and nll is not None:
+            probe = self._load_first(images, index, self.probe_images, seed, epoch)
             self.statistics.follow(lambda: self._forward(probe))
         set_instance_seeds(self.dropouts, None)
         update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
         return StepTotals(loss_sum, correct, grad_norm, update_norm, nll)
 
     def accumulate(
-        self, images: ImageSet, index: Tensor, seeds: Tensor, gradients_ready: Callable[[], None] = lambda: None
+        self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
     ) -> tuple[Tensor, Tensor]:
         """Add the effective batch's gradient to every parameter's; returns the sums () of loss and of right answers."""
         num_images = len(index)
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        with standardize_once(self.standardized), fold_once(self.folded):
-            for batch in self._micro_batches(images, index, seeds):
-                logits = self._forward(batch)
-                losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
-                mean_loss = (losses + self.statistics.nll()) / num_images
-                (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
-                loss_sum += losses.detach()
-                correct += (logits.detach().argmax(1) == batch.labels).sum()
-                del batch, logits, losses, mean_loss  # or they would be alive beside their successors
+        with standardize_once(self.standardized):
+            with fold_once(self.folded):
+                for batch in self._micro_batches(images, index, seed, epoch):
+                    logits = self._forward(batch)
+                    losses = F.cross_entropy(
+                        logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing
+                    )
+                    mean_loss = (losses + self.statistics.nll()) / num_images
+                    (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
+                    loss_sum += losses.detach()
+                    correct += (logits.detach().argmax(1) == batch.labels).sum()
+                    del batch, logits, losses, mean_loss  # or they would be alive beside their successors
             gradients_ready()
         return loss_sum, correct
 
@@ -170,8 +168,7 @@ class AccumulationStep:
 
         Operators' scratch is not in it. What the network computes stays (`fold_once` may centre filters); no gradient is left.
         """
-        index = torch.arange(num_images) % len(images)
-        batch = self._load(images, index, *self._to_device(images, index, instance_seeds(0, 0, index)))
+        batch = self._load_first(images, torch.arange(num_images) % len(images), num_images, 0, 0)
         self.model.train()
         with fold_once(self.folded):
 
@@ -200,20 +197,24 @@ class AccumulationStep:
         ]
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    def _micro_batches(self, images: ImageSet, index: Tensor, seeds: Tensor) -> Iterator[MicroBatch]:
-        labels, seeds = self._to_device(images, index, seeds)
-        for start in range(0, len(index), self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            yield self._load(images, index[part], labels[part], seeds[part])
-
-    def _to_device(self, images: ImageSet, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels and seeds: 16 bytes an image, so one copy for all micro-batches, which waits once."""
-        return images.labels[index].to(self.device), seeds.to(self.device)
+    def _micro_batches(self, images: ImageSet, index: Tensor, seed: int, epoch: int) -> Iterator[MicroBatch]:
+        # Labels and seeds of many micro-batches in one call, but not of all: memory is flat in the effective batch.
+        size = self.micro_batch_size
+        for block in index.split(max(1, _BLOCK_IMAGES // size) * size):
+            labels, seeds = images.labels[block].to(self.device), instance_seeds(seed, epoch, block).to(self.device)
+            for start in range(0, len(block), size):
+                part = slice(start, start + size)
+                yield self._load(images, block[part], labels[part], seeds[part])
 
     def _load(self, images: ImageSet, index: Tensor, labels: Tensor, seeds: Tensor) -> MicroBatch:
-        """Bring one micro-batch to the device: only its own images are ever there, so memory is flat in the batch."""
+        """Bring one micro-batch to the device: only its own images are ever there."""
         raw = images.images[index].to(self.device, non_blocking=True)
         return MicroBatch(self.preprocess.train(raw, seeds), labels, seeds)
+
+    def _load_first(self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int) -> MicroBatch:
+        index = index[:num_images]
+        seeds = instance_seeds(seed, epoch, index).to(self.device)
+        return self._load(images, index, images.labels[index].to(self.device), seeds)
 
     def _forward(self, batch: MicroBatch) -> Tensor:
         set_instance_seeds(self.dropouts, batch.seeds)

@@ -15,7 +15,6 @@ from bln_train.errors import CheckpointError, DivergedError
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, Record, StepRecord
-from bln_train.rng import instance_seeds
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.step import AccumulationStep, StepTotals
 
@@ -31,8 +30,6 @@ class Trainer:
         data: training and test images.
         evaluate: gives test loss and accuracy of the network as it is.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
-        probe_images: images, those of the epoch that come next, on which statistics follow the weights; 0 for none. The
-            batch's own would not do: the step was taken to change their activations more than others'.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
     """
@@ -46,7 +43,6 @@ class Trainer:
         *,
         epochs: int,
         effective_batch_size: int,
-        probe_images: int = 0,
         seed: int,
         eval_every_epochs: int = 1,
         max_steps: int | None = None,
@@ -54,7 +50,6 @@ class Trainer:
     ) -> None:
         self.take_step, self.data, self.schedule, self.evaluate = step, data, schedule, evaluate
         self.epochs, self.effective_batch_size, self.seed = epochs, effective_batch_size, seed
-        self.probe_images = probe_images
         self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
         self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
         self.num_steps = min(self.steps_per_epoch * epochs, max_steps or sys.maxsize)
@@ -85,19 +80,17 @@ class Trainer:
                 order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
             begin = position * self.effective_batch_size
             index = order[begin : begin + self.effective_batch_size]
-            probe = order[(begin + len(index) + torch.arange(self.probe_images)) % len(order)]
-            yield self._train_on(index, probe, epoch)
+            yield self._train_on(index, epoch)
             if self.step - first_step == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
         yield self.memory_record()
 
-    def _train_on(self, index: torch.Tensor, probe: torch.Tensor, epoch: int) -> StepRecord:
+    def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord:
         began = time.perf_counter()
         tracked = self.meter.tracks_next_step
         learning_rate = self.schedule.apply(self.take_step.optimizer, self.step)
-        seeds, probe_seeds = (instance_seeds(self.seed, epoch, chosen) for chosen in (index, probe))
         with self.meter.step() as gradients_ready:
-            totals = self.take_step(self.data.train, index, seeds, probe, probe_seeds, gradients_ready)
+            totals = self.take_step(self.data.train, index, self.seed, epoch, gradients_ready)
         self.step += 1
         detail = self.step % self.detail_every_steps == 0 or self.step == self.num_steps
         record = self._read(totals, len(index), learning_rate, began, detail)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bln_train import runtime
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
-from bln_train.norm import standardize_once
+from bln_train.norm import fold_once, standardize_once
 from bln_train.recipe import Recipe
 from bln_train.records import StepRecord
 from bln_train.rng import instance_seeds
@@ -35,24 +35,21 @@ def bare_steps(experiment, effective, micro):
             index = order[start : start + effective]
             seeds = instance_seeds(0, epoch, index)
             loss_sum = torch.zeros(())
-            with standardize_once(step.standardized):
+            norms.watch(step.probe_images)
+            with standardize_once(step.standardized), fold_once(step.folded):
                 for at in range(0, effective, micro):
                     part = index[at : at + micro]
                     logits = model(step.preprocess.train(images.images[part], seeds[at : at + micro]))
                     loss = F.cross_entropy(logits, images.labels[part], reduction="sum")
                     ((loss + norms.nll()) / effective).backward()
                     loss_sum += loss.detach()
-            probing = trainer.probe_images and norms.layers
-            if probing:
-                chosen = order[(start + effective + torch.arange(trainer.probe_images)) % len(order)]
-                probe = step.preprocess.train(images.images[chosen], instance_seeds(0, epoch, chosen))
-                norms.observe(lambda probe=probe: model(probe))
             norms.update(effective)
             if step.clip_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, step.clip_norm)
             optimizer.step()
             model.zero_grad(set_to_none=True)
-            if probing:
+            if step.probe_images:
+                probe = step.preprocess.train(images.images[index[: step.probe_images]], seeds[: step.probe_images])
                 norms.follow(lambda probe=probe: model(probe))
             loss_sum.item()
             yield

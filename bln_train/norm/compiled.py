@@ -1,0 +1,122 @@
+"""Builds norm/epilogue.c with the system's C compiler, once for each processor and state of the source, and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("epilogue.c")
+# OpenMP by the name under which PyTorch has loaded its own, so that there is one pool of threads; without it, one thread.
+_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
+_COMMON = ("-O3", "-fPIC", "-shared", "-Wno-psabi")
+
+_wanted = True
+
+
+def use_compiled(wanted: bool) -> None:
+    """Let folded layers run compiled kernels on the CPU where they can (the default), or PyTorch's operators alone."""
+    global _wanted
+    _wanted = wanted
+
+
+def why_not_compiled() -> str:
+    """Why no kernel is compiled on this machine; "" if they are, or are not wanted."""
+    return _build("float")[1] if _wanted else ""
+
+
+def library(real: str) -> ctypes.CDLL | None:
+    """The kernels for a C type, "float" or "double"; None where there is no compiler, or none is wanted."""
+    return _build(real)[0] if _wanted else None
+
+
+@functools.cache
+def _build(real: str) -> tuple[ctypes.CDLL | None, str]:
+    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None, f"no C compiler is installed ({', '.join(_compilers())})"
+    source = _SOURCE.read_bytes()
+    key = hashlib.sha256(b"\0".join([source, real.encode(), compiler.encode(), _processor()])).hexdigest()[:24]
+    name = f"epilogue-{real}-{key}.so"
+    folder = _folder()
+    path = folder / name
+    problem = ""
+    if not path.exists():
+        own = Path(tempfile.mkdtemp(prefix="build-", dir=folder))  # two processes may build at once
+        try:
+            problem = _compile(compiler, real, own / name)
+            if not problem:
+                os.replace(own / name, path)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+    if problem:
+        return None, problem
+    try:
+        return _declared(ctypes.CDLL(str(path)), real), ""
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded: {error}"
+
+
+def _compilers() -> tuple[str, ...]:
+    return (os.environ["CC"],) if os.environ.get("CC") else ("cc", "gcc", "clang")
+
+
+def _compile(compiler: str, real: str, to: Path) -> str:
+    """Compile with as many of the flags as the compiler takes; returns what is wrong, "" if nothing."""
+    problem = ""
+    for flags in _FLAGS:
+        command = [compiler, *_COMMON, *flags, f"-DREAL={real}", str(_SOURCE), "-o", str(to)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{compiler} failed: {error}"
+        if done.returncode == 0:
+            return ""
+        problem = problem or f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    return problem
+
+
+def _folder() -> Path:
+    """Where built kernels stay: the user's cache, or a folder of this process where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bln-train" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # What is loaded from here runs: nobody else may have put it there.
+        if os.access(folder, os.W_OK) and (not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()):
+            return folder
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    import atexit
+
+    folder = tempfile.mkdtemp(prefix="bln-train-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    try:
+        with open("/proc/cpuinfo", "rb") as lines:
+            return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+
+
+def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    number = ctypes.c_float if real == "float" else ctypes.c_double
+    library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
+    library.backward.argtypes = [*[pointer] * 7, *[long] * 3, integer, number, integer, integer, *[pointer] * 3]
+    library.forward.restype = library.backward.restype = integer
+    return library

@@ -1,0 +1,322 @@
+"""What surrounds a folded linear operation: norm, residual sum, activation and all their sums, forward and backward.
+
+On the CPU each direction is one pass of a compiled kernel (norm/epilogue.c) where tensors are float32 or float64, of the
+parameters' precision, channels-last or (N, C), and their channels a multiple of the kernel's vectors; otherwise, and on every
+other device, PyTorch's operators, pass by pass. Both compute the same up to rounding.
+
+Legend as in norm/functional.py: N images, C channels, S positions of an image.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bln_train.norm.compiled import library
+
+Activation = Literal["identity", "relu", "leaky_relu"]
+_CODES = {"identity": 0, "relu": 1, "leaky_relu": 2}
+_TYPES = {torch.float32: ("float", 8), torch.float64: ("double", 4)}  # of C, and channels in one vector of 32 bytes
+_WORTH_THREADS = 32768  # entries; below, starting threads takes longer than they save (PyTorch's own bound)
+
+
+class Row(IntEnum):
+    """Rows of a layer's table of constants, (len(Row), C); y is what the linear operation gives, q as in `backward`."""
+
+    SCALE = 0
+    """v = scale * y + shift is what enters the residual sum."""
+    SHIFT = 1
+    OFFSET = 2
+    """offset + gain * q is taken from the gradient of y, for a loss that weighs an image with 1; negative."""
+    GAIN = 3
+    GAMMA_SCALE = 4
+    """sum of g * xhat = gamma_scale * sum of g * q + gamma_shift * sum of g."""
+    GAMMA_SHIFT = 5
+    NLL_SQUARE = 6
+    """nll = sum over channels of nll_square * (sum of y^2) / S + nll_image * N."""
+    NLL_IMAGE = 7
+    MEAN_MOMENT = 8
+    """Gradient of mean per unit of nll = mean_moment * (sum of y) / S."""
+    RAW_MOMENT = 9
+    """Gradient of raw_std per unit of nll = raw_moment * (sum of y^2) / S + raw_image * N."""
+    RAW_IMAGE = 10
+
+
+def forward_(
+    y: Tensor,
+    residual: Tensor | None,
+    table: Tensor,
+    activation: Activation,
+    slope: float,
+    nll: Tensor,
+    num_watched: int = 0,
+    watched: Tensor | None = None,
+) -> Tensor:
+    """Write z = act(scale * y + shift + residual) into y.
+
+    Args:
+        y: (N, C, *spatial), dense; nobody else's.
+        residual: of the same shape, in any memory order.
+        table: (len(Row), C), dense, in whose dtype sums are taken.
+        slope: of a leaky relu.
+        nll: (), to which the likelihood of the N images is added.
+        num_watched, watched: of the first images, the sums of y, y^2, z - residual and (z > 0) are added to watched, (4, C).
+
+    Returns: sums of y and y^2, (2, C).
+    """
+    num_images, num_channels = y.shape[:2]
+    num_positions = y.numel() // (num_images * num_channels)
+    kernels = _kernels(y, table.dtype)
+    if kernels is not None:
+        sums = torch.empty(2, num_channels, dtype=y.dtype)
+        _compiled_forward(kernels, y, residual, table, num_watched, activation, slope, sums, watched, nll)
+        return sums
+    sums = sums_of(y, table.dtype)
+    if watched is not None:
+        watched[:2] += sums_of(y[:num_watched], table.dtype)
+    map_(y, residual, table, activation, slope)
+    if watched is not None:
+        z, other = y[:num_watched], None if residual is None else residual[:num_watched]
+        rows, axes = _flat(z)
+        watched[2] += rows.sum(axes, dtype=table.dtype)
+        watched[3] += torch.count_nonzero(rows if activation == "relu" else rows > 0, axes)
+        if other is not None:
+            rows, axes = _flat(dense(other))
+            watched[2] -= rows.sum(axes, dtype=table.dtype)
+    per_image = torch.addcmul(
+        num_images * table[Row.NLL_IMAGE], table[Row.NLL_SQUARE], sums[1], value=1 / num_positions
+    )
+    nll += per_image.sum()
+    return sums
+
+
+def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of y and of y^2 over everything but channels, taken in dtype: dense (N, C, *spatial) to (2, C)."""
+    kernels = _kernels(y, dtype)
+    if kernels is None:
+        rows, axes = _flat(y)
+        # The norm needs no temporary of y's size; y is centred, so that nothing is lost in squares of a large mean.
+        square = torch.linalg.vector_norm(rows, dim=axes, dtype=dtype).square_()
+        return torch.stack((rows.sum(axes, dtype=dtype), square))
+    sums = torch.empty(2, y.shape[1], dtype=dtype)
+    _compiled_forward(kernels, y, None, None, 0, "identity", 0.0, sums, None, None)
+    return sums
+
+
+def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: Activation, slope: float) -> None:
+    """`forward_` without its sums; of the table the rows SCALE and SHIFT are enough."""
+    kernels = _kernels(y, table.dtype)
+    if kernels is not None:
+        sums = torch.empty(2, y.shape[1], dtype=y.dtype)
+        _compiled_forward(kernels, y, residual, table, 0, activation, slope, sums, None, None)
+        return
+    rows, _ = _flat(y)
+    scale, shift = _aligned(table[Row.SCALE], rows), _aligned(table[Row.SHIFT], rows)
+    if rows.dtype == scale.dtype:
+        torch.addcmul(shift, rows, scale, out=rows)
+    else:  # low precision under autocast: the map is computed in the parameters' precision
+        rows.copy_(torch.addcmul(shift, rows, scale))
+    activate_(y if residual is None else y.add_(residual), activation, slope)
+
+
+def backward(
+    grad_out: Tensor,
+    z: Tensor | None,
+    given: Tensor | None,
+    residual: Tensor | None,
+    table: Tensor,
+    sums: Tensor,
+    grad_nll: Tensor | None,
+    activation: Activation,
+    slope: float,
+    vectors: Tensor,
+    *,
+    corrects: bool,
+    wants_grad: bool,
+    may_overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    """The way back through `forward_`.
+
+        g = grad_out * act'(z),   q = given, or what entered the activation (read off z) - residual
+
+    Args:
+        grad_out: (N, C, *spatial), gradient of z.
+        z: what `forward_` gave; None where neither activation nor q needs it.
+        given: q, dense; None to read it off z, and then a residual is taken off.
+        table: (len(Row), C).
+        sums: (2, C), of `forward_`.
+        grad_nll: () gradient of the likelihood, which is the weight of one image in the loss; None for 0.
+        vectors: (4, C), to which the gradients of mean, raw_std, gamma and beta are added, statistics as if they were one for
+            each channel.
+        corrects: whether OFFSET and GAIN count.
+        wants_grad: whether anybody reads g; else the first result may be any tensor.
+        may_overwrite: whether grad_out may be.
+
+    Returns: g, the gradient of what enters the activation and of the residual; and scale * g + grad_nll * (offset + gain * q),
+        the gradient of y, in its dtype.
+    """
+    q = z if given is None else given
+    order = dense(grad_out if q is None else q)
+    given_grad, grad_out = grad_out, in_order_of(grad_out, order)
+    may_overwrite = may_overwrite or grad_out is not given_grad
+    del given_grad
+    kernels = _kernels(order, table.dtype) if grad_out.dtype == order.dtype else None
+    corrects = corrects and grad_nll is not None
+    if kernels is None:
+        return _eager_backward(
+            grad_out, z, given, residual, table, sums, grad_nll, activation, slope, vectors, corrects, may_overwrite
+        )
+    num_images, num_channels = order.shape[:2]
+    keeps = wants_grad and activation == "identity"  # g is grad_out
+    spare = grad_out if may_overwrite and not keeps else None
+    grad = grad_y = None
+    if wants_grad and not keeps:
+        grad = torch.empty_like(order) if spare is None else spare
+    elif spare is not None:
+        grad_y = spare
+    grad_y = torch.empty_like(order) if grad_y is None else grad_y
+    z = z if z is None else in_order_of(z, order)
+    given = order if given is None and activation == "identity" else given
+    residual = residual if residual is None else in_order_of(residual, order)
+    failed = kernels.backward(
+        grad_out.data_ptr(), _address(z), _address(given), _address(residual), table.data_ptr(), sums.data_ptr(),
+        _address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, _CODES[activation], slope,
+        corrects, _num_threads(order), grad_y.data_ptr(), _address(grad), vectors.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("the backward pass of a folded layer ran out of memory")
+    return grad_out if grad is None else grad, grad_y
+
+
+def likelihood_backward(
+    table: Tensor, sums: Tensor, grad_nll: Tensor, num_images: int, num_positions: int, vectors: Tensor
+) -> None:
+    """The part of `backward` that goes to mean and raw_std; arguments as there."""
+    per_raw = torch.addcmul(num_images * table[Row.RAW_IMAGE], table[Row.RAW_MOMENT], sums[1], value=1 / num_positions)
+    per_mean = table[Row.MEAN_MOMENT] * sums[0] / num_positions
+    vectors[:2] += torch.stack((per_mean, per_raw)) * grad_nll
+
+
+def activate_(v: Tensor, activation: Activation, slope: float) -> Tensor:
+    """The activation, in place."""
+    if activation == "relu":
+        return F.relu_(v)
+    return F.leaky_relu_(v, slope) if activation == "leaky_relu" else v
+
+
+def _eager_backward(
+    grad_out: Tensor,
+    z: Tensor | None,
+    given: Tensor | None,
+    residual: Tensor | None,
+    table: Tensor,
+    sums: Tensor,
+    grad_nll: Tensor | None,
+    activation: Activation,
+    slope: float,
+    vectors: Tensor,
+    corrects: bool,
+    may_overwrite: bool,
+) -> tuple[Tensor, Tensor]:
+    grad = grad_out
+    if activation != "identity":
+        grad = grad_out if may_overwrite else torch.empty_like(grad_out)
+        if activation == "relu":
+            torch.ops.aten.threshold_backward.grad_input(grad_out, z, 0, grad_input=grad)
+        else:
+            torch.ops.aten.leaky_relu_backward.grad_input(grad_out, z, slope, True, grad_input=grad)
+    q = given
+    if q is None and z is not None:
+        q = F.leaky_relu(z, 1 / slope) if activation == "leaky_relu" else z
+    rows, axes = _flat(grad)
+    q_rows = rows if q is None else _flat(in_order_of(q, grad))[0]
+    if residual is not None:
+        q_rows = q_rows - _flat(in_order_of(residual, grad))[0]
+    del q, residual, z, given, grad_out
+    wide = rows.to(table.dtype)  # low precision would overflow in sums and products
+    if grad_nll is not None:
+        num_images, num_channels = grad.shape[:2]
+        likelihood_backward(table, sums, grad_nll, num_images, grad.numel() // (num_images * num_channels), vectors)
+    sum_g, product = wide.sum(axes), (wide * q_rows).sum(axes)
+    vectors[2] += torch.addcmul(product * table[Row.GAMMA_SCALE], sum_g, table[Row.GAMMA_SHIFT])
+    vectors[3] += sum_g
+    scale = _aligned(table[Row.SCALE], rows)
+    if corrects and grad_nll is not None:
+        offset, gain = (table[Row.OFFSET : Row.GAIN + 1] * grad_nll).unbind(0)
+        out = torch.addcmul(_aligned(offset, rows), q_rows, _aligned(gain, rows)).addcmul_(wide, scale)
+    else:
+        out = wide * scale
+    return grad, out.to(grad.dtype).as_strided(grad.shape, grad.stride())
+
+
+def _compiled_forward(
+    kernels: ctypes.CDLL,
+    y: Tensor,
+    residual: Tensor | None,
+    table: Tensor | None,
+    num_watched: int,
+    activation: Activation,
+    slope: float,
+    sums: Tensor,
+    watched: Tensor | None,
+    nll: Tensor | None,
+) -> None:
+    residual = None if residual is None else in_order_of(residual.to(y.dtype), y)
+    num_images, num_channels = y.shape[:2]
+    failed = kernels.forward(
+        y.data_ptr(), _address(residual), _address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
+        num_watched, _CODES[activation], slope, _num_threads(y), sums.data_ptr(), _address(watched), _address(nll),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("the forward pass of a folded layer ran out of memory")
+
+
+def _kernels(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels, where they can take such a tensor and constants of dtype."""
+    kind = _TYPES.get(order.dtype)
+    if kind is None or order.device.type != "cpu" or dtype != order.dtype or order.shape[1] % kind[1]:
+        return None
+    return library(kind[0]) if order.dim() == 2 or channels_last(order) else None
+
+
+def _num_threads(tensor: Tensor) -> int:
+    return 1 if tensor.numel() < _WORTH_THREADS else torch.get_num_threads()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether channels are adjacent in memory, and nothing else is between."""
+    return tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous or channels-last; a copy only of what is neither."""
+    return tensor if channels_last(tensor) else tensor.contiguous()
+
+
+def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
+    """The tensor in the memory order of `model`; a copy only of what is in another."""
+    if tensor.stride() == model.stride():
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
+def _flat(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows of a dense tensor, a view: (N * S, C), or (N, C, S) of a contiguous one; and their axes without channels."""
+    if channels_last(tensor):
+        n, c, h, w = tensor.shape
+        return tensor.as_strided((n * h * w, c), (c, 1)), (0,)
+    return (tensor, (0,)) if tensor.dim() == 2 else (tensor.flatten(2), (0, 2))
+
+
+def _aligned(per_channel: Tensor, rows: Tensor) -> Tensor:
+    """A vector per channel, shaped to broadcast over rows."""
+    return per_channel if rows.dim() == 2 else per_channel.view(-1, 1)

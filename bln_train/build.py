@@ -18,6 +18,7 @@ from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import torchvision_name
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.calibrate import initialize_statistics
+from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.recipe import (
@@ -63,7 +64,9 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     """
     device = runtime.resolve_device(recipe.runtime.device)
     runtime.set_up(
+        device,
         num_threads=recipe.runtime.num_threads,
+        compiled=recipe.runtime.compiled,
         deterministic=recipe.runtime.deterministic,
         cudnn_benchmark=recipe.runtime.cudnn_benchmark,
         tf32=recipe.train.precision == "tf32",
@@ -83,6 +86,9 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
 
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
+        why = why_not_compiled() if device.type == "cpu" else ""
+        if why:
+            notices.append(f"Folded norms run PyTorch's operators, which is slower than compiled kernels: {why}.")
     statistics = BatchlessStatistics(model)
     optimizer = _optimizer(recipe, model, statistics)
     step = AccumulationStep(

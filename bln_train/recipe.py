@@ -357,6 +357,9 @@ class Runtime(Section):
     """`auto` (CUDA if present), `cpu`, `cuda` or `cuda:<index>`."""
     num_threads: Positive | None = None
     """CPU threads; default PyTorch's."""
+    compiled: bool = True
+    """On a CPU, folded norms run kernels that the system's C compiler builds once, where there is one; false: PyTorch's
+    operators, slower, the same up to rounding."""
     deterministic: bool = False
     """Only algorithms that repeat bit for bit on CUDA (slower); the CPU always does."""
     cudnn_benchmark: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from bln_train.errors import UsageError
+from bln_train.norm.compiled import use_compiled, uses_compiled
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,10 +81,21 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
-def set_up(*, num_threads: int | None, deterministic: bool, cudnn_benchmark: bool, tf32: bool) -> None:
+def set_up(
+    device: torch.device,
+    *,
+    num_threads: int | None,
+    compiled: bool,
+    deterministic: bool,
+    cudnn_benchmark: bool,
+    tf32: bool,
+) -> None:
     """Process-wide switches, in one place."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    use_compiled(compiled)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if deterministic:  # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
@@ -93,7 +106,18 @@ def set_up(*, num_threads: int | None, deterministic: bool, cudnn_benchmark: boo
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def environment(device: torch.device) -> dict[str, str | int | None]:
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor: the system would take megabytes back, and give them out in page faults."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(mmap_threshold, 2**30)
+
+
+def environment(device: torch.device) -> dict[str, str | int | bool | None]:
     """What a figure needs beside it: versions, device, threads."""
     import torchvision
 
@@ -104,6 +128,7 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "num_threads": torch.get_num_threads(),
+        "compiled": None if cuda else uses_compiled(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),

@@ -31,6 +31,11 @@ def why_not_compiled() -> str:
     return _build("float")[1] if _wanted else ""
 
 
+def uses_compiled() -> bool:
+    """Whether kernels are compiled, and wanted."""
+    return library("float") is not None
+
+
 def library(real: str) -> ctypes.CDLL | None:
     """The kernels for a C type, "float" or "double"; None where there is no compiler, or none is wanted."""
     return _build(real)[0] if _wanted else None

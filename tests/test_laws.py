@@ -286,6 +286,7 @@ LAYERS = [
     {
         "runtime",
         "norm.functional",
+        "norm.update",
         "norm.standardize",
         "norm.batchless",
         "norm.compiled",

@@ -15,8 +15,8 @@ from bln_train.norm.functional import (
     batchless_norm,
     raw_from_std,
     std_from_raw,
-    std_slope,
 )
+from bln_train.norm.update import moments, update_layers
 
 
 class _Account:
@@ -36,6 +36,7 @@ class _Account:
         self.watched: Tensor | None = None
         """(4, C), see `watch`."""
         self.unit: Tensor | None = None
+        self.shows_relu = False
 
     def add(self, num_images: int, num_positions: int) -> None:
         """Count a training forward's images, and the positions of each."""
@@ -154,7 +155,7 @@ class _BatchlessNorm(nn.Module):
         self.account = _Account()
         self.follows = False
         """Whether the next forward without gradients is the probe's, after a step."""
-        self._old_moments: tuple[Tensor, Tensor] | None = (
+        self.old_moments: tuple[Tensor, Tensor] | None = (
             None  # of the probe's images, under the weights before the step
         )
 
@@ -187,17 +188,19 @@ class _BatchlessNorm(nn.Module):
         shift = -self.mean.detach() * scale
         return scale, shift if self.bias is None else self.bias + shift
 
-    def watch(self, num_images: int, num_positions: int, unit: Tensor | None = None) -> tuple[int, Tensor | None]:
+    def watch(
+        self, num_images: int, num_positions: int, unit: Tensor | None = None, shows_relu: bool = False
+    ) -> tuple[int, Tensor | None]:
         """How many of a training forward's first images belong to the probe, and where their sums are to be added, (4, C).
 
-        The sums are those of y = (x - mean) / unit, of y^2 and, where a relu follows at once, of its output less the residual
-        that entered it, and of how often that output is above 0.
+        The sums are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of the output of the relu that follows less
+        the residual that entered it, and of how often that output is above 0.
         """
         account, self.account.is_open = self.account, False  # the first use counts where a network uses the layer twice
         number = min(num_images, account.num_to_watch)
         account.num_to_watch -= number
         account.num_watched += number * num_positions
-        account.unit = unit
+        account.unit, account.shows_relu = unit, shows_relu
         if account.watched is None:
             account.watched = torch.zeros(4, self.num_features, dtype=self.mean.dtype, device=self.mean.device)
         return number, account.watched
@@ -236,9 +239,6 @@ class _BatchlessNorm(nn.Module):
         """Weight in the loss of each entry's likelihood of one image."""
         return self.nll_weight * (1 if self.nll_reduction == "mean" else self.num_features) / self.mean.numel()
 
-    def _entries(self, per_channel: Tensor) -> Tensor:
-        return per_channel if self.share == "channel" else per_channel.mean(0, keepdim=True)
-
     @torch.no_grad()
     def update(self, num_images: int) -> Tensor:
         """Take what the gradients of one effective batch say: correction and natural step.
@@ -252,61 +252,16 @@ class _BatchlessNorm(nn.Module):
         Returns: () the layer's nll per image, unweighted, averaged over channels; NaN where the statistics are frozen or the
             layer saw no image.
         """
-        value = torch.full((), torch.nan, device=self.mean.device, dtype=self.mean.dtype)
-        account = self.account
-        if account.num_images:
-            calls = account.num_images / num_images  # 2 where a network uses the layer twice
-            std = self.std
-            if account.watched is not None:
-                self._note_watched(account.watched)
-            if self.correction is not None:
-                assert self.weight is not None
-                assert self.bias is not None
-                if self.weight.grad is not None and self.bias.grad is not None:  # else they are frozen
-                    positions = account.num_positions / account.num_images
-                    seen = torch.stack((self.bias.grad, self.weight.grad)) / (positions * calls)
-                    self.correction.lerp_(seen.to(self.correction.dtype), self.correction_rate)
-            if self.mean.grad is not None and self.raw_std.grad is not None:
-                value = self._follow_gradients(calls, std)
+        return update_layers([self], num_images)[0]
+
+    def close_account(self) -> None:
+        """Begin a new effective batch."""
         self.account = _Account()
-        return value
-
-    def _note_watched(self, sums: Tensor) -> None:
-        """Turn the probe's sums into its moments and, where a relu follows, average what it shows into `imputation`."""
-        sums = sums / self.account.num_watched
-        self._old_moments = self._moments(sums[0], sums[1], self.account.unit)
-        if self.imputation is not None:
-            assert self.bias is not None
-            # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
-            seen = torch.stack((sums[2] - self.bias, sums[3].clamp(min=0.1)))
-            self.imputation.lerp_(seen.to(self.imputation.dtype), self.correction_rate)
-
-    def _moments(self, shift: Tensor, square: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance of x, (C,) or (1,), from the means of y = (x - mean) / unit and of y^2, (C,)."""
-        if unit is not None:
-            shift, square = shift * unit, square * unit * unit
-        if self.share == "layer":
-            shift, square = shift.mean(0, keepdim=True), square.mean(0, keepdim=True)
-        return self.mean + shift, (square - shift * shift).clamp_(min=0)
-
-    def _follow_gradients(self, calls: float, std: Tensor) -> Tensor:
-        """Read m1 and m2 off the gradients of the likelihood, take the natural step if it is ours; returns the nll."""
-        scale = self.nll_scale
-        assert self.mean.grad is not None
-        assert self.raw_std.grad is not None
-        m1 = self.mean.grad * std / (-scale * calls)
-        slope = std_slope(self.raw_std, std, self.parametrization)
-        excess = self.raw_std.grad * std / (-scale * calls * slope)  # m2 - 1
-        if self.statistics == "natural":
-            growth = (1 + self.statistics_rate * excess).clamp(min=0).sqrt()
-            self.set_statistics(torch.addcmul(self.mean, std, m1, value=self.statistics_rate), std * growth)
-            self.mean.grad = self.raw_std.grad = None
-        return excess.mean() / 2 if self.gauge else excess.mean() / 2 + 0.5 + std.log().mean()
 
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
         self.account = _Account()
-        self._old_moments = None
+        self.old_moments = None
         if self.statistics == "natural":
             self.mean.grad = self.raw_std.grad = None
 
@@ -324,17 +279,17 @@ class _BatchlessNorm(nn.Module):
             num: images times positions.
             unit: (C,), None for 1.
         """
-        if self._old_moments is None:
+        if self.old_moments is None:
             return
         sums = sums / num
-        mean_new, var_new = self._moments(sums[0], sums[1], unit)
-        mean_old, var_old = self._old_moments
+        mean_new, var_new = moments(self.mean, sums[0], sums[1], unit, shared=self.share == "layer")
+        mean_old, var_old = self.old_moments
         std = self.std
         # Where the images barely vary the ratio says nothing: 1 % of std is added to both sides.
         guard = 1e-4 * std * std
         ratio = ((var_new + guard) / (var_old + guard)) ** (self.probe_gain / 2)
         self.set_statistics(self.mean + self.probe_gain * (mean_new - mean_old), std * ratio)
-        self._old_moments = None
+        self.old_moments = None
 
     def _sums_about_mean(self, x: Tensor) -> Tensor:
         """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
@@ -418,8 +373,7 @@ class BatchlessStatistics:
                     f"the likelihood of layer '{name}' was not added to the loss: call nll() after each training forward. "
                     "Activation checkpointing runs forwards again during backward and cannot be used with this layer."
                 )
-        values = [layer.update(num_images) for layer in self.layers.values()]
-        return torch.stack(values) if values else None
+        return update_layers(list(self.layers.values()), num_images) if self.layers else None
 
     def discard(self) -> None:
         """Forget a half-done effective batch."""

@@ -118,7 +118,9 @@ class _ChainFunction(torch.autograd.Function):
             z = dense(layer.apply_linear(x, low_weight, bias))
             num_images, num_positions = z.shape[0], z.numel() // (z.shape[0] * z.shape[1])
             account = norm.account
-            num_watched, watched = norm.watch(num_images, num_positions, own.iw) if account.is_open else (0, None)
+            num_watched, watched = 0, None
+            if account.is_open:
+                num_watched, watched = norm.watch(num_images, num_positions, own.iw, layer.activation == "relu")
             account.add(num_images, num_positions)
             sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
             values.append(z)

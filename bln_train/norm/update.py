@@ -1,0 +1,135 @@
+"""What the gradients of one effective batch say to batchless layers: correction, natural step, the probe's moments.
+
+Layers of one kind are worked out side by side, (L, C) at a time: their vectors are short, and each call costs more than its
+arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from bln_train.norm.functional import raw_from_std, std_from_raw, std_slope
+
+if TYPE_CHECKING:
+    from bln_train.norm.batchless import _BatchlessNorm
+
+T = TypeVar("T")
+
+
+def by_kind(items: Iterable[T], kind: Callable[[T], Hashable]) -> list[list[T]]:
+    """The items that share a kind, kinds in the order of their first item."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return list(groups.values())
+
+
+def stack(vectors: Iterable[Tensor | None]) -> Tensor:
+    """(C,) of each of L layers to (L, C)."""
+    return torch.stack([vector.detach() for vector in vectors if vector is not None])
+
+
+@torch.no_grad()
+def update_layers(layers: Sequence[_BatchlessNorm], num_images: int) -> Tensor:
+    """Update layers from the gradients of an effective batch; see `_BatchlessNorm.update`, whose results it gives, (L,)."""
+    values: dict[_BatchlessNorm, Tensor] = {}
+    seen = [layer for layer in layers if layer.account.num_images]
+    for group in by_kind([layer for layer in seen if layer.account.watched is not None], _watched_kind):
+        _note_watched(group)
+    for group in by_kind([layer for layer in seen if _learns_correction(layer)], _correction_kind):
+        _learn_correction(group, num_images)
+    for group in by_kind(
+        [layer for layer in seen if layer.mean.grad is not None and layer.raw_std.grad is not None], _kind
+    ):
+        values.update(zip(group, _follow_gradients(group, num_images).unbind(0), strict=True))
+    for layer in layers:
+        layer.close_account()
+    missing = torch.full((), torch.nan, device=layers[0].mean.device, dtype=layers[0].mean.dtype)
+    return torch.stack([values.get(layer, missing) for layer in layers])
+
+
+def _kind(layer: _BatchlessNorm) -> Hashable:
+    mean, form = layer.mean, (layer.parametrization, layer.eps, layer.share, layer.nll_scale, layer.gauge)
+    rule = (layer.statistics, layer.statistics_rate, layer.account.num_images)
+    return mean.shape, mean.dtype, mean.device, layer.num_features, form, rule
+
+
+def _watched_kind(layer: _BatchlessNorm) -> Hashable:
+    account = layer.account
+    has = (account.unit is None, account.shows_relu and layer.imputation is not None)
+    return _kind(layer), account.num_watched, layer.correction_rate, has
+
+
+def _correction_kind(layer: _BatchlessNorm) -> Hashable:
+    return _kind(layer), layer.account.num_positions, layer.correction_rate
+
+
+def _learns_correction(layer: _BatchlessNorm) -> bool:
+    if layer.correction is None or layer.weight is None or layer.bias is None:
+        return False
+    return layer.weight.grad is not None and layer.bias.grad is not None  # else they are frozen
+
+
+def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
+    """Turn the probe's sums into its moments and, where a relu follows, average what it shows into `imputation`."""
+    first = layers[0]
+    shift, square, shown, alive = (
+        stack(layer.account.watched for layer in layers) / first.account.num_watched
+    ).unbind(1)  # fmt: skip
+    unit = None if first.account.unit is None else stack(layer.account.unit for layer in layers)
+    mean = stack(layer.mean for layer in layers)
+    old = moments(mean, shift, square, unit, shared=first.share == "layer")
+    for layer, *own in zip(layers, *(part.unbind(0) for part in old), strict=True):
+        layer.old_moments = own[0], own[1]
+    if first.imputation is not None and first.account.shows_relu:
+        # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
+        seen = torch.stack((shown - stack(layer.bias for layer in layers), alive.clamp(min=0.1)), 1)
+        torch._foreach_lerp_(
+            [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), first.correction_rate
+        )
+
+
+def moments(mean: Tensor, shift: Tensor, square: Tensor, unit: Tensor | None, *, shared: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x, (..., C) or (..., 1), from the means of y = (x - mean) / unit and of y^2, (..., C)."""
+    if unit is not None:
+        shift, square = shift * unit, square * unit * unit
+    if shared:
+        shift, square = shift.mean(-1, keepdim=True), square.mean(-1, keepdim=True)
+    return mean + shift, (square - shift * shift).clamp_(min=0)
+
+
+def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None:
+    first, account = layers[0], layers[0].account
+    # Positions of the effective batch per use: a network may use the layer twice.
+    positions = account.num_positions / account.num_images * (account.num_images / num_images)
+    of_bias = stack(layer.bias.grad for layer in layers if layer.bias is not None)
+    of_weight = stack(layer.weight.grad for layer in layers if layer.weight is not None)
+    seen = torch.stack((of_bias, of_weight), 1) / positions
+    torch._foreach_lerp_(
+        [x.correction for x in layers if x.correction is not None], list(seen.unbind(0)), first.correction_rate
+    )
+
+
+def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> Tensor:
+    """Read m1 and m2 off the gradients of the likelihood, take the natural step if it is ours; returns the nll of each, (L,)."""
+    first = layers[0]
+    mean, raw = stack(layer.mean for layer in layers), stack(layer.raw_std for layer in layers)
+    std = std_from_raw(raw, first.parametrization, first.eps)
+    scale = -first.nll_scale * (first.account.num_images / num_images)
+    m1 = stack(layer.mean.grad for layer in layers) * std / scale
+    slope = std_slope(raw, std, first.parametrization)
+    excess = stack(layer.raw_std.grad for layer in layers) * std / (scale * slope)  # m2 - 1
+    if first.statistics == "natural":
+        rate = first.statistics_rate
+        growth = (1 + rate * excess).clamp(min=0).sqrt()
+        new_raw = raw_from_std((std * growth).clamp(min=first.eps), first.parametrization, first.eps)
+        torch._foreach_copy_([layer.mean for layer in layers], list(torch.addcmul(mean, std, m1, value=rate).unbind(0)))
+        torch._foreach_copy_([layer.raw_std for layer in layers], list(new_raw.unbind(0)))
+        for layer in layers:
+            layer.mean.grad = layer.raw_std.grad = None
+    nll = excess.mean(1) / 2
+    return nll if first.gauge else nll + 0.5 + std.log().mean(1)

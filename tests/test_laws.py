@@ -290,6 +290,7 @@ LAYERS = [
         "norm.standardize",
         "norm.batchless",
         "norm.compiled",
+        "norm.constants",
         "norm.epilogue",
         "norm.fused_function",
         "norm.fused",

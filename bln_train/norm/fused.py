@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.epilogue import Activation, Row, activate_, dense, map_, sums_of
-from bln_train.norm.functional import std_slope
+from bln_train.norm.constants import measure, measure_once
+from bln_train.norm.epilogue import Activation, activate_, dense, map_, sums_of
 from bln_train.norm.fused_function import (
     Constants,
     Plan,
@@ -22,7 +22,7 @@ from bln_train.norm.fused_function import (
     run_chain,
     split_gradients,
 )
-from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale, standardize_weight
+from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale
 
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
@@ -92,7 +92,7 @@ class FoldedConvNorm(nn.Module):
             return activate_(out if residual is None else out + residual, self.activation, self.slope)
         inputs = (x,) if residual is None else (x, residual)
         plan = Plan((Step(self, 0, None if residual is None else 1),), len(inputs), (len(inputs),))
-        return run_chain(plan, inputs)[0]
+        return run_chain(plan, [self.constants or measure(self)], inputs)[0]
 
     def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear operation with another weight and bias."""
@@ -147,69 +147,6 @@ class FoldedConvNorm(nn.Module):
         dtype = autocast_dtype(x) or x.dtype
         return self.apply_linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
-    def measure(self) -> Constants:
-        """Work out the constants for one forward and backward, whose gradients are autograd's business."""
-        linear = self.linear
-        weight = standardize_weight(linear.weight) if isinstance(linear, StandardizedConv2d) else linear.weight
-        return self._measure(weight, None, None)
-
-    def measure_once(self, iw: Tensor | None) -> Constants:
-        """Work out the constants for many; standardised filters, which are centred, are still to be scaled by iw, (C,)."""
-        norm = self.norm
-        gradients = torch.zeros(4, norm.num_features, dtype=norm.mean.dtype, device=norm.mean.device)
-        return self._measure(self.linear.weight, iw, gradients)
-
-    @torch.no_grad()
-    def _measure(self, weight: Tensor, iw: Tensor | None, gradients: Tensor | None) -> Constants:
-        linear, norm = self._parts
-        std, gamma, beta = norm.std, norm.weight, norm.bias
-        bias = (-norm.mean if linear.bias is None else linear.bias - norm.mean).expand(norm.num_features).contiguous()
-        inverse = std.reciprocal().expand(norm.num_features).contiguous()
-        if iw is not None:
-            bias, inverse = bias / iw, inverse * iw
-        scale = inverse if gamma is None else gamma * inverse
-        recompute = self._must_recompute()
-
-        zero = torch.zeros_like(inverse)
-        offset = gain = gamma_scale = gamma_shift = zero
-        if gamma is not None and beta is not None:
-            gamma_scale = inverse if recompute else gamma.reciprocal()
-            gamma_shift = zero if recompute else -beta / gamma
-        if norm.correction is not None:
-            a, b = norm.correction.unbind(0)
-            if recompute:  # q is yc
-                offset, gain = -scale * a, -scale * b * inverse
-            else:  # xhat is taken for (q - beta - hidden) / (gamma * alive)
-                assert beta is not None
-                hidden, alive = zero, 1 + zero
-                if self.activation == "relu" and norm.imputation is not None:
-                    hidden, alive = norm.imputation.unbind(0)
-                gain = -inverse * b / alive
-                offset = -scale * a - gain * (beta + hidden)
-
-        # As in norm/functional.py, with sums of yc in the place of sums of xhat.
-        per_std = norm.nll_scale / std
-        to_raw = per_std * std_slope(norm.raw_std, std, norm.parametrization)
-        square = inverse * inverse
-        share = norm.mean.numel() / norm.num_features  # of the likelihood's entries that a channel stands for
-        nll_image = zero - 0.5 if norm.gauge else zero + std.log()
-        nll_scale = norm.nll_scale * share
-        rows = {
-            Row.SCALE: scale,
-            Row.SHIFT: zero if beta is None else beta,
-            Row.OFFSET: offset,
-            Row.GAIN: gain,
-            Row.GAMMA_SCALE: gamma_scale,
-            Row.GAMMA_SHIFT: gamma_shift,
-            Row.NLL_SQUARE: nll_scale / 2 * square,
-            Row.NLL_IMAGE: nll_scale * nll_image,
-            Row.MEAN_MOMENT: -per_std * inverse,
-            Row.RAW_MOMENT: -to_raw * square,
-            Row.RAW_IMAGE: zero + to_raw,
-        }
-        table = torch.stack([rows[row] for row in Row])
-        return Constants(weight, bias, iw, table, norm.correction is not None, recompute, gradients)
-
     def give_gradients(self) -> None:
         """Add what gathered in the constants to the norm's parameters' gradients."""
         norm = self.norm
@@ -218,18 +155,6 @@ class FoldedConvNorm(nn.Module):
         parameters = (norm.mean, norm.raw_std, norm.weight, norm.bias)
         for parameter, gradient in zip(parameters, split_gradients(norm.share, self.constants.gradients), strict=True):
             add_gradient(parameter, gradient)
-
-    def _must_recompute(self) -> bool:
-        """Whether xhat cannot be read off z - r, or only by keeping what nothing else keeps."""
-        norm = self.norm
-        if norm.weight is None or not self.residual_is_kept or not self.output_is_kept:
-            return True
-        if self.activation == "relu" and norm.correction is not None and norm.imputation is None:
-            return True
-        assert norm.bias is not None
-        # xhat = (z - r - beta) / gamma: rounding of z grows by |beta / gamma|. One small gamma is enough.
-        tiny = torch.finfo(norm.weight.dtype).eps ** 0.5 * norm.bias.abs().clamp(min=1)
-        return bool((norm.weight.abs() < tiny).any())
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
@@ -261,7 +186,7 @@ class FoldedChain(nn.Module):
         """See the class."""
         plan = self.plan
         if torch.is_grad_enabled() and self.training:
-            out = run_chain(plan, inputs)
+            out = run_chain(plan, [step.layer.constants or measure(step.layer) for step in plan.steps], inputs)
         else:
             values = dict(enumerate(inputs))
             del inputs
@@ -315,6 +240,7 @@ def fold_once(layers: Iterable[FoldedConvNorm]) -> Iterator[None]:
     """
     layers = list(layers)
     standardized: dict[Tensor, RawGradient] = {}
+    scales: list[Tensor | None] = []
     try:
         for layer in layers:
             linear, iw = layer.linear, None
@@ -322,7 +248,9 @@ def fold_once(layers: Iterable[FoldedConvNorm]) -> Iterator[None]:
                 if linear.weight not in standardized:
                     standardized[linear.weight] = RawGradient(linear.weight)
                 iw = standardized[linear.weight].scale.flatten()
-            layer.constants = layer.measure_once(iw)
+            scales.append(iw)
+        for layer, constants in zip(layers, measure_once(layers, scales), strict=True):
+            layer.constants = constants
         yield
         for gradient in standardized.values():
             gradient.project()

@@ -73,12 +73,11 @@ class Plan(NamedTuple):
     """Values that others want."""
 
 
-def run_chain(plan: Plan, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run_chain(plan: Plan, constants: list[Constants], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Training forward of the layers of a plan, with gradients: the values that `plan.outputs` names.
 
     Leaves the likelihood in the last layer's norm, and each layer's count in its own.
     """
-    constants = [step.layer.constants or step.layer.measure() for step in plan.steps]
     parameters: list[Tensor | None] = []
     for step, own in zip(plan.steps, constants, strict=True):
         linear, norm = step.layer.linear, step.layer.norm

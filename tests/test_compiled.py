@@ -1,5 +1,6 @@
 """The compiled kernels compute what PyTorch's operators compute, and their absence costs nothing but time."""
 
+import copy
 import itertools
 import os
 import stat
@@ -12,6 +13,7 @@ from bln_train import runtime
 from bln_train.build import build_experiment
 from bln_train.norm import compiled, epilogue
 from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
+from bln_train.norm.standardize import centre_filters, filter_scale
 
 pytestmark = pytest.mark.skipif(bool(compiled.why_not_compiled()), reason="needs a C compiler")
 
@@ -97,6 +99,24 @@ def test_both_paths_backward(shape, activation, dtype):
         close(*on_both_paths(lambda o=options: run(*o)), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_paths_of_standardised_filters(dtype):
+    """Centring and scale in every memory order; filters that are centred keep their bits."""
+
+    def run(order):
+        weight = (drawn((6, 3, 3, 2), dtype, 1) + 0.5).contiguous(memory_format=order)
+        version = weight._version
+        centre_filters(weight)
+        assert weight._version > version  # autograd may know
+        centred = weight.clone(memory_format=torch.preserve_format)
+        centre_filters(weight)
+        assert torch.equal(weight, centred)
+        return {"weight": weight, "scale": filter_scale(weight)}
+
+    for order in (torch.contiguous_format, torch.channels_last):
+        close(*on_both_paths(lambda o=order: run(o)), dtype)
+
+
 def test_a_nan_stays_one():
     """A relu may not turn a diverged network into a healthy one."""
     table = torch.ones(len(Row), 8)
@@ -124,9 +144,11 @@ def test_what_kernels_do_not_take_goes_to_pytorch():
 
 def test_whole_runs_agree_and_say_which_path_they_took():
     """Law 2 across the paths, in float64; the environment names the path."""
-    found = []
+    found, start = [], build_experiment(tiny_recipe()).trainer.state_dict()  # weights are drawn and centred in float32
+    start = copy.deepcopy(start)
     for wanted in (True, False):
         experiment = build_experiment(tiny_recipe(runtime={"device": "cpu", "compiled": wanted}))
+        experiment.trainer.load_state_dict(start)
         assert runtime.environment(experiment.device)["compiled"] is wanted
         advance(experiment.trainer)
         found.append(state(experiment.trainer))

@@ -12,10 +12,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 _SOURCE = Path(__file__).with_name("epilogue.c")
 # OpenMP by the name under which PyTorch has loaded its own, so that there is one pool of threads; without it, one thread.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
-_COMMON = ("-O3", "-fPIC", "-shared", "-Wno-psabi")
+_COMMON = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
 
 _wanted = True
 
@@ -24,6 +26,9 @@ def use_compiled(wanted: bool) -> None:
     """Let folded layers run compiled kernels on the CPU where they can (the default), or PyTorch's operators alone."""
     global _wanted
     _wanted = wanted
+
+
+TYPES = {torch.float32: "float", torch.float64: "double"}  # of C, for which `library` has kernels
 
 
 def why_not_compiled() -> str:
@@ -76,7 +81,7 @@ def _compile(compiler: str, real: str, to: Path) -> str:
     """Compile with as many of the flags as the compiler takes; returns what is wrong, "" if nothing."""
     problem = ""
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, f"-DREAL={real}", str(_SOURCE), "-o", str(to)]
+        command = [compiler, *_COMMON, *flags, f"-DREAL={real}", str(_SOURCE), "-o", str(to), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -123,5 +128,8 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     number = ctypes.c_float if real == "float" else ctypes.c_double
     library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
     library.backward.argtypes = [*[pointer] * 7, *[long] * 3, integer, number, integer, integer, *[pointer] * 3]
+    library.centre_filters.argtypes = [pointer, long, long, number]
+    library.filter_scale.argtypes = [pointer, long, long, number, pointer]
+    library.centre_filters.restype = library.filter_scale.restype = None
     library.forward.restype = library.backward.restype = integer
     return library

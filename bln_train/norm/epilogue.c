@@ -1,10 +1,12 @@
 /* What surrounds a folded convolution, in one pass over memory each way; norm/epilogue.py calls it and says what is computed.
+   At the end, what standardised filters need.
 
    Tensors are rows, (num_images * num_positions, channels), with channels adjacent and a multiple of LANES. REAL is float or
    double. A tile of rows that fits the first cache is walked one vector of channels at a time, so that its sums stay in
    registers; sums of tiles are added up in double, and threads in their order: the same number of threads gives the same bits.
    What is called with an argument that may be null says so. Functions return 0, or 1 if memory ran out. */
 
+#include <math.h>
 #include <stdlib.h>
 
 #ifdef _OPENMP
@@ -163,4 +165,26 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
     }
     free(shares);
     return 0;
+}
+
+/* ---- standardised filters: weight is (num_filters, length); norm/standardize.py says what is computed ---- */
+
+/* Takes each filter's mean out of it; of one whose mean is rounding no bit changes. */
+void centre_filters(REAL *weight, long num_filters, long length, REAL epsilon) {
+    for (REAL *filter = weight; filter < weight + num_filters * length; filter += length) {
+        double sum = 0, square = 0;
+        for (long i = 0; i < length; i++) sum += filter[i], square += (double)filter[i] * filter[i];
+        const REAL mean = (REAL)(sum / length);
+        if (fabs((double)mean) <= epsilon * sqrt(square / length)) continue;
+        for (long i = 0; i < length; i++) filter[i] -= mean;
+    }
+}
+
+/* scale, (num_filters), becomes 1 / sqrt(sum of squares + eps). */
+void filter_scale(const REAL *weight, long num_filters, long length, REAL eps, REAL *scale) {
+    for (long f = 0; f < num_filters; f++) {
+        double square = 0;
+        for (long i = 0; i < length; i++) square += (double)weight[f * length + i] * weight[f * length + i];
+        scale[f] = (REAL)(1 / sqrt(square + eps));
+    }
 }

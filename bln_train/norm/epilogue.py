@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bln_train.norm.compiled import library
+from bln_train.norm.compiled import TYPES, library
 
 Activation = Literal["identity", "relu", "leaky_relu"]
 _CODES = {"identity": 0, "relu": 1, "leaky_relu": 2}
-_TYPES = {torch.float32: ("float", 8), torch.float64: ("double", 4)}  # of C, and channels in one vector of 32 bytes
+_VECTOR_BYTES = 32  # of the kernels
 _WORTH_THREADS = 32768  # entries; below, starting threads takes longer than they save (PyTorch's own bound)
 
 
@@ -278,10 +278,12 @@ def _compiled_forward(
 
 def _kernels(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels, where they can take such a tensor and constants of dtype."""
-    kind = _TYPES.get(order.dtype)
-    if kind is None or order.device.type != "cpu" or dtype != order.dtype or order.shape[1] % kind[1]:
+    kind = TYPES.get(order.dtype)
+    if kind is None or order.device.type != "cpu" or dtype != order.dtype:
         return None
-    return library(kind[0]) if order.dim() == 2 or channels_last(order) else None
+    if order.shape[1] * order.element_size() % _VECTOR_BYTES or not (order.dim() == 2 or channels_last(order)):
+        return None
+    return library(kind)
 
 
 def _num_threads(tensor: Tensor) -> int:

@@ -44,6 +44,9 @@ class FoldedConvNorm(nn.Module):
         residual_is_kept: the same of the residual.
         input_is_free: without gradients the input may be overwritten.
 
+    Attributes:
+        in_parts: whether to overwrite it then, some images at a time; saves memory, takes time.
+
     Shapes: x as `linear` takes it (Linear: (N, features)), residual and the result as it gives them.
 
     Source: design of In-Place ABN (Rota Bulo et al., arXiv 1712.02616) for what a backward pass can do without.
@@ -69,7 +72,7 @@ class FoldedConvNorm(nn.Module):
         self._parts: tuple[Any, _BatchlessNorm] = (linear, norm)  # a tuple: not registered, their owner is the network
         self.activation, self.slope = activation, slope
         self.output_is_kept, self.residual_is_kept = output_is_kept, residual_is_kept
-        self.input_is_free = input_is_free
+        self.input_is_free, self.in_parts = input_is_free, True
         self.constants: Constants | None = None
 
     @property
@@ -140,7 +143,7 @@ class FoldedConvNorm(nn.Module):
 
     def _linear_(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The linear operation; into x's own memory where nothing else wants x and the shape stays, a quarter at a time."""
-        if self.input_is_free and autocast_dtype(x) is None and _keeps_shape(self.linear):
+        if self.input_is_free and self.in_parts and autocast_dtype(x) is None and _keeps_shape(self.linear):
             for part in x.split(max(2, x.shape[0] // 4)):  # of single images PyTorch makes slower convolutions
                 part.copy_(self.apply_linear(part, weight, bias))
             return x

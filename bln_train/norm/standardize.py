@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from bln_train.norm.compiled import TYPES, library
 
 
 class _StandardizeWeight(torch.autograd.Function):
@@ -51,7 +54,21 @@ def standardize_weight(weight: Tensor, eps: float = 1e-4) -> Tensor:
 @torch.no_grad()
 def filter_scale(weight: Tensor, eps: float = 1e-4) -> Tensor:
     """Scale of each filter of mean 0 that `standardize_weight` applies: 1 / sqrt(sum of squares + eps), (C_out, 1, ...)."""
+    kernels = _kernels(weight)
+    if kernels is not None:
+        scale = torch.empty((weight.shape[0], *[1] * (weight.dim() - 1)), dtype=weight.dtype)
+        kernels.filter_scale(weight.data_ptr(), weight.shape[0], weight[0].numel(), eps, scale.data_ptr())
+        return scale
     return _filter_norm(weight).square_().add_(eps).rsqrt_()
+
+
+def _kernels(weight: Tensor) -> ctypes.CDLL | None:
+    """The compiled kernels, where they can take a weight: each filter in one piece of memory."""
+    kind = TYPES.get(weight.dtype)
+    if kind is None or weight.device.type != "cpu" or weight.stride(0) != weight[0].numel():
+        return None
+    dense = weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    return library(kind) if dense else None
 
 
 def _filter_norm(weight: Tensor) -> Tensor:
@@ -61,6 +78,12 @@ def _filter_norm(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def centre_filters(weight: Tensor) -> None:
     """Take each filter's mean out of it, in place; of one that has none but for rounding no bit changes."""
+    kernels = _kernels(weight)
+    if kernels is not None:
+        epsilon = torch.finfo(weight.dtype).eps
+        kernels.centre_filters(weight.data_ptr(), weight.shape[0], weight[0].numel(), epsilon)
+        torch.autograd.graph.increment_version(weight)
+        return
     axes = tuple(range(1, weight.dim()))
     mean = weight.mean(axes, keepdim=True)
     rounding = torch.finfo(weight.dtype).eps * _filter_norm(weight) / weight[0].numel() ** 0.5

@@ -135,6 +135,8 @@ class AccumulationStep:
             self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         if self.probe_images and self.statistics.layers and nll is not None:
+            for layer in self.folded:  # with larger micro-batches training takes more than the probe can
+                layer.in_parts = self.micro_batch_size < self.probe_images
             probe = self._load_first(images, index, self.probe_images, seed, epoch)
             self.statistics.follow(lambda: self._forward(probe))
         set_instance_seeds(self.dropouts, None)

@@ -190,8 +190,8 @@ def test_settings_that_would_be_ignored_are_refused():
         (("optimizer.clip_update=3", "optimizer.clip_norm=null"), None, 3.0),
         (("norm=group",), None, None),
         (("norm=group", "optimizer.clip_update=3"), None, 3.0),
-        (("optimizer.accumulate_into=gradient",), 1.0, None),
-        (("optimizer={name: adam, lr: 0.1}",), 1.0, None),
+        (("optimizer.accumulate_into=gradient",), 3.0, None),
+        (("optimizer={name: adam, lr: 0.1}",), 3.0, None),
     ],
 )
 def test_auto_clips_what_can_be_clipped(overrides, clip_norm, clip_update):

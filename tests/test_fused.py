@@ -257,6 +257,28 @@ def test_fuse_changes_nothing_but_what_is_kept(make, num_folded, num_kept):
     assert largest_difference(before, gradients(model, x, False)) < 1e-12
 
 
+@pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
+@pytest.mark.parametrize("once", [True, False])
+def test_backward_leaves_what_is_not_its_own(channels, once):
+    """A gradient that others hold keeps its bits, and a graph that is kept gives the same gradients again."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, channels, 3, 1, 1).to(memory_format=torch.channels_last)
+    norm = drawn_norm(BatchlessNorm2d, channels, correction_mode="imputed")
+    layer, statistics = FoldedConvNorm(conv, norm, activation="relu"), BatchlessStatistics(norm)
+    x = torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    held = torch.randn(3, channels, 5, 5).to(memory_format=torch.channels_last)
+    before = held.clone(memory_format=torch.preserve_format)
+    found = []
+    with fold_once([layer]) if once else contextlib.nullcontext():
+        z, nll = layer(x), statistics.nll()
+        for keep in (True, False):
+            torch.autograd.backward([z, nll], [held, torch.tensor(0.3)], retain_graph=keep)
+            assert torch.equal(held, before)
+            found.append({"x": x.grad.clone(), "weight": conv.weight.grad.clone()})
+    for name, first in found[0].items():
+        torch.testing.assert_close(found[1][name], 2 * first, rtol=1e-12, atol=1e-14)
+
+
 def test_fuse_says_why_a_norm_stays():
     """Every reason: no convolution before, its output used twice, reflecting padding, an untraceable forward."""
 

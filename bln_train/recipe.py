@@ -242,7 +242,7 @@ class _Optimizer(Section):
     weight_decay: NonNegative = 5e-4
     """On convolution and linear weights only; not on biases, norms and statistics."""
     clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
-    """Bound on the global gradient norm; auto is 3.0 for `batchless` and none for every other norm, and where gradients
+    """Bound on the global gradient norm; auto is 1.0 for `batchless` and none for every other norm, and where gradients
     gather in the momentum, which `clip_update` bounds."""
 
 
@@ -453,7 +453,7 @@ class Recipe(Section):
     def clip_norm(self) -> float | None:
         """Bound on the gradient norm, `auto` resolved; None where gradients gather in the momentum."""
         setting = self.optimizer.clip_norm
-        auto = 3.0 if self.norm.name == "batchless" and not self.accumulates_into_momentum else None
+        auto = 1.0 if self.norm.name == "batchless" and not self.accumulates_into_momentum else None
         return auto if setting == "auto" else setting
 
     @property

@@ -194,3 +194,13 @@ def test_a_cache_of_somebody_else_is_not_used(tmp_path, monkeypatch):
     folder = compiled._folder()
     assert tmp_path not in folder.parents
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX modes")
+def test_a_cache_that_others_can_write_is_not_used(tmp_path, monkeypatch):
+    """Nor from a folder into which anybody may put something."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "bln-train" / "kernels").mkdir(parents=True)
+    assert compiled._folder() == tmp_path / "bln-train" / "kernels"
+    (tmp_path / "bln-train" / "kernels").chmod(0o777)
+    assert tmp_path not in compiled._folder().parents

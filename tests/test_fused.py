@@ -279,6 +279,39 @@ def test_backward_leaves_what_is_not_its_own(channels, once):
         torch.testing.assert_close(found[1][name], 2 * first, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
+def test_a_residual_that_is_broadcast_gets_its_own_shape_back(channels):
+    """Squeezed branches, (N, C, 1, 1), added to maps: outside the chain's layers, and one of them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.squeeze, self.wide = nn.Conv2d(4, channels, 5), nn.Conv2d(4, channels, 3, 1, 1)
+            self.norm1, self.norm2, self.norm3 = (drawn_norm(BatchlessNorm2d, channels) for _ in range(3))
+            self.last = nn.Conv2d(channels, channels, 1)
+
+        def forward(self, x):
+            small = F.relu(self.norm1(self.squeeze(x)))
+            out = F.relu(self.norm2(self.wide(x)) + small)
+            return self.norm3(self.last(out)) + x.mean((1, 2, 3), keepdim=True)
+
+    torch.manual_seed(0)
+    net = Net().to(memory_format=torch.channels_last)
+    x = torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    statistics, found = BatchlessStatistics(net), []
+    for folded in (False, True):
+        net.zero_grad()
+        x.grad = None
+        if folded:
+            assert len(fuse(net).folded) == 3
+        (net(x).square().sum() + statistics.nll()).backward()
+        found.append({n: p.grad.clone() for n, p in net.named_parameters()} | {"x": x.grad})
+        with torch.no_grad():
+            found[-1]["probe"] = net(x)
+        statistics.discard()
+    assert largest_difference(*found) < 1e-10
+
+
 def test_fuse_says_why_a_norm_stays():
     """Every reason: no convolution before, its output used twice, reflecting padding, an untraceable forward."""
 

@@ -52,7 +52,8 @@ def _build(real: str) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, f"no C compiler is installed ({', '.join(_compilers())})"
     source = _SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, real.encode(), compiler.encode(), _processor()])).hexdigest()[:24]
+    what = f"{real} {compiler} {_COMMON} {_FLAGS}".encode()
+    key = hashlib.sha256(b"\0".join([source, what, _processor()])).hexdigest()[:24]
     name = f"epilogue-{real}-{key}.so"
     folder = _folder()
     path = folder / name
@@ -98,7 +99,9 @@ def _folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # What is loaded from here runs: nobody else may have put it there.
-        if os.access(folder, os.W_OK) and (not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid()):
+        found = folder.stat()
+        ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+        if ours and os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass

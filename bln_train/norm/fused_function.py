@@ -115,6 +115,8 @@ class _ChainFunction(torch.autograd.Function):
             if dtype is not None:
                 x, low_weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
             z = dense(layer.apply_linear(x, low_weight, bias))
+            if residual is not None and residual.shape != z.shape:
+                residual = residual.expand(z.shape)
             num_images, num_positions = z.shape[0], z.numel() // (z.shape[0] * z.shape[1])
             account = norm.account
             num_watched, watched = 0, None
@@ -128,7 +130,7 @@ class _ChainFunction(torch.autograd.Function):
             sizes.append((num_images, num_positions))
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.constants, ctx.sizes = plan, constants, sizes
-        ctx.dtypes = [value.dtype for value in values]
+        ctx.dtypes, ctx.shapes = [value.dtype for value in values], [value.shape for value in values]
         ctx.set_materialize_grads(False)
         return *[values[number] for number in plan.outputs], nll
 
@@ -138,7 +140,8 @@ class _ChainFunction(torch.autograd.Function):
         plan: Plan = ctx.plan
         *grads_of_outputs, grad_nll = grads_out
         saved = list(ctx.saved_tensors)
-        ctx.maybe_clear_saved_tensors()  # unless the graph is kept: from here on each is let go after its use
+        # Unless the graph is kept; from here on each is let go after its use. Undocumented, and what torch.compile does.
+        ctx.maybe_clear_saved_tensors()
         needs = ctx.needs_input_grad[3:]
         gradients = _Gradients()
         for number, grad in zip(plan.outputs, grads_of_outputs, strict=True):
@@ -172,7 +175,11 @@ class _ChainFunction(torch.autograd.Function):
                 )  # fmt: skip
                 del z, given, residual
                 if wants_grad and step.residual is not None:
-                    gradients.add(step.residual, grad, is_own=is_own or layer.activation != "identity")
+                    is_own = is_own or layer.activation != "identity"
+                    shape = ctx.shapes[step.residual]
+                    if grad.shape != shape:  # it was broadcast
+                        grad, is_own = grad.sum_to_size(shape), True
+                    gradients.add(step.residual, grad, is_own=is_own)
                 del grad
                 needs_x = step.x >= plan.num_inputs or needs[step.x]
                 conv_bias = layer.linear.bias

@@ -13,7 +13,8 @@ from bln_train import runtime
 from bln_train.build import build_experiment
 from bln_train.norm import compiled, epilogue
 from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
-from bln_train.norm.standardize import centre_filters, filter_scale
+from bln_train.norm.probe import Following, FollowRow
+from bln_train.norm.standardize import RawGradient, centre_filters, filter_scale
 
 pytestmark = pytest.mark.skipif(bool(compiled.why_not_compiled()), reason="needs a C compiler")
 
@@ -34,7 +35,7 @@ def on_both_paths(run):
     found = []
     for wanted in (True, False):
         compiled.use_compiled(wanted)
-        assert (epilogue._kernels(torch.zeros(1, 8), torch.float32) is not None) == wanted
+        assert (epilogue.kernels_for(torch.zeros(1, 8), torch.float32) is not None) == wanted
         found.append(run())
     return found
 
@@ -100,6 +101,56 @@ def test_both_paths_backward(shape, activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])
+def test_both_paths_of_the_probe(shape, activation, dtype):
+    """Result and new statistics, with and without residual and unit, shared or not, floored at eps or not."""
+    table = drawn((len(FollowRow), shape[1]), dtype, 1)
+    table[: FollowRow.DRIFT].abs_()
+
+    def run(residual, unit, shared, eps):
+        own = table.clone()
+        if shared:
+            own[: FollowRow.GAMMA] = own[: FollowRow.GAMMA, :1]  # one mean and one std
+        following = Following(own, gain=0.5, eps=eps, shared=shared)
+        y = drawn(shape, dtype, 2)
+        following.normalize_(
+            y,
+            drawn(shape, dtype, 3) if residual else None,
+            drawn((shape[1],), dtype, 4) if unit else None,
+            activation,
+            0.1,
+        )
+        return {"y": y, "found": following.found}
+
+    for options in itertools.product((False, True), (False, True), (False, True), (1e-3, 2.0)):
+        close(*on_both_paths(lambda o=options: run(*o)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("held", [False, True])
+def test_both_paths_project_gradients(dtype, held):
+    """Whatever the memory order of weight and gradient, and what the gradient held before stays as it is."""
+
+    def run(order, order_of_grad):
+        weight = torch.nn.Parameter(drawn((6, 3, 3, 2), dtype, 1).contiguous(memory_format=order))
+        came, before = (drawn((6, 3, 3, 2), dtype, n).contiguous(memory_format=order_of_grad) for n in (2, 3))
+        weight.grad = before.clone() if held else None
+        raw = RawGradient(weight)
+        weight.grad = before + came if held else came
+        raw.project()
+        # What is left has no mean and, with this scale, nothing along the filter but eps' share.
+        left = weight.grad - before if held else weight.grad
+        assert float(left.mean((1, 2, 3)).abs().max().detach()) < 1e-6
+        along = (left * weight).sum((1, 2, 3)) * raw.scale.flatten() ** 2
+        assert float(along.abs().max().detach()) < 1e-3
+        return {"grad": weight.grad}
+
+    for orders in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        close(*on_both_paths(lambda o=orders: run(*o)), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_paths_of_standardised_filters(dtype):
     """Centring and scale in every memory order; filters that are centred keep their bits."""
 
@@ -138,8 +189,8 @@ def test_what_kernels_do_not_take_goes_to_pytorch():
         torch.zeros(2, 8, 4, 4),
         torch.zeros(2, 8).half(),
     ):
-        assert epilogue._kernels(tensor, torch.float32) is None
-    assert epilogue._kernels(torch.zeros(2, 8), torch.float64) is None
+        assert epilogue.kernels_for(tensor, torch.float32) is None
+    assert epilogue.kernels_for(torch.zeros(2, 8), torch.float64) is None
 
 
 def test_whole_runs_agree_and_say_which_path_they_took():

@@ -286,6 +286,7 @@ LAYERS = [
     {
         "runtime",
         "norm.functional",
+        "norm.probe",
         "norm.update",
         "norm.standardize",
         "norm.batchless",

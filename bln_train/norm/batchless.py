@@ -16,7 +16,8 @@ from bln_train.norm.functional import (
     raw_from_std,
     std_from_raw,
 )
-from bln_train.norm.update import moments, update_layers
+from bln_train.norm.probe import Following, prepare_following, settle_following
+from bln_train.norm.update import update_layers
 
 
 class _Account:
@@ -153,8 +154,8 @@ class _BatchlessNorm(nn.Module):
         self.register_buffer("imputation", imputation)
 
         self.account = _Account()
-        self.follows = False
-        """Whether the next forward without gradients is the probe's, after a step."""
+        self.following: Following | None = None
+        """The layer's part in the probe's forward after a step."""
         self.old_moments: tuple[Tensor, Tensor] | None = (
             None  # of the probe's images, under the weights before the step
         )
@@ -175,10 +176,13 @@ class _BatchlessNorm(nn.Module):
         self._check_input(x)
         if self.training and torch.is_grad_enabled():
             return self._train_forward(x)
-        if self.follows:
-            self.follow(self._sums_about_mean(x), x.numel() // x.shape[1])
         shape = (-1, *([1] * (x.dim() - 2)))
-        scale, shift = self.affine_map()
+        following = self.take_following()
+        if following is not None:
+            scale, shift = following.read(self._sums_about_mean(x), x.numel() // x.shape[1], None).unbind(0)
+            shift = torch.addcmul(shift, self.mean, scale, value=-1)
+        else:
+            scale, shift = self.affine_map()
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
     def affine_map(self) -> tuple[Tensor, Tensor]:
@@ -265,31 +269,11 @@ class _BatchlessNorm(nn.Module):
         if self.statistics == "natural":
             self.mean.grad = self.raw_std.grad = None
 
-    @torch.no_grad()
-    def follow(self, sums: Tensor, num: int, unit: Tensor | None = None) -> None:
-        """Move the statistics by what the step did to the probe's images.
-
-        mean += gain * (mean_new - mean_old);  log std += gain * log(std_new / std_old).  The images are the same on both
-        sides, so their sampling noise cancels; what upstream layers changed has already been normalised away in part. A
-        gain of 1 undoes at once what the gradient, which holds statistics fixed, meant to do to mean and scale; a gain of 0
-        lets the lag compound with depth.
-
-        Args:
-            sums: (2, C), of y = (x - mean) / unit and of y^2 over the probe's images after the step.
-            num: images times positions.
-            unit: (C,), None for 1.
-        """
-        if self.old_moments is None:
-            return
-        sums = sums / num
-        mean_new, var_new = moments(self.mean, sums[0], sums[1], unit, shared=self.share == "layer")
-        mean_old, var_old = self.old_moments
-        std = self.std
-        # Where the images barely vary the ratio says nothing: 1 % of std is added to both sides.
-        guard = 1e-4 * std * std
-        ratio = ((var_new + guard) / (var_old + guard)) ** (self.probe_gain / 2)
-        self.set_statistics(self.mean + self.probe_gain * (mean_new - mean_old), std * ratio)
-        self.old_moments = None
+    def take_following(self) -> Following | None:
+        """Its part in the probe's forward, where this is its first use there."""
+        if self.following is not None and self.following.found is not None:
+            settle_following([self])
+        return self.following
 
     def _sums_about_mean(self, x: Tensor) -> Tensor:
         """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
@@ -391,10 +375,11 @@ class BatchlessStatistics:
 
         Layer after layer, statistics move by what the step did to those images.
         """
-        for layer in self.layers.values():
-            layer.follows = True
+        layers = list(self.layers.values())
+        prepare_following(layers)
         try:
             forward()
+            settle_following(layers)
         finally:
-            for layer in self.layers.values():
-                layer.follows = False
+            for layer in layers:
+                layer.following = None

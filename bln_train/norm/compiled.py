@@ -131,8 +131,12 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     number = ctypes.c_float if real == "float" else ctypes.c_double
     library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
     library.backward.argtypes = [*[pointer] * 7, *[long] * 3, integer, number, integer, integer, *[pointer] * 3]
+    library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 3, integer, integer, pointer]
     library.centre_filters.argtypes = [pointer, long, long, number]
     library.filter_scale.argtypes = [pointer, long, long, number, pointer]
-    library.centre_filters.restype = library.filter_scale.restype = None
-    library.forward.restype = library.backward.restype = integer
+    library.filter_moments.argtypes = [pointer, pointer, long, long, pointer]
+    library.project_filters.argtypes = [*[pointer] * 5, long, long]
+    for filters in (library.centre_filters, library.filter_scale, library.filter_moments, library.project_filters):
+        filters.restype = None
+    library.forward.restype = library.backward.restype = library.follow.restype = integer
     return library

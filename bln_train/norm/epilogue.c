@@ -167,6 +167,44 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
     return 0;
 }
 
+/* ---- the probe after a step; norm/probe.py says what is computed ---- */
+
+/* Rows of a following layer's table: FollowRow in norm/probe.py. */
+enum { STD, OLD_VARIANCE, DRIFT, GAMMA, BETA };
+
+/* y, in multiples of unit, becomes act(gamma * (x - mean) / std + beta + residual) with the mean and std that follow from its
+   own sums, which go to found, (2, channels), the mean as its change. Null: residual; unit, which is then 1. */
+int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, long num_images, long num_positions, long channels,
+           int activation, REAL slope, REAL gain, REAL eps, int shared, int threads, REAL *found) {
+    const long num_rows = num_images * num_positions;
+    double *sums = calloc(8 * channels, sizeof(double)), *wasted = sums + 4 * channels;
+    REAL *map = calloc(2 * channels, sizeof(REAL));
+    int failed = !sums || !map || forward_rows(y, 0, 0, 0, num_rows, channels, IDENTITY, 0, threads, 0, sums);
+    if (!failed) {
+        double *shift = sums, *square = sums + channels, all_shift = 0, all_square = 0;
+        for (long c = 0; c < channels; c++) {
+            const double one = unit ? unit[c] : 1;
+            all_shift += shift[c] *= one / num_rows;
+            all_square += square[c] *= one * one / num_rows;
+        }
+        for (long c = 0; c < channels; c++) {
+            const double m = shared ? all_shift / channels : shift[c], s = shared ? all_square / channels : square[c];
+            const double old_std = table[STD * channels + c], guard = 1e-4 * old_std * old_std, variance = fmax(s - m * m, 0);
+            const double ratio = pow((variance + guard) / (table[OLD_VARIANCE * channels + c] + guard), gain / 2.0);
+            const double std = fmax(old_std * ratio, eps), change = gain * (m + table[DRIFT * channels + c]);
+            const double scale = table[GAMMA * channels + c] / std;
+            found[c] = (REAL)change;
+            found[channels + c] = (REAL)(isnan(old_std * ratio) ? old_std * ratio : std); /* fmax would hide it */
+            map[SCALE * channels + c] = (REAL)(scale * (unit ? unit[c] : 1));
+            map[SHIFT * channels + c] = (REAL)(table[BETA * channels + c] - scale * change);
+        }
+        failed = forward_rows(y, residual, map, 0, num_rows, channels, activation, slope, threads, 0, wasted);
+    }
+    free(sums);
+    free(map);
+    return failed;
+}
+
 /* ---- standardised filters: weight is (num_filters, length); norm/standardize.py says what is computed ---- */
 
 /* Takes each filter's mean out of it; of one whose mean is rounding no bit changes. */
@@ -186,5 +224,25 @@ void filter_scale(const REAL *weight, long num_filters, long length, REAL eps, R
         double square = 0;
         for (long i = 0; i < length; i++) square += (double)weight[f * length + i] * weight[f * length + i];
         scale[f] = (REAL)(1 / sqrt(square + eps));
+    }
+}
+
+/* moments, (2, num_filters), become each filter's mean of grad, and its sum of grad * weight. */
+void filter_moments(const REAL *weight, const REAL *grad, long num_filters, long length, REAL *moments) {
+    for (long f = 0; f < num_filters; f++) {
+        double sum = 0, along = 0;
+        for (long i = f * length; i < (f + 1) * length; i++) sum += grad[i], along += (double)grad[i] * weight[i];
+        moments[f] = (REAL)(sum / length);
+        moments[num_filters + f] = (REAL)along;
+    }
+}
+
+/* Takes mean and scale^2 * along * weight out of grad, less those of before. */
+void project_filters(const REAL *weight, REAL *grad, const REAL *scale, const REAL *before, const REAL *after, long num_filters,
+                     long length) {
+    for (long f = 0; f < num_filters; f++) {
+        const REAL mean = after[f] - before[f], along = after[num_filters + f] - before[num_filters + f];
+        const REAL factor = scale[f] * scale[f] * along;
+        for (long i = f * length; i < (f + 1) * length; i++) grad[i] -= mean + factor * weight[i];
     }
 }

@@ -71,7 +71,7 @@ def forward_(
     """
     num_images, num_channels = y.shape[:2]
     num_positions = y.numel() // (num_images * num_channels)
-    kernels = _kernels(y, table.dtype)
+    kernels = kernels_for(y, table.dtype)
     if kernels is not None:
         sums = torch.empty(2, num_channels, dtype=y.dtype)
         _compiled_forward(kernels, y, residual, table, num_watched, activation, slope, sums, watched, nll)
@@ -97,7 +97,7 @@ def forward_(
 
 def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of y and of y^2 over everything but channels, taken in dtype: dense (N, C, *spatial) to (2, C)."""
-    kernels = _kernels(y, dtype)
+    kernels = kernels_for(y, dtype)
     if kernels is None:
         rows, axes = _flat(y)
         # The norm needs no temporary of y's size; y is centred, so that nothing is lost in squares of a large mean.
@@ -110,7 +110,7 @@ def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: Activation, slope: float) -> None:
     """`forward_` without its sums; of the table the rows SCALE and SHIFT are enough."""
-    kernels = _kernels(y, table.dtype)
+    kernels = kernels_for(y, table.dtype)
     if kernels is not None:
         sums = torch.empty(2, y.shape[1], dtype=y.dtype)
         _compiled_forward(kernels, y, residual, table, 0, activation, slope, sums, None, None)
@@ -165,7 +165,7 @@ def backward(
     given_grad, grad_out = grad_out, in_order_of(grad_out, order)
     may_overwrite = may_overwrite or grad_out is not given_grad
     del given_grad
-    kernels = _kernels(order, table.dtype) if grad_out.dtype == order.dtype else None
+    kernels = kernels_for(order, table.dtype) if grad_out.dtype == order.dtype else None
     corrects = corrects and grad_nll is not None
     if kernels is None:
         return _eager_backward(
@@ -184,9 +184,9 @@ def backward(
     given = order if given is None and activation == "identity" else given
     residual = residual if residual is None else in_order_of(residual, order)
     failed = kernels.backward(
-        grad_out.data_ptr(), _address(z), _address(given), _address(residual), table.data_ptr(), sums.data_ptr(),
-        _address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, _CODES[activation], slope,
-        corrects, _num_threads(order), grad_y.data_ptr(), _address(grad), vectors.data_ptr(),
+        grad_out.data_ptr(), address(z), address(given), address(residual), table.data_ptr(), sums.data_ptr(),
+        address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, code(activation), slope,
+        corrects, num_threads(order), grad_y.data_ptr(), address(grad), vectors.data_ptr(),
     )  # fmt: skip
     if failed:
         raise MemoryError("the backward pass of a folded layer ran out of memory")
@@ -269,14 +269,14 @@ def _compiled_forward(
     residual = None if residual is None else in_order_of(residual.to(y.dtype), y)
     num_images, num_channels = y.shape[:2]
     failed = kernels.forward(
-        y.data_ptr(), _address(residual), _address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
-        num_watched, _CODES[activation], slope, _num_threads(y), sums.data_ptr(), _address(watched), _address(nll),
+        y.data_ptr(), address(residual), address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
+        num_watched, code(activation), slope, num_threads(y), sums.data_ptr(), address(watched), address(nll),
     )  # fmt: skip
     if failed:
         raise MemoryError("the forward pass of a folded layer ran out of memory")
 
 
-def _kernels(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
+def kernels_for(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels, where they can take such a tensor and constants of dtype."""
     kind = TYPES.get(order.dtype)
     if kind is None or order.device.type != "cpu" or dtype != order.dtype:
@@ -286,11 +286,18 @@ def _kernels(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
     return library(kind)
 
 
-def _num_threads(tensor: Tensor) -> int:
+def code(activation: Activation) -> int:
+    """The activation as the kernels know it."""
+    return _CODES[activation]
+
+
+def num_threads(tensor: Tensor) -> int:
+    """Threads that a kernel over such a tensor should start."""
     return 1 if tensor.numel() < _WORTH_THREADS else torch.get_num_threads()
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Where its memory begins; None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 

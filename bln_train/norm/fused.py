@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.constants import measure, measure_once
-from bln_train.norm.epilogue import Activation, activate_, dense, map_, sums_of
+from bln_train.norm.epilogue import Activation, activate_, dense, map_
 from bln_train.norm.fused_function import (
     Constants,
     Plan,
@@ -125,8 +125,8 @@ class FoldedConvNorm(nn.Module):
     @torch.no_grad()
     def infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The same map without gradients, in the linear operation's own output; part of the probe."""
-        norm = self.norm
-        centre = norm.mean.detach().clone()  # following moves it
+        norm, following = self.norm, self.norm.take_following()
+        centre = norm.mean.detach()
         weight, iw = self.linear.weight, None
         bias = -centre if self.linear.bias is None else self.linear.bias - centre
         if isinstance(self.linear, StandardizedConv2d):  # as in `fold_once`: no copy of the weight
@@ -134,8 +134,9 @@ class FoldedConvNorm(nn.Module):
             iw = filter_scale(weight).flatten()
             bias = bias / iw
         out = dense(self._linear_(x, weight, bias.expand(norm.num_features)))
-        if norm.follows:
-            norm.follow(sums_of(out, centre.dtype), out.numel() // out.shape[1], iw)
+        if following is not None:
+            following.normalize_(out, residual, iw, self.activation, self.slope)
+            return out
         scale, shift = norm.affine_map()
         shift = torch.addcmul(shift, centre, scale).expand(norm.num_features)
         map_(out, residual, torch.stack((scale if iw is None else scale * iw, shift)), self.activation, self.slope)

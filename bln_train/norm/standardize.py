@@ -110,22 +110,39 @@ class RawGradient:
         self.weight, self.scale = weight, filter_scale(weight)
         self.before = self._moments()
 
-    def _moments(self) -> tuple[Tensor | float, Tensor | float]:
-        if self.weight.grad is None:
-            return 0.0, 0.0
-        axes = tuple(range(1, self.weight.dim()))
-        grad = self.weight.grad
-        return grad.mean(axes, keepdim=True), (grad * self.weight.detach()).sum(axes, keepdim=True)
+    def _moments(self) -> Tensor | None:
+        """Of what `weight.grad` holds each filter's mean, and its sum with the weight: (2, C_out, 1, ...)."""
+        weight, grad = self.weight, self.weight.grad
+        if grad is None:
+            return None
+        kernels = _kernels(weight) if grad.stride() == weight.stride() else None
+        if kernels is not None:
+            moments = torch.empty(2, *self.scale.shape, dtype=weight.dtype)
+            kernels.filter_moments(
+                weight.data_ptr(), grad.data_ptr(), weight.shape[0], weight[0].numel(), moments.data_ptr()
+            )
+            return moments
+        axes = tuple(range(1, weight.dim()))
+        return torch.stack((grad.mean(axes, keepdim=True), (grad * weight.detach()).sum(axes, keepdim=True)))
 
     @torch.no_grad()
     def project(self) -> None:
         """Apply the map to what came in since."""
-        if self.weight.grad is None:
+        weight, grad = self.weight, self.weight.grad
+        after = self._moments()
+        if grad is None or after is None:
             return
-        (mean_before, along_before), (mean, along) = self.before, self._moments()
-        self.weight.grad.sub_(mean - mean_before).addcmul_(
-            self.weight, self.scale.square() * (along - along_before), value=-1
-        )
+        before = torch.zeros_like(after) if self.before is None else self.before
+        kernels = _kernels(weight) if grad.stride() == weight.stride() else None
+        if kernels is not None:
+            kernels.project_filters(
+                weight.data_ptr(), grad.data_ptr(), self.scale.data_ptr(), before.data_ptr(), after.data_ptr(),
+                weight.shape[0], weight[0].numel(),
+            )  # fmt: skip
+            torch.autograd.graph.increment_version(grad)
+            return
+        mean, along = (after - before).unbind(0)
+        grad.sub_(mean).addcmul_(weight, self.scale.square() * along, value=-1)
 
 
 class StandardizedConv2d(nn.Conv2d):

@@ -102,6 +102,13 @@ class ShortcutA(nn.Module):
             memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format
         )
 
+    def adjoint(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Gradient of an input of a shape from that of the output: a folded layer runs the shortcut itself, and keeps its input."""
+        memory_format = torch.channels_last if _is_channels_last(grad) else torch.contiguous_format
+        out = torch.zeros(shape, dtype=grad.dtype, device=grad.device).to(memory_format=memory_format)
+        out[:, :, :: self.stride, :: self.stride] = grad.narrow(1, self.extra // 2, shape[1])
+        return out
+
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1

@@ -119,7 +119,7 @@ def _measure(
     bias = bias.contiguous()
     return [
         Constants(
-            weights[n], bias[n], scales[n], tables[n], norm.correction is not None, recompute[n],
+            weights[n], layers[n].linear.bias, bias[n], scales[n], tables[n], norm.correction is not None, recompute[n],
             None if gradients is None else gradients[n],
         )
         for n in range(len(layers))

@@ -161,11 +161,12 @@ def backward(
         the gradient of y, in its dtype.
     """
     q = z if given is None else given
-    order = dense(grad_out if q is None else q)
+    order = grad_out if q is None else q
+    kernels = kernels_for(order, table.dtype) if grad_out.dtype == order.dtype else None
+    order = dense(order) if kernels is None else order
     given_grad, grad_out = grad_out, in_order_of(grad_out, order)
     may_overwrite = may_overwrite or grad_out is not given_grad
     del given_grad
-    kernels = kernels_for(order, table.dtype) if grad_out.dtype == order.dtype else None
     corrects = corrects and grad_nll is not None
     if kernels is None:
         return _eager_backward(
@@ -266,7 +267,8 @@ def _compiled_forward(
     watched: Tensor | None,
     nll: Tensor | None,
 ) -> None:
-    residual = None if residual is None else in_order_of(residual.to(y.dtype), y)
+    if residual is not None:
+        residual = in_order_of(residual if residual.dtype == y.dtype else residual.to(y.dtype), y)
     num_images, num_channels = y.shape[:2]
     failed = kernels.forward(
         y.data_ptr(), address(residual), address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
@@ -277,13 +279,14 @@ def _compiled_forward(
 
 
 def kernels_for(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels, where they can take such a tensor and constants of dtype."""
+    """The compiled kernels, where they can take such a tensor, which then is dense, and constants of dtype."""
     kind = TYPES.get(order.dtype)
-    if kind is None or order.device.type != "cpu" or dtype != order.dtype:
+    if kind is None or dtype != order.dtype or order.device.type != "cpu":
         return None
-    if order.shape[1] * order.element_size() % _VECTOR_BYTES or not (order.dim() == 2 or channels_last(order)):
+    if order.shape[1] * dtype.itemsize % _VECTOR_BYTES:
         return None
-    return library(kind)
+    in_rows = channels_last(order) or (order.dim() == 2 and order.is_contiguous())
+    return library(kind) if in_rows else None
 
 
 def code(activation: Activation) -> int:
@@ -313,7 +316,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
     """The tensor in the memory order of `model`; a copy only of what is in another."""
-    if tensor.stride() == model.stride():
+    if tensor is model or tensor.stride() == model.stride():
         return tensor
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 

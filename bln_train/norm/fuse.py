@@ -136,12 +136,16 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
         return "the convolution's output is used elsewhere too"
     assert isinstance(layer, _BatchlessNorm)
 
-    last, residual = norm, None
+    last, residual, passed, shortcut = norm, None, None, None
     add = _only_user(norm)
     if add is not None and _is_add(add):
         other = next((a for a in add.args if a is not norm), None)
         if isinstance(other, fx.Node):  # not x + x, which has one argument
             last, residual = add, other
+            module = modules.get(str(other.target)) if other.op == "call_module" and len(other.users) == 1 else None
+            start = other.args[0] if module is not None and hasattr(module, "adjoint") else None
+            if isinstance(start, fx.Node):
+                residual, passed, shortcut = start, other, module
     activation: Activation = "identity"
     slope = 0.0
     follower = _only_user(last)
@@ -150,11 +154,11 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
         last = follower if activation != "identity" else last
 
     name = f"{_LAYERS}.{len(layers)}"
-    layers.append(FoldedConvNorm(linear, layer, activation=activation, slope=slope))
+    layers.append(FoldedConvNorm(linear, layer, activation=activation, slope=slope, shortcut=shortcut))
     with graph.inserting_after(last):
         node = graph.call_module(name, (source.args[0],) if residual is None else (source.args[0], residual))
     last.replace_all_uses_with(node)
-    for old in (last, add, norm, source):
+    for old in (last, add, passed, norm, source):
         if old is not None and not old.users and old in graph.nodes and old is not node:
             graph.erase_node(old)
     return ""

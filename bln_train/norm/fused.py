@@ -30,7 +30,7 @@ FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 class FoldedConvNorm(nn.Module):
     """A linear layer, the batchless norm behind it, a residual sum and an activation, as one operation.
 
-        out = act(norm(linear(x)) + residual)
+        out = act(norm(linear(x)) + shortcut(residual))
 
     It owns no parameters: `linear` and `norm` stay where they are in the network, and so does the state dict. Training
     forwards with gradients fold; without gradients the same map is computed in place; in eval mode with gradients the parts
@@ -40,6 +40,8 @@ class FoldedConvNorm(nn.Module):
         linear: Conv1d, Conv2d (of any stride, zero padding, dilation, groups) or Linear, standardised or not.
         norm: the layer its output goes to, and nothing else.
         activation, slope: what follows, identity, relu or leaky relu with a slope in (0, 1).
+        shortcut: a linear module without parameters and with an `adjoint` (see models/layers.py), which backward runs again so
+            that its result is not kept; None for the identity.
         output_is_kept: something else keeps the output alive until backward, so keeping it here takes no memory.
         residual_is_kept: the same of the residual.
         input_is_free: without gradients the input may be overwritten.
@@ -59,6 +61,7 @@ class FoldedConvNorm(nn.Module):
         *,
         activation: Activation = "identity",
         slope: float = 0.0,
+        shortcut: nn.Module | None = None,
         output_is_kept: bool = True,
         residual_is_kept: bool = True,
         input_is_free: bool = False,
@@ -69,7 +72,8 @@ class FoldedConvNorm(nn.Module):
             raise ValueError(problem)
         if activation == "leaky_relu" and not 0 < slope < 1:
             raise ValueError(f"slope is {slope}; a leaky relu that can be undone has one in (0, 1)")
-        self._parts: tuple[Any, _BatchlessNorm] = (linear, norm)  # a tuple: not registered, their owner is the network
+        # A tuple: not registered, their owner is the network.
+        self._parts: tuple[Any, _BatchlessNorm, Any] = (linear, norm, shortcut)
         self.activation, self.slope = activation, slope
         self.output_is_kept, self.residual_is_kept = output_is_kept, residual_is_kept
         self.input_is_free, self.in_parts = input_is_free, True
@@ -85,14 +89,21 @@ class FoldedConvNorm(nn.Module):
         """The norm."""
         return self._parts[1]
 
+    @property
+    def shortcut(self) -> Any:
+        """What the residual passes through, None for nothing."""
+        return self._parts[2]
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_in, *spatial), residual (N, C, *spatial') to (N, C, *spatial'); see the class."""
-        linear, norm = self._parts
+        linear, norm, shortcut = self._parts
         if not torch.is_grad_enabled():
             return self.infer(x, residual)
         if not self.training or (isinstance(linear, nn.Linear) and x.dim() != 2):
             out = norm(linear(x))
-            return activate_(out if residual is None else out + residual, self.activation, self.slope)
+            if residual is not None:
+                out = out + (residual if shortcut is None else shortcut(residual))
+            return activate_(out, self.activation, self.slope)
         inputs = (x,) if residual is None else (x, residual)
         plan = Plan((Step(self, 0, None if residual is None else 1),), len(inputs), (len(inputs),))
         return run_chain(plan, [self.constants or measure(self)], inputs)[0]
@@ -126,6 +137,8 @@ class FoldedConvNorm(nn.Module):
     def infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The same map without gradients, in the linear operation's own output; part of the probe."""
         norm, following = self.norm, self.norm.take_following()
+        if residual is not None and self.shortcut is not None:
+            residual = self.shortcut(residual)
         centre = norm.mean.detach()
         weight, iw = self.linear.weight, None
         bias = -centre if self.linear.bias is None else self.linear.bias - centre

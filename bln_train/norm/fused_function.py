@@ -40,6 +40,8 @@ class Constants(NamedTuple):
 
     weight: Tensor
     """The linear operation's weight, as it enters it."""
+    own_bias: Tensor | None
+    """The linear operation's own, as the network has it."""
     bias: Tensor
     """Of the linear operation, so that its output is centred, (C,)."""
     iw: Tensor | None
@@ -80,9 +82,9 @@ def run_chain(plan: Plan, constants: list[Constants], inputs: Sequence[Tensor]) 
     """
     parameters: list[Tensor | None] = []
     for step, own in zip(plan.steps, constants, strict=True):
-        linear, norm = step.layer.linear, step.layer.norm
+        norm = step.layer.norm
         if own.gradients is None:
-            parameters += (own.weight, linear.bias, norm.mean, norm.raw_std, norm.weight, norm.bias)
+            parameters += (own.weight, own.own_bias, norm.mean, norm.raw_std, norm.weight, norm.bias)
         else:
             parameters += (None,) * _PER_STEP
     anchor = torch.empty((), device=inputs[0].device, requires_grad=True)  # statistics move even if nothing else does
@@ -115,8 +117,10 @@ class _ChainFunction(torch.autograd.Function):
             if dtype is not None:
                 x, low_weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
             z = dense(layer.apply_linear(x, low_weight, bias))
-            if residual is not None and residual.shape != z.shape:
-                residual = residual.expand(z.shape)
+            kept_residual = None if own.recompute else residual
+            if residual is not None:
+                residual = residual if layer.shortcut is None else layer.shortcut(residual)
+                residual = residual if residual.shape == z.shape else residual.expand(z.shape)
             num_images, num_positions = z.shape[0], z.numel() // (z.shape[0] * z.shape[1])
             account = norm.account
             num_watched, watched = 0, None
@@ -126,7 +130,7 @@ class _ChainFunction(torch.autograd.Function):
             sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
             values.append(z)
             keeps_z = layer.activation != "identity" or not own.recompute
-            saved += (x, weight, z if keeps_z else None, None if own.recompute else residual, sums)
+            saved += (x, weight, z if keeps_z else None, kept_residual, sums)
             sizes.append((num_images, num_positions))
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.constants, ctx.sizes = plan, constants, sizes
@@ -168,6 +172,9 @@ class _ChainFunction(torch.autograd.Function):
                 if own.recompute and (own.corrects or layer.norm.weight is not None):
                     bias = own.bias if own.bias.dtype == x.dtype else own.bias.to(x.dtype)
                     given = dense(layer.apply_linear(x, low, bias))
+                if residual is not None:
+                    residual = residual if layer.shortcut is None else layer.shortcut(residual)
+                    residual = residual if residual.shape == grad.shape else residual.expand(grad.shape)
                 wants_grad = step.residual is not None and (step.residual >= plan.num_inputs or needs[step.residual])
                 grad, grad_y = backward(
                     grad, z, given, residual, own.table, sums, grad_nll, layer.activation, layer.slope, vectors,
@@ -177,13 +184,14 @@ class _ChainFunction(torch.autograd.Function):
                 if wants_grad and step.residual is not None:
                     is_own = is_own or layer.activation != "identity"
                     shape = ctx.shapes[step.residual]
+                    if layer.shortcut is not None:
+                        grad, is_own = layer.shortcut.adjoint(grad, shape), True
                     if grad.shape != shape:  # it was broadcast
                         grad, is_own = grad.sum_to_size(shape), True
                     gradients.add(step.residual, grad, is_own=is_own)
                 del grad
                 needs_x = step.x >= plan.num_inputs or needs[step.x]
-                conv_bias = layer.linear.bias
-                needs_bias = conv_bias is not None and conv_bias.requires_grad
+                needs_bias = own.own_bias is not None and own.own_bias.requires_grad
                 grad_x, grad_weight, grad_bias = layer.linear_backward(
                     grad_y, x, low, (needs_x, weight.requires_grad, needs_bias)
                 )
@@ -200,7 +208,7 @@ class _ChainFunction(torch.autograd.Function):
                     of_parameters[n * _PER_STEP : n * _PER_STEP + 2] = grad_weight, grad_bias
                 else:  # at once: held until the chain ends they would take the memory of its weights
                     add_gradient(weight, grad_weight)
-                    add_gradient(conv_bias, grad_bias)
+                    add_gradient(own.own_bias, grad_bias)
                 del grad_weight, grad_bias
             if own.gradients is None:
                 reached = (grad_nll is not None, grad_nll is not None, True, True)

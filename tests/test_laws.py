@@ -297,6 +297,11 @@ LAYERS = [
         "norm.fuse",
         "norm.convert",
         "norm.calibrate",
+        "norm.likelihood",
+        "norm.moments",
+        "norm.paused",
+        "norm.reestimate",
+        "norm.strata",
         "norm",
     },
     {

@@ -176,7 +176,7 @@ class _BatchlessNorm(nn.Module):
         if self.training and torch.is_grad_enabled():
             return self._train_forward(x)
         if self.follows:
-            self.follow(self._sums_about_mean(x), x.numel() // x.shape[1])
+            self.follow(self.sums_about_mean(x), x.numel() // x.shape[1])
         shape = (-1, *([1] * (x.dim() - 2)))
         scale, shift = self.affine_map()
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
@@ -229,7 +229,7 @@ class _BatchlessNorm(nn.Module):
         if self.account.is_open:
             number, watched = self.watch(num_images, num_positions)
             if watched is not None:
-                watched[:2] += self._sums_about_mean(x.detach()[:number])
+                watched[:2] += self.sums_about_mean(x.detach()[:number])
         self.account.add(num_images, num_positions)
         self.account.take(result.nll)
         return result.out
@@ -291,7 +291,7 @@ class _BatchlessNorm(nn.Module):
         self.set_statistics(self.mean + self.probe_gain * (mean_new - mean_old), std * ratio)
         self.old_moments = None
 
-    def _sums_about_mean(self, x: Tensor) -> Tensor:
+    def sums_about_mean(self, x: Tensor) -> Tensor:
         """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
         mean = self.mean.detach()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -146,8 +146,5 @@ def _observe_one(
             if num_counted == wanted:
                 raise StopForward
 
-    with on_input(uses, see):
-        try:
-            model(x)
-        except StopForward:
-            pass
+    with on_input(uses, see), suppress(StopForward):
+        model(x)

@@ -295,7 +295,12 @@ def _initialize(
         return []
     micro_batches = partial(_sample, recipe, data, preprocess, device, section.init_images)
     cache = isinstance(section, BatchlessNormSection) and section.init_cache
-    floored = initialize_statistics(model, micro_batches, cache=cache)
+    try:
+        floored = initialize_statistics(model, micro_batches, cache=cache)
+    except ValueError as error:
+        raise UsageError(
+            f"cannot initialise the statistics: {error}", "Set norm.init_cache=false, or see train.eval_batch_size."
+        ) from error
     if not floored:
         return []
     number = min(section.init_images, len(data.train))

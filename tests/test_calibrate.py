@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bln_train.build import build_experiment
+from bln_train.errors import UsageError
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import (
     BatchlessNorm1d,
@@ -222,6 +223,16 @@ def test_micro_batches_that_part_ways_are_refused_with_cache():
     with pytest.raises(RuntimeError, match="cache=False"):
         initialize_statistics(net, lambda: sample(4).split(3), cache=True)
     assert threading.active_count() == 1
+
+
+def test_more_waiting_forwards_than_threads_are_refused(monkeypatch):
+    """A thread for each micro-batch and OpenMP helper, up to a bound; beyond it ValueError, and none is left."""
+    monkeypatch.setattr("bln_train.norm.calibrate.MAX_THREADS", 3)
+    with pytest.raises(ValueError, match="use larger micro-batches"):
+        initialize_statistics(double(Branches()), lambda: sample(4).split(1), cache=True)
+    assert threading.active_count() == 1
+    with pytest.raises(UsageError, match="use larger micro-batches"):
+        build_experiment(tiny_recipe(norm={**TINY["norm"], "init_cache": True}, train__eval_batch_size=1))
 
 
 def test_waiting_forwards_leave_the_device_and_come_back():

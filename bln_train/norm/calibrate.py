@@ -14,6 +14,8 @@ from bln_train.norm.paused import PausedForward
 from bln_train.norm.strata import Strata, find_strata
 
 Settle = Callable[[nn.Module, Moments], None]
+MAX_THREADS = 4096
+"""Of waiting forwards and their OpenMP helpers: a system that has no more ends the process."""
 
 
 @torch.no_grad()
@@ -46,8 +48,9 @@ def initialize_statistics(
     Returns: names of the norms that saw a channel without variance, whose standard deviation was floored at eps.
 
     Raises:
-        ValueError: the sample is empty, the model is fused, or a BatchNorm keeps no running statistics.
-        RuntimeError: with `cache`, micro-batches take different ways through the network, or there are too many of them.
+        ValueError: the sample is empty, the model is fused, a BatchNorm keeps no running statistics, or there are more
+            micro-batches than `cache` can have threads for.
+        RuntimeError: with `cache`, micro-batches take different ways through the network, or the system gives no thread.
     """
     norms = {module: name for name, module in model.named_modules() if isinstance(module, kinds)}
     if folded_layers(model):
@@ -141,6 +144,11 @@ def _settle_in_one_evaluation(
 
     def begin() -> Iterable[PausedForward]:
         for x in micro_batches():
+            if (len(forwards) + 1) * torch.get_num_threads() > MAX_THREADS:
+                raise ValueError(
+                    f"the cache takes {torch.get_num_threads()} threads for each micro-batch, and more than {MAX_THREADS} in "
+                    "all: use larger micro-batches, fewer threads, or no cache"
+                )
             forwards.append(PausedForward(model, x))
             del x  # it keeps a copy
             yield forwards[-1]

@@ -5,8 +5,8 @@
 Models are those of recipes, `torchvision:googlenet` and the like included; weights and images are drawn, float32. The result
 of the whole sample comes from one forward in one batch, in which each norm is set from its input before it runs. Forwards are
 multiplications of convolutions and linear layers, in units of one forward of the whole sample. The peak is that of tracked
-tensors above parameters, buffers and the sample; a waiting forward's are in it (on a CPU, host and device are one). Time is
-of a second run, without tracking.
+tensors above parameters, buffers and the sample; a waiting forward's are in it (on a CPU, host and device are one). Seconds
+are the processor's, tracking included: compare them with each other.
 """
 
 import argparse
@@ -87,14 +87,13 @@ def measure(net, x, split, **how):
     existing = [*tracked.parameters(), *tracked.buffers(), x]
     tracker = StorageTracker(existing)
     before = tracker.live_bytes
+    began = time.process_time()
     with tracker:
         initialize_statistics(Tracked(tracked, tracker), lambda: x.split(split), **how)
+    seconds = time.process_time() - began
     for hook in hooks:
         hook.remove()
-    timed = copy.deepcopy(net)
-    began = time.perf_counter()
-    initialize_statistics(timed, lambda: x.split(split), **how)
-    return norms_of(timed), counts[0] / (per_image * len(x)), tracker.peak_bytes - before, time.perf_counter() - began
+    return norms_of(tracked), counts[0] / (per_image * len(x)), tracker.peak_bytes - before, seconds
 
 
 def main():

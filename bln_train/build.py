@@ -20,6 +20,7 @@ from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
+from bln_train.norm.reestimate import reestimate_statistics
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.recipe import (
     BatchlessNormSection,
@@ -81,8 +82,10 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     notices = [*_notices(recipe, data), *model_notices]
-    if initialize and recipe.model.init is None:  # trained weights bring their statistics
+    if initialize and recipe.model.init is None:
         notices += _initialize(recipe, model, data, preprocess, device)
+    elif initialize:  # trained weights bring their statistics
+        notices += _reestimate(recipe, model, data, preprocess, device)
 
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
@@ -218,7 +221,16 @@ def _model(recipe: Recipe, data: DataSet, *, initialize: bool) -> tuple[nn.Modul
     name = section.name
     if isinstance(section, BatchlessNormSection):
         name = "batchless"  # the presets are one layer
-        settings = section.model_dump(exclude={"name", "probe_images", "init_images", "fold", "correction_mode"})
+        of_the_run = {
+            "name",
+            "probe_images",
+            "init_images",
+            "init_cache",
+            "reestimate_images",
+            "fold",
+            "correction_mode",
+        }
+        settings = section.model_dump(exclude=of_the_run)
         settings["correction_mode"] = section.resolved_correction_mode
         if section.statistics == "gradient":
             settings.pop("statistics_rate")  # the optimizer's business
@@ -281,18 +293,52 @@ def _initialize(
         or not section.init_images
     ):
         return []
-    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[: section.init_images]
-
-    def micro_batches() -> Iterator[Tensor]:
-        for part in index.split(eval_batch_size(recipe)):
-            yield preprocess.test(data.train.images[part].to(device))
-
-    floored = initialize_statistics(model, micro_batches)
+    micro_batches = partial(_sample, recipe, data, preprocess, device, section.init_images)
+    cache = isinstance(section, BatchlessNormSection) and section.init_cache
+    try:
+        floored = initialize_statistics(model, micro_batches, cache=cache)
+    except ValueError as error:
+        raise UsageError(
+            f"cannot initialise the statistics: {error}", "Set norm.init_cache=false, or see train.eval_batch_size."
+        ) from error
     if not floored:
         return []
+    number = min(section.init_images, len(data.train))
     return [
-        f"Channels without variance over the first {len(index)} images, standard deviation floored: {', '.join(floored)}."
+        f"Channels without variance over the first {number} images, standard deviation floored: {', '.join(floored)}."
     ]
+
+
+def _sample(
+    recipe: Recipe, data: DataSet, preprocess: Preprocess, device: torch.device, num_images: int
+) -> Iterator[Tensor]:
+    """The first training images of a seeded order that no epoch has."""
+    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[:num_images]
+    for part in index.split(eval_batch_size(recipe)):
+        yield preprocess.test(data.train.images[part].to(device))
+
+
+def _reestimate(
+    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
+) -> list[str]:
+    """Trained statistics measured anew on the run's images, as norm.reestimate_images has it; the function stays."""
+    section = recipe.norm
+    if not isinstance(section, BatchlessNormSection) or not section.reestimate_images:
+        return []
+    micro_batches = partial(_sample, recipe, data, preprocess, device, section.reestimate_images)
+    try:
+        kept, unreached = reestimate_statistics(model, micro_batches)
+    except ValueError as error:
+        raise UsageError(f"norm.reestimate_images: {error}", "Leave it out to keep the trained statistics.") from error
+    number = min(section.reestimate_images, len(data.train))
+    notices = [f"Statistics were measured anew on {number} images; weights and biases of the norms took up the change."]
+    if kept:
+        notices.append(
+            f"Channels that vary by less than norm.eps there keep their standard deviation: {', '.join(kept)}."
+        )
+    if unreached:
+        notices.append(f"Norms that the network does not use keep their statistics: {', '.join(unreached)}.")
+    return notices
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:

@@ -188,6 +188,9 @@ def memory(
 @app.command()
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder or a checkpoint file.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Each batchless layer's likelihood of the test images too.")
+    ] = False,
     device: DeviceOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -197,7 +200,7 @@ def evaluate(
     from bln_train import console
     from bln_train.run import evaluate_checkpoint
 
-    recipe, found, step = evaluate_checkpoint(source, device)
+    recipe, found, step = evaluate_checkpoint(source, device, layers=layers)
     if json_:
         console.print_json({"step": step, "model": recipe.model.name, "norm": recipe.norm.name, **found._asdict()})
     else:
@@ -205,6 +208,8 @@ def evaluate(
             f"{recipe.model.name}, norm {recipe.norm.name}, after step {step}: test loss {found.loss:.4f}, "
             f"accuracy {console.format_percent(found.accuracy)} over {found.num_images} images",
         )
+        for name, nll in (found.nll_by_layer or {}).items():
+            console.print_line(f"nll {nll:10.4f}  {name}")
 
 
 @app.command()

@@ -154,6 +154,12 @@ class BatchlessNormSection(Section):
     """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] = 128
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
+    init_cache: bool = False
+    """Initialise in one evaluation of those images instead of one for each layer in depth, with their activations in host
+    memory."""
+    reestimate_images: Annotated[int, Field(ge=0)] = 0
+    """With model.init: training images on which the trained statistics are measured anew before the first step; weight and
+    bias take up the change, so that the network computes what it did. 0 keeps the trained ones."""
     fold: bool = True
     """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
 
@@ -176,6 +182,8 @@ class BatchlessNormSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BatchlessNormSection:
+        if self.init_cache and not self.init_images:
+            raise ValueError("init_cache: there is nothing to initialise with init_images 0")
         if self.correction_mode == "imputed":
             for key, missing in (("fold", not self.fold), ("probe_images", not self.probe_images)):
                 if missing:
@@ -400,6 +408,13 @@ class Recipe(Section):
             )
         elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
+        if isinstance(self.norm, BatchlessNormSection):
+            if self.model.init is None and self.norm.reestimate_images:
+                problems.append(
+                    "norm.reestimate_images: measures trained statistics anew; set model.init, or leave it out"
+                )
+            if self.model.init is not None and self.norm.init_cache:
+                problems.append("norm.init_cache: with model.init nothing is initialised from images; leave it out")
         if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
             problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")
         if self.schedule.warmup_epochs >= self.train.epochs:
@@ -469,7 +484,10 @@ class Recipe(Section):
         if self.model.init is None:
             return self
         change = {"init": None, "weight_standardization": self.weight_standardization}
-        return self.model_copy(update={"model": self.model.model_copy(update=change)})
+        norm = self.norm
+        if isinstance(norm, BatchlessNormSection):
+            norm = norm.model_copy(update={"reestimate_images": 0})
+        return self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
 
     def with_norm(self, name: str) -> Recipe:
         """The same recipe with another norm at its defaults, or unchanged where that norm is the recipe's own.

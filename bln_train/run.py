@@ -16,7 +16,9 @@ import torch
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
 from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, RecipeError, UsageError
-from bln_train.recipe import Recipe
+from bln_train.norm.fuse import unfuse
+from bln_train.norm.likelihood import layer_likelihoods
+from bln_train.recipe import BatchlessNormSection, Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
@@ -161,13 +163,19 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, Evaluation, int]:
+def evaluate_checkpoint(
+    path: Path, device: str | None = None, *, layers: bool = False
+) -> tuple[Recipe, Evaluation, int]:
     """Evaluate a run folder's or a file's checkpoint on its recipe's test images; executes nothing from the file.
+
+    Args:
+        layers: take each batchless layer's likelihood too, in a second evaluation, not folded.
 
     Returns: the recipe, the evaluation, and the step of the checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        UsageError: it has no batchless layers, and `layers` is asked for.
     """
     file = path / CHECKPOINT if path.is_dir() else path
     state = load_checkpoint(file)
@@ -181,6 +189,14 @@ def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, 
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
     if device:
         recipe = parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"])
+    if layers and not isinstance(recipe.norm, BatchlessNormSection):
+        raise UsageError(f"--layers: norm {recipe.norm.name} has no likelihood; batchless norms have", "Leave it out.")
     experiment = build_experiment(recipe, initialize=False)
     experiment.trainer.load_state_dict(state)
-    return recipe, experiment.trainer.evaluate(), experiment.trainer.step
+    found = experiment.trainer.evaluate()
+    if layers:
+        unfuse(experiment.model)  # a folded norm's input is in no tensor
+        with layer_likelihoods(experiment.model) as nll_by_layer:
+            experiment.trainer.evaluate()
+        found = found._replace(nll_by_layer=nll_by_layer)
+    return recipe, found, experiment.trainer.step

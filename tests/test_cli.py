@@ -313,6 +313,23 @@ def test_evaluate_gives_the_accuracy_of_the_summary(bln, finished):
     assert f"accuracy {100 * summary['test_accuracy']:.2f} % over 20 images" in out
 
 
+def test_evaluate_shows_each_layers_likelihood(bln, finished):
+    """`--layers` adds the nll of the test images by layer, and leaves loss and accuracy as they are to the bit."""
+    _, folder, stdout, _ = finished
+    summary = json.loads(stdout)
+    found = json.loads(bln("evaluate", folder, "--layers", "--json")[1])
+    assert found["loss"] == summary["test_loss"]
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [record["nll_by_layer"] for record in logged if record.get("nll_by_layer")][-1]
+    assert list(found["nll_by_layer"]) == list(last)
+    assert all(-0.5 < value < 50 for value in found["nll_by_layer"].values())
+    code, out, _ = bln("evaluate", folder, "--layers")
+    assert code == 0
+    for name, value in found["nll_by_layer"].items():
+        assert f"nll {value:10.4f}  {name}" in out
+    assert json.loads(bln("evaluate", folder, "--json")[1])["nll_by_layer"] is None
+
+
 class Trap:
     """Creates a file when it is unpickled by a loader that executes what a file says."""
 

@@ -298,6 +298,11 @@ LAYERS = [
         "norm.fuse",
         "norm.convert",
         "norm.calibrate",
+        "norm.likelihood",
+        "norm.moments",
+        "norm.paused",
+        "norm.reestimate",
+        "norm.strata",
         "norm",
     },
     {

@@ -6,6 +6,8 @@ from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.functional import batchless_norm
 from bln_train.norm.fuse import FuseReport, folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
+from bln_train.norm.likelihood import layer_likelihoods
+from bln_train.norm.reestimate import reestimate_statistics
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "folded_layers",
     "fuse",
     "initialize_statistics",
+    "layer_likelihoods",
+    "reestimate_statistics",
     "standardize_once",
     "standardize_weight",
     "unfuse",

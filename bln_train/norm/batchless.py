@@ -179,7 +179,7 @@ class _BatchlessNorm(nn.Module):
         shape = (-1, *([1] * (x.dim() - 2)))
         following = self.take_following()
         if following is not None:
-            scale, shift = following.read(self._sums_about_mean(x), x.numel() // x.shape[1], None).unbind(0)
+            scale, shift = following.read(self.sums_about_mean(x), x.numel() // x.shape[1], None).unbind(0)
             shift = torch.addcmul(shift, self.mean, scale, value=-1)
         else:
             scale, shift = self.affine_map()
@@ -233,7 +233,7 @@ class _BatchlessNorm(nn.Module):
         if self.account.is_open:
             number, watched = self.watch(num_images, num_positions)
             if watched is not None:
-                watched[:2] += self._sums_about_mean(x.detach()[:number])
+                watched[:2] += self.sums_about_mean(x.detach()[:number])
         self.account.add(num_images, num_positions)
         self.account.take(result.nll)
         return result.out
@@ -275,7 +275,7 @@ class _BatchlessNorm(nn.Module):
             settle_following([self])
         return self.following
 
-    def _sums_about_mean(self, x: Tensor) -> Tensor:
+    def sums_about_mean(self, x: Tensor) -> Tensor:
         """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
         mean = self.mean.detach()
 

@@ -20,6 +20,8 @@ class Evaluation(NamedTuple):
     loss: float
     accuracy: float
     num_images: int
+    nll_by_layer: dict[str, float] | None = None
+    """Of each batchless norm's inputs, as training logs it; None where it was not asked for."""
 
 
 @torch.no_grad()

@@ -1,0 +1,490 @@
+"""Initialisation by strata and re-estimation: against the whole sample in float64; warnings are errors."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from helpers import TINY, tiny_recipe
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional as F
+
+from bln_train.build import build_experiment
+from bln_train.errors import UsageError
+from bln_train.models.zoo import build_torchvision_model
+from bln_train.norm import (
+    BatchlessNorm1d,
+    BatchlessNorm2d,
+    BatchlessStatistics,
+    fuse,
+    initialize_statistics,
+    layer_likelihoods,
+    reestimate_statistics,
+)
+from bln_train.norm.moments import Moments
+from bln_train.norm.paused import PausedForward
+from bln_train.norm.strata import find_strata
+from bln_train.recipe import Recipe
+
+WAYS = [(1, False), (2, False), (1, True), (2, True)]
+
+
+def conv(cin, cout):
+    return nn.Conv2d(cin, cout, 3, padding=1, bias=False)
+
+
+def unit(cin, cout):
+    return nn.Sequential(conv(cin, cout), BatchlessNorm2d(cout), nn.ReLU(inplace=True))
+
+
+class Branches(nn.Module):
+    """Inception, DenseNet and downsample branches, in-place sums, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = unit(3, 4), nn.Sequential(unit(4, 3), unit(3, 3)), unit(4, 3)
+        self.dense = unit(10, 6)
+        self.down = nn.Sequential(conv(4, 6), BatchlessNorm2d(6))
+        self.head, self.last = nn.Linear(6, 5, bias=False), BatchlessNorm1d(5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = torch.cat((self.left(x), self.right(x), x), 1)
+        y = self.dense(y)
+        y += self.down(x)
+        return self.last(self.head(F.relu(y).mean((2, 3))))
+
+
+BRANCH_STRATA = [["stem.1"], ["left.0.1", "right.1", "down.1"], ["left.1.1"], ["dense.1"], ["last"]]
+
+
+class Shared(nn.Module):
+    """One norm at two places: independent of each other, or the second behind the first."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.b = kind, conv(3, 4), conv(3, 4)
+        self.norm, self.other, self.end = BatchlessNorm2d(4), BatchlessNorm2d(4), BatchlessNorm2d(4)
+
+    def forward(self, x):
+        p, q = self.a(x), 3 * self.b(x) + 1
+        if self.kind == "parallel":
+            y = self.norm(p) * self.norm(q)
+        elif self.kind == "later":  # the second use needs `other`, which runs after the first
+            y = self.norm(p)
+            y = y + self.norm(2 * F.relu(self.other(q)))
+        elif self.kind == "itself":
+            y = self.norm(2 * F.relu(self.norm(p)) + 1) + self.other(q)
+        elif self.kind == "circle":  # each one's second use behind the other's first
+            y, z = self.norm(p), self.other(q)
+            y = y + self.other(2 * F.relu(y) + 1) + self.norm(z.exp())
+        return self.end(F.relu(y))
+
+
+def double(net, seed=0):
+    torch.manual_seed(seed)
+    net = net.double()
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def sample(num=30):
+    return 2 + 3 * torch.randn(num, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def named_strata(net, x):
+    names = {module: name for name, module in net.named_modules()}
+    norms = [m for m in names if isinstance(m, BatchlessNorm1d | BatchlessNorm2d)]
+    return [[names[n] for n in stratum] for stratum in find_strata(net.eval(), norms, x).strata]
+
+
+def inputs_of(net, x):
+    """What enters each norm, use by use, with the statistics as they are."""
+    found = {}
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args, name=name: found.setdefault(name, []).append(args[0]))
+        for name, m in net.named_modules()
+        if isinstance(m, BatchlessNorm1d | BatchlessNorm2d)
+    ]
+    with torch.no_grad():
+        net.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def check_statistics(net, x, only_first=()):
+    """Each norm has the moments of what now enters it over the whole sample."""
+    for name, uses in inputs_of(net, x).items():
+        norm = net.get_submodule(name)
+        seen = torch.cat(uses[:1] if name in only_first else uses)
+        variance, mean = torch.var_mean(seen, [i for i in range(seen.dim()) if i != 1], correction=0)
+        torch.testing.assert_close(norm.mean.detach(), mean, rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(norm.std.detach(), variance.sqrt(), rtol=1e-12, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("passes", "cache"), WAYS)
+@pytest.mark.parametrize("split", [1, 7, 64])
+def test_branches_are_observed_together_and_equal_the_whole_sample(split, passes, cache):
+    """Parallel branches are one stratum; statistics are the whole sample's to 1e-12 for any split, passes and cache."""
+    net, x = double(Branches()), sample()
+    assert named_strata(net, x[:1]) == BRANCH_STRATA
+    net.train()
+    assert initialize_statistics(net, lambda: x.split(split), passes=passes, cache=cache) == []
+    assert net.training
+    check_statistics(net, x)
+
+
+@pytest.mark.parametrize(("passes", "cache"), WAYS)
+@pytest.mark.parametrize("kind", ["parallel", "later", "itself", "circle"])
+def test_a_norm_at_several_places_sees_all_inputs_that_do_not_need_it(kind, passes, cache):
+    """All uses count where they can; where the output comes back into the norm, those whose inputs are settled."""
+    net, x = double(Shared(kind)), sample()
+    initialize_statistics(net, lambda: x.split(7), passes=passes, cache=cache)
+    check_statistics(net, x, {"itself": ("norm",), "circle": ("norm",)}.get(kind, ()))
+
+
+class Escapes(nn.Module):
+    """Dependencies that no tensor shows: a number read off one, an index, a buffer written in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (BatchlessNorm2d(3) for _ in range(4))
+
+    def forward(self, x):
+        room = torch.zeros_like(x)
+        torch._foreach_add_([room[:, 1:]], [self.second(x)[:, 1:]])  # returns nothing
+        early = self.fourth(room)
+        scale = float(self.first(x).abs().max())
+        return self.third(x * scale) + early
+
+
+def test_dependencies_through_numbers_and_in_place_writes_are_seen():
+    """A number read off a norm's output makes what follows depend on it; a view written in place marks its base."""
+    net = double(Escapes())
+    assert named_strata(net, sample(1)) == [["second", "first"], ["fourth", "third"]]
+    net.second.forward = lambda x: x.mul_(2)
+    net.forward = lambda x: (net.first(x), net.second(x), net.third(x))
+    assert named_strata(net, sample(1)) == [["first", "second"], ["third"]]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_forwards_end_at_the_stratum(cache):
+    """Without cache a forward ends at its stratum's last norm; with it, no module runs twice on an image."""
+    net, x = double(Branches()), sample(8)
+    images = dict.fromkeys(("stem.0", "left.1.0", "dense.0", "head"), 0)
+
+    def count(name, args):
+        images[name] += len(args[0])
+
+    for name in images:
+        net.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: count(name, args))
+    initialize_statistics(net, lambda: x.split(3), cache=cache)
+    expected = {"stem.0": 8, "left.1.0": 8, "dense.0": 8, "head": 8}
+    if not cache:  # `down` of the second stratum runs last; it, the third, fourth and fifth run the stem
+        expected = {"stem.0": 40, "left.1.0": 32, "dense.0": 24, "head": 8}
+    assert images == {name: number + 1 for name, number in expected.items()}  # one image shows the strata
+
+
+@pytest.mark.parametrize("where", ["network", "sample", "interrupt"])
+def test_failures_leave_no_thread_and_no_hook(where):
+    """Whatever a forward or the sample raises comes out; threads are joined, hooks and modes are as before."""
+    net, calls = double(Branches()), 0
+
+    def fail(*_):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt if where == "interrupt" else ValueError("stop here")
+
+    def micro_batches():
+        for n, x in enumerate(sample(6).split(2)):
+            if where == "sample" and n == 2:
+                raise ValueError("stop here")
+            yield x
+
+    if where != "sample":
+        net.dense.register_forward_pre_hook(fail)
+    net.left.eval()
+    with pytest.raises(KeyboardInterrupt if where == "interrupt" else ValueError):
+        initialize_statistics(net, micro_batches, cache=True) or initialize_statistics(net, micro_batches, cache=True)
+    assert threading.active_count() == 1
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules() if m is not net.dense)
+    assert net.training
+    assert not net.left.training
+
+
+def test_micro_batches_that_part_ways_are_refused_with_cache():
+    """Cached forwards must wait at the same norm: RuntimeError names the way out."""
+    net = double(Shared("parallel"))
+    net.forward = lambda x: net.norm(net.a(x)) if len(x) > 1 else net.other(net.b(x))
+    with pytest.raises(RuntimeError, match="cache=False"):
+        initialize_statistics(net, lambda: sample(4).split(3), cache=True)
+    assert threading.active_count() == 1
+
+
+def test_more_waiting_forwards_than_threads_are_refused(monkeypatch):
+    """A thread for each micro-batch and OpenMP helper, up to a bound; beyond it ValueError, and none is left."""
+    monkeypatch.setattr("bln_train.norm.calibrate.MAX_THREADS", 3)
+    with pytest.raises(ValueError, match="use larger micro-batches"):
+        initialize_statistics(double(Branches()), lambda: sample(4).split(1), cache=True)
+    assert threading.active_count() == 1
+    with pytest.raises(UsageError, match="use larger micro-batches"):
+        build_experiment(tiny_recipe(norm={**TINY["norm"], "init_cache": True}, train__eval_batch_size=1))
+
+
+def test_waiting_forwards_leave_the_device_and_come_back():
+    """Moved out and back, storages and the views of them are the same; weights and the caller's input never move."""
+    net, x = double(Branches()), sample(3)
+    with torch.no_grad():
+        expected = net.eval()(x)
+    outputs = []
+    forward = PausedForward(lambda y: outputs.append(net(y)), x)
+    net.dense.register_forward_pre_hook(lambda m, args: forward.wait(m, args[0]))
+    try:
+        forward.resume()
+        assert forward.norm is net.dense
+        held = forward.input
+        forward.to_host()
+        assert held.untyped_storage().nbytes() == 0
+        assert x.untyped_storage().nbytes()
+        assert all(p.untyped_storage().nbytes() for p in net.parameters())
+        forward.to_device()
+        forward.resume()
+        assert forward.norm is None
+    finally:
+        forward.end()
+    assert torch.equal(outputs[0], expected)
+
+
+def test_two_passes_are_the_stable_ones():
+    """Where a channel's mean is 1e9 standard deviations, two passes keep twelve digits of the variance."""
+    x = torch.randn(400, 2, 3, 3, dtype=torch.float64)
+    x = x + torch.linspace(-5, 5, 400, dtype=torch.float64)[:, None, None, None]
+    x = (x * 1024).round() / 1024  # so that 2^30 can be added exactly
+    moments, shifted = Moments(), 2.0**30 + x
+    moments.add(shifted)
+    moments.recentre()
+    moments.add(shifted)
+    mean, variance = moments.read()
+    torch.testing.assert_close(variance, torch.var(x, (0, 2, 3), correction=0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean - 2.0**30, x.mean((0, 2, 3)), rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_initialised_is_refused():
+    """An empty sample, a fused network and an untracked BatchNorm: ValueError with the reason."""
+    with pytest.raises(ValueError, match="no images"):
+        initialize_statistics(double(Branches()), list)
+    with pytest.raises(ValueError, match="without running statistics has none to set: 0"):
+        initialize_statistics(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), lambda: [sample()])
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchlessNorm2d(4))
+    fuse(net)
+    with pytest.raises(ValueError, match="before fuse"):
+        initialize_statistics(net, lambda: [torch.randn(2, 3, 5, 5)])
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_constant_channels_are_floored_and_named(cache):
+    """A channel without variance gets std = eps, its layer is named; BatchNorm's gets variance 0."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), BatchlessNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    nn.init.zeros_(net[0].weight)
+    assert initialize_statistics(net, lambda: [torch.randn(4, 3, 5, 5)], cache=cache) == ["1", "3"]
+    assert torch.allclose(net[1].std, torch.tensor(1e-3))
+    assert float(net[3].running_var.max()) == 0
+
+
+def test_autocast_reaches_waiting_forwards():
+    """Under autocast the cached and the plain way see the same, lower precision."""
+    x = sample().float()
+    nets = [double(Branches()).float() for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        for net, cache in zip(nets, (False, True), strict=True):
+            initialize_statistics(net, lambda: x.split(7), cache=cache)
+    plain, cached = (net.state_dict() for net in nets)
+    assert all(torch.equal(plain[key], cached[key]) for key in plain)
+    exact = copy.deepcopy(nets[0])
+    initialize_statistics(exact, lambda: x.split(7))
+    assert not torch.equal(exact.stem[1].mean, nets[0].stem[1].mean)
+
+
+PARAMETRIZATIONS = ["log", "abs", "inv", "var"]
+
+
+def trained(parametrization, share, **settings):
+    """Three norms with statistics far from their inputs' and weights of every kind."""
+    settings = {"parametrization": parametrization, "share": share, "eps": 1e-2, **settings}
+    net = double(
+        nn.Sequential(conv(3, 6), BatchlessNorm2d(6, **settings), nn.ReLU(), conv(6, 6), BatchlessNorm2d(6, **settings),
+                      nn.Flatten(), nn.Linear(216, 4, bias=False), BatchlessNorm1d(4, **settings))
+    )  # fmt: skip
+    for norm in (net[1], net[4], net[7]):
+        norm.set_statistics(torch.randn_like(norm.mean), 0.3 + torch.rand_like(norm.mean))
+        for tensor in (norm.weight, norm.bias):
+            nn.init.normal_(tensor)
+        norm.weight.data[0] = 0.0
+        norm.weight.data[1] = -1e-9
+    return net
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("share", ["channel", "layer"])
+@pytest.mark.parametrize("split", [1, 7])
+def test_reestimation_keeps_the_function_and_takes_the_samples_statistics(parametrization, share, split):
+    """Outputs and input gradients stay to 1e-12, also off the sample; statistics become the sample's."""
+    net, x, other = trained(parametrization, share), sample(), torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    before = [results(net, x), results(net, other)]
+    assert reestimate_statistics(net, lambda: x.split(split)) == ([], [])
+    for old, new in zip(before, [results(net, x), results(net, other)], strict=True):
+        for a, b in zip(old, new, strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-12 * float(a.abs().max()))
+    for name, (seen,) in inputs_of(net, x).items():
+        norm = net.get_submodule(name)
+        axes = [i for i in range(seen.dim()) if share == "layer" or i != 1]
+        variance, mean = torch.var_mean(seen, axes, correction=0)
+        torch.testing.assert_close(norm.mean.detach(), mean.reshape(-1), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(norm.std.detach(), variance.sqrt().reshape(-1), rtol=1e-10, atol=0)
+
+
+def results(net, x):
+    """Output in eval mode, and the input's gradient in training."""
+    statistics, y = BatchlessStatistics(net), x.clone().requires_grad_()
+    out = net.train()(y)
+    ((out.sin().sum() + statistics.nll()) / len(x)).backward()
+    statistics.discard()
+    net.zero_grad()
+    with torch.no_grad():
+        return net.eval()(x), y.grad
+
+
+@pytest.mark.parametrize("share", ["channel", "layer"])
+def test_reestimation_keeps_what_the_correction_is(share):
+    """A = E[g] and B = E[g xhat] of given data are those of the same data under the new statistics."""
+    net, x = trained("log", share), sample()
+    norm, (seen,) = net[1], inputs_of(net, x)["1"]
+    g = torch.randn_like(seen) + 0.3 * seen + 1
+
+    def averages():
+        xhat = ((seen.movedim(1, -1) - norm.mean) / norm.std).movedim(-1, 1).detach()
+        return torch.stack((g.mean((0, 2, 3)), (g * xhat).mean((0, 2, 3))))
+
+    norm.correction.copy_(averages())
+    before = norm.correction[1].clone()
+    reestimate_statistics(net, lambda: [x])
+    torch.testing.assert_close(norm.correction, averages(), rtol=1e-12, atol=1e-12)
+    assert float((norm.correction[1] - before).abs().min()) > 0.01
+
+
+def test_reestimation_moves_the_imputation_with_the_bias():
+    """The imputed mean of relu(v) - v + weight * xhat, which is relu(v) - bias, is that of the new bias."""
+    net = trained("log", "channel", correction_mode="imputed")
+    norm, old = net[1], copy.deepcopy(net[1])
+    reestimate_statistics(net, lambda: [sample()])
+    torch.testing.assert_close(norm.imputation[0] + norm.bias, old.imputation[0] + old.bias, rtol=1e-12, atol=1e-12)
+    assert torch.equal(norm.imputation[1], old.imputation[1])
+    assert not torch.equal(norm.bias, old.bias)
+
+
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_reestimation_keeps_a_std_whose_channel_is_dead(parametrization):
+    """A new standard deviation below eps is not taken: the channel keeps the old one to the bit, its layer is named."""
+    net, x = trained(parametrization, "channel"), sample()
+    nn.init.zeros_(net[0].weight[2].data)
+    before, std = results(net, x), net[1].std[2].detach().clone()
+    assert reestimate_statistics(net, lambda: x.split(7)).kept == ["1"]
+    assert torch.equal(net[1].std[2], std)
+    assert float(net[1].mean[2].detach().abs()) < 1e-15
+    for a, b in zip(before, results(net, x), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-12 * float(a.abs().max()))
+
+
+def test_reestimation_refuses_what_cannot_take_up_the_change():
+    """No weight and bias, a tied one, an empty or infinite sample, a fused network: ValueError, and nothing has changed."""
+    bare = double(nn.Sequential(conv(3, 4), BatchlessNorm2d(4), BatchlessNorm2d(4, affine=False, correction_rate=0)))
+    tied = double(nn.Sequential(conv(3, 4), BatchlessNorm2d(4), BatchlessNorm2d(4)))
+    tied[2].weight = tied[1].weight
+    fine = double(nn.Sequential(conv(3, 4), BatchlessNorm2d(4)))
+    fused = copy.deepcopy(fine)
+    fuse(fused)
+    for net, micro_batches, message in (
+        (bare, [sample()], "nothing can take up a change of statistics: 2"),
+        (tied, [sample()], "belongs to another module too, which would change with it: 1, 2"),
+        (fine, [], "no images"),
+        (fine, [sample() * float("inf")], "beyond all numbers: 1"),
+        (fused, [sample()], "before fuse"),
+    ):
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ValueError, match=message):
+            reestimate_statistics(net, lambda micro_batches=micro_batches: micro_batches)
+        assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_reestimation_leaves_alone_what_the_network_does_not_use():
+    """A norm that no forward reaches is named and keeps its statistics."""
+    net = double(Shared("itself"))
+    net.forward = lambda x: net.norm(net.norm(net.a(x)))
+    assert reestimate_statistics(net, lambda: [sample()]) == ([], ["other", "end"])
+    assert torch.equal(net.end.mean, torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("gauge", [True, False])
+@pytest.mark.parametrize("share", ["channel", "layer"])
+def test_likelihood_at_inference_is_trainings(gauge, share):
+    """Over the same images, each layer's nll in eval mode is what `update` reports of a training forward, for any split."""
+    net, x = trained("abs", share, gauge=gauge), sample()
+    kept = copy.deepcopy(net.state_dict())
+    with layer_likelihoods(net.eval()) as found:
+        for part in x.split(7):
+            net(part)
+    assert all(torch.equal(kept[key], value) for key, value in net.state_dict().items())
+    statistics = BatchlessStatistics(net)
+    ((net.train()(x).sum() + statistics.nll()) / len(x)).backward()
+    expected = dict(zip(statistics.layers, statistics.update(len(x)).tolist(), strict=True))
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_recipe_initialises_in_one_evaluation_the_same_to_the_bit():
+    """`norm.init_cache` changes the work, not the result."""
+    norm = {**TINY["norm"], "init_images": 20}
+    plain, cached = (
+        build_experiment(tiny_recipe(norm={**norm, "init_cache": cache}, train__micro_batch_size=2)).model.state_dict()
+        for cache in (False, True)
+    )
+    assert all(torch.equal(plain[key], cached[key]) for key in plain)
+
+
+def test_a_recipe_measures_trained_statistics_anew(tmp_path):
+    """With model.init and `norm.reestimate_images` the first step starts from the same function and other statistics."""
+    torch.manual_seed(0)
+    reference, _ = build_torchvision_model("resnet18", 10, norm=lambda c, axes=2: nn.BatchNorm2d(c), image_size=32)
+    torch.save(reference.state_dict(), tmp_path / "trained.pth")
+    model = {"name": "torchvision:resnet18", "init": str(tmp_path / "trained.pth")}
+    norm = {"name": "batchless", "probe_images": 2, "eps": 1e-5}
+    old = build_experiment(tiny_recipe(model=model, norm=norm))
+    new = build_experiment(tiny_recipe(model=model, norm={**norm, "reestimate_images": 20}, train__micro_batch_size=2))
+    assert any("measured anew on 20 images" in notice for notice in new.notices)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = old.model.eval()(x), new.model.eval()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+    assert float((old.model.bn1.std - new.model.bn1.std).detach().abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        ({"reestimate_images": 8}, "set model.init"),
+        ({"init_cache": True, "init_images": 0}, "nothing to initialise"),
+    ],
+)
+def test_a_recipe_refuses_what_would_do_nothing(norm, message):
+    """Every setting acts, or is an error."""
+    with pytest.raises(ValidationError, match=message):
+        tiny_recipe(norm={"name": "batchless", **norm})
+    model = {"name": "torchvision:resnet18", "init": "x.pth"}
+    with pytest.raises(ValidationError, match="nothing is initialised from images"):
+        tiny_recipe(model=model, norm={"name": "batchless", "init_cache": True})
+    recipe = tiny_recipe(model=model, norm={"name": "batchless", "reestimate_images": 8})
+    assert Recipe.model_validate(recipe.untrained().model_dump()).norm.reestimate_images == 0

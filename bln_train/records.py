@@ -43,10 +43,14 @@ class EpochRecord:
     images_per_second: float | None
     """Over this epoch's training steps, memory-tracked ones left out."""
     test_loss: float | None
-    """None where this epoch was not evaluated."""
+    """None where this epoch was not evaluated, or on validation images only."""
     test_accuracy: float | None
     num_test_images: int
     eval_seconds: float | None
+    validation_loss: float | None = None
+    """None where this epoch was not evaluated, or nothing is held out (data.validation_fraction)."""
+    validation_accuracy: float | None = None
+    num_validation_images: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -131,10 +132,27 @@ def _summary(
         "test_loss": last.test_loss if last else None,
         "test_accuracy": last.test_accuracy if last else None,
         "num_test_images": last.num_test_images if last else 0,
+        **_best_validation(epochs),
         "images_per_second": median(speeds) if speeds else None,
         "seconds": seconds,
         "memory": asdict(memory),
         "environment": runtime.environment(experiment.device),
+    }
+
+
+def _best_validation(epochs: list[EpochRecord]) -> dict[str, Any]:
+    """Lowest validation loss and highest accuracy, each with the first epoch that had it; the test figures are of the last."""
+    # A loss that is not finite was logged as null, which is what a resumed run finds.
+    losses = {e.epoch: loss for e in epochs if (loss := e.validation_loss) is not None and math.isfinite(loss)}
+    accuracies = {e.epoch: accuracy for e in epochs if (accuracy := e.validation_accuracy) is not None}
+    loss_epoch = min(losses, key=losses.__getitem__, default=None)
+    accuracy_epoch = max(accuracies, key=accuracies.__getitem__, default=None)
+    return {
+        "best_validation_loss": None if loss_epoch is None else losses[loss_epoch],
+        "best_validation_loss_epoch": loss_epoch,
+        "best_validation_accuracy": None if accuracy_epoch is None else accuracies[accuracy_epoch],
+        "best_validation_accuracy_epoch": accuracy_epoch,
+        "num_validation_images": epochs[-1].num_validation_images if epochs else 0,
     }
 
 
@@ -183,4 +201,5 @@ def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, 
         recipe = parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"])
     experiment = build_experiment(recipe, initialize=False)
     experiment.trainer.load_state_dict(state)
-    return recipe, experiment.trainer.evaluate(), experiment.trainer.step
+    trainer = experiment.trainer
+    return recipe, trainer.evaluate(trainer.data.test), trainer.step

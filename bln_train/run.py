@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from bln_train.build import Experiment, build_experiment
 from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, RecipeError, UsageError
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
-from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
 from bln_train.signals import stop_requests
 from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
@@ -132,27 +131,11 @@ def _summary(
         "test_loss": last.test_loss if last else None,
         "test_accuracy": last.test_accuracy if last else None,
         "num_test_images": last.num_test_images if last else 0,
-        **_best_validation(epochs),
+        **best_validation(epochs),
         "images_per_second": median(speeds) if speeds else None,
         "seconds": seconds,
         "memory": asdict(memory),
         "environment": runtime.environment(experiment.device),
-    }
-
-
-def _best_validation(epochs: list[EpochRecord]) -> dict[str, Any]:
-    """Lowest validation loss and highest accuracy, each with the first epoch that had it; the test figures are of the last."""
-    # A loss that is not finite was logged as null, which is what a resumed run finds.
-    losses = {e.epoch: loss for e in epochs if (loss := e.validation_loss) is not None and math.isfinite(loss)}
-    accuracies = {e.epoch: accuracy for e in epochs if (accuracy := e.validation_accuracy) is not None}
-    loss_epoch = min(losses, key=losses.__getitem__, default=None)
-    accuracy_epoch = max(accuracies, key=accuracies.__getitem__, default=None)
-    return {
-        "best_validation_loss": None if loss_epoch is None else losses[loss_epoch],
-        "best_validation_loss_epoch": loss_epoch,
-        "best_validation_accuracy": None if accuracy_epoch is None else accuracies[accuracy_epoch],
-        "best_validation_accuracy_epoch": accuracy_epoch,
-        "num_validation_images": epochs[-1].num_validation_images if epochs else 0,
     }
 
 

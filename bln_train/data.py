@@ -165,7 +165,7 @@ def hold_out(data: DataSet, fraction: float, *, seed: int = VALIDATION_SEED) -> 
     """
     labels = data.train.labels
     available = torch.bincount(labels, minlength=len(data.class_names))
-    quota = (available * fraction + 0.5).long()
+    quota = (available.double() * fraction + 0.5).long()
     empty = (quota == 0) | (quota == available)
     if bool(empty.any()):
         short = int(empty.long().argmax())

@@ -256,7 +256,7 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
 
 def _print_best_validation(rows: list[dict[str, Any]]) -> None:
     table = Table(
-        title="Best epoch on the validation images",
+        title="\nBest epoch on the validation images",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,

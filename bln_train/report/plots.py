@@ -35,12 +35,13 @@ def plot_comparison(folder: Path, rows: list[dict[str, Any]], device: str) -> li
     whole = all(row["micro_batch_size"] == row["effective_batch_size"] for row in rows)
     paths = []
     for stem, key, spread, scale, label in _FIGURES[: None if held_out else 2]:
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
         for n, (name, points) in enumerate(_series(rows, whole).items()):
             points = [p for p in points if p[key] is not None]
             x = [p["effective_batch_size"] for p in points]
             y = [scale * p[key] for p in points]
-            error = [scale * (p[spread] or 0.0) for p in points] if spread else None
+            spreads = [p[spread] for p in points] if spread else []
+            error = [scale * (s or 0.0) for s in spreads] if any(s is not None for s in spreads) else None
             # Marker and dash tell the lines apart without colour.
             axes.errorbar(
                 x, y, yerr=error, label=name, marker=_MARKERS[n % len(_MARKERS)], ls=("-", "--", ":")[n % 3], capsize=3
@@ -53,7 +54,7 @@ def plot_comparison(folder: Path, rows: list[dict[str, Any]], device: str) -> li
         axes.set_ylabel(label)
         axes.set_title(f"{label.split(',')[0]} ({device})", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)  # inside it would hide points
         paths.append(folder / f"{stem}.png")
         figure.savefig(paths[-1], dpi=120)
         plt.close(figure)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bln_train import runtime
 from bln_train.augment import Preprocess
-from bln_train.data import DataSet, channel_moments, epoch_order, load_dataset
+from bln_train.data import DataSet, ImageSet, channel_moments, epoch_order, hold_out, load_dataset
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import torchvision_name
@@ -111,7 +111,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         step,
         data,
         _schedule(recipe, len(data.train)),
-        partial(evaluate_on_test, recipe, model, data, preprocess, device),
+        partial(evaluate_on, recipe, model, preprocess, device),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
         seed=recipe.train.seed,
@@ -152,7 +152,7 @@ def load(recipe: Recipe) -> DataSet:
             f"model.num_classes is {stated}, but {data.source} has {found} classes",
             "Leave model.num_classes out to take the number from the data.",
         )
-    return data
+    return hold_out(data, section.validation_fraction) if section.validation_fraction else data
 
 
 def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
@@ -180,13 +180,13 @@ def eval_batch_size(recipe: Recipe) -> int:
     return min(4 * recipe.train.micro_batch_size, _LARGEST_AUTO_EVAL_BATCH) if stated == "auto" else stated
 
 
-def evaluate_on_test(
-    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
+def evaluate_on(
+    recipe: Recipe, model: nn.Module, preprocess: Preprocess, device: torch.device, images: ImageSet
 ) -> Evaluation:
-    """Loss and accuracy of the network on the recipe's test images."""
+    """Loss and accuracy of the network on images as the recipe evaluates them."""
     return evaluate(
         model,
-        data.test,
+        images,
         preprocess,
         device=device,
         batch_size=eval_batch_size(recipe),
@@ -286,15 +286,10 @@ def _initialize(
     recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
 ) -> list[str]:
     """Statistics from the first images of a seeded order, in slices that need no more memory than training."""
-    section = recipe.norm
-    if (
-        not isinstance(section, BatchlessNormSection | BatchNormSection)
-        or section.name == "batch"
-        or not section.init_images
-    ):
+    if not recipe.num_init_images:
         return []
-    micro_batches = partial(_sample, recipe, data, preprocess, device, section.init_images)
-    cache = isinstance(section, BatchlessNormSection) and section.init_cache
+    micro_batches = partial(_sample, recipe, data, preprocess, device, recipe.num_init_images)
+    cache = isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.init_cache
     try:
         floored = initialize_statistics(model, micro_batches, cache=cache)
     except ValueError as error:
@@ -303,7 +298,7 @@ def _initialize(
         ) from error
     if not floored:
         return []
-    number = min(section.init_images, len(data.train))
+    number = min(recipe.num_init_images, len(data.train))
     return [
         f"Channels without variance over the first {number} images, standard deviation floored: {', '.join(floored)}."
     ]

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
+from bln_train.sizes import expand_dots, parse_size
 
 app = typer.Typer(
     name="bln-train",
@@ -91,12 +92,16 @@ def compare(
     ] = "quickstart",
     norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "batch,batchless",
     effective_batch: Annotated[
-        str, typer.Option(help="Effective batches, comma-separated; default the recipe's.")
+        str,
+        typer.Option(
+            help="Effective batches, comma-separated, `1,2,4,...,1024` or `2,4,6,...,12`; default the recipe's."
+        ),
     ] = "",
     micro_batch: Annotated[
         str,
         typer.Option(
-            help="Micro-batches, comma-separated, `full` for the effective batch; default the recipe's and full."
+            help="Micro-batches, the same way, `full` for the effective batch; default the recipe's and full, or full "
+            "alone where the recipe's micro-batch is its effective batch."
         ),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell, with seeds counted from the recipe's.")] = 1,
@@ -119,8 +124,11 @@ def compare(
         loaded,
         folder,
         norms=[n.strip() for n in norm.split(",") if n.strip()],
-        effective_batches=[_size(text, "--effective-batch") for text in _split(effective_batch)],
-        micro_batches=["full" if text == "full" else _size(text, "--micro-batch") for text in _split(micro_batch)],
+        effective_batches=_sizes(effective_batch, "--effective-batch") if effective_batch else (),
+        micro_batches=[
+            "full" if text == "full" else parse_size(text, "--micro-batch")
+            for text in expand_dots(_split(micro_batch), "--micro-batch")
+        ],
         num_seeds=seeds,
     )
     grid.open_comparison(folder, loaded)
@@ -278,14 +286,8 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _size(text: str, option: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
-        raise UsageError(f"{option}: '{text}' is not a batch size", f"Example: {option} 1,8,64")
-    return int(text)
-
-
 def _sizes(text: str, option: str) -> list[int]:
-    sizes = [_size(part, option) for part in _split(text)]
+    sizes = [parse_size(part, option) for part in expand_dots(_split(text), option)]
     if not sizes:
         raise UsageError(f"{option}: name at least one batch size", f"Example: {option} 1,8,64")
     return sizes

@@ -62,7 +62,7 @@ def plan_cells(
     Args:
         effective_batches: default the recipe's.
         micro_batches: sizes, or "full" for the effective batch; default the recipe's, and "full" beside it where that
-            is larger, so that a norm that depends on the split shows it.
+            is larger, so that a norm that depends on the split shows it; "full" alone where the recipe trains whole batches.
 
     Raises:
         UsageError: an unknown norm, or an empty grid.
@@ -74,7 +74,8 @@ def plan_cells(
         raise UsageError("name at least one norm and one seed")
     train = recipe.train
     effective_batches = effective_batches or (train.effective_batch_size,)
-    micro_batches = micro_batches or (train.micro_batch_size, "full")
+    whole = train.micro_batch_size == train.effective_batch_size
+    micro_batches = micro_batches or (("full",) if whole else (train.micro_batch_size, "full"))
     seeds = range(train.seed, train.seed + num_seeds)
     cells: dict[Path, Cell] = {}
     for norm, effective, micro, seed in itertools.product(norms, effective_batches, micro_batches, seeds):
@@ -242,8 +243,10 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "train_loss_mean": _mean(train_losses),
                 "test_loss_mean": _mean(test_losses),
                 "test_accuracy_mean": _mean(accuracies),
-                "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+                "test_accuracy_std": _spread(accuracies),
                 "test_accuracies": accuracies,
+                **_best_validation(summaries, "loss"),
+                **_best_validation(summaries, "accuracy"),
                 "failures": failures,
             }
         )
@@ -254,11 +257,29 @@ def _mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _spread(values: list[float]) -> float | None:
+    """Sample standard deviation; None where there is only one value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _best_validation(summaries: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
+    """Each run's best epoch on the validation images, and their mean and spread; None and [] where nothing is held out."""
+    key = f"best_validation_{what}"
+    found = [s for s in summaries if s.get(key) is not None]  # a run of an earlier version has no such key
+    values = [s[key] for s in found]
+    return {
+        f"{key}_mean": _mean(values),
+        f"{key}_std": _spread(values),
+        f"{key}_by_run": values,
+        f"{key}_epoch_by_run": [s[f"{key}_epoch"] for s in found],
+    }
+
+
 def write_tables(folder: Path, table: list[dict[str, Any]], environment: dict[str, Any]) -> None:
     """Write comparison.json and comparison.csv."""
     write_atomically(folder / "comparison.json", json_text({"environment": environment, "rows": table}, indent=2))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=[k for k in table[0] if k not in ("test_accuracies", "failures")])
+    writer = csv.DictWriter(text, fieldnames=[key for key, value in table[0].items() if not isinstance(value, list)])
     writer.writeheader()
     for row in table:
         writer.writerow({key: row[key] for key in writer.fieldnames})

@@ -143,9 +143,17 @@ def _lines(record: Record) -> Iterator[str]:
     elif isinstance(record, EpochRecord):
         yield (
             f"epoch {record.epoch}: loss {record.train_loss:.3f}, {format_percent(record.train_accuracy)}; "
-            f"test loss {format_number(record.test_loss)}, {format_percent(record.test_accuracy)}; "
-            f"{format_number(record.images_per_second, 0)} images/s"
+            f"{_evaluated(record)}{format_number(record.images_per_second, 0)} images/s"
         )
+
+
+def _evaluated(record: EpochRecord) -> str:
+    """The validation figures where there are any, and the test figures where there are any, or no others could be."""
+    loss, accuracy = format_number(record.validation_loss), format_percent(record.validation_accuracy)
+    validation = f"validation loss {loss}, {accuracy}; " if record.num_validation_images else ""
+    if validation and record.test_loss is None:
+        return validation
+    return f"{validation}test loss {format_number(record.test_loss)}, {format_percent(record.test_accuracy)}; "
 
 
 def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
@@ -176,6 +184,11 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
     table = Table(title=f"{escape(summary['name'])}: {summary['model']}, norm {summary['norm']}", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")
+    for what, of in (("accuracy", format_percent), ("loss", format_number)):
+        best = summary.get(f"best_validation_{what}")
+        if best is not None:
+            epoch = summary[f"best_validation_{what}_epoch"]
+            table.add_row(f"best validation {what} (epoch {epoch} of {summary['epochs']})", of(best))
     table.add_row("test accuracy", format_percent(summary["test_accuracy"]))
     table.add_row("test loss", format_number(summary["test_loss"]))
     table.add_row("train loss (last epoch)", format_number(summary["train_loss"]))
@@ -215,10 +228,6 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     failures = []
     for row in rows:
-        mean = row["test_accuracy_mean"]
-        accuracy = format_number(None if mean is None else 100 * mean, 2)
-        if row["test_accuracy_std"] is not None:
-            accuracy += f" ± {100 * row['test_accuracy_std']:.2f}"
         table.add_row(
             row["norm"],
             str(row["effective_batch_size"]),
@@ -226,7 +235,7 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
             format_bytes(row["peak_bytes"]),
             format_number(row["images_per_second"], 0),
             format_number(row["train_loss_mean"]),
-            accuracy,
+            _format_mean(row, "test_accuracy", digits=2, scale=100),
             f"{row['num_finished']}/{row['num_seeds']}",
         )
         failures += [
@@ -234,13 +243,54 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
             for text in row["failures"]
         ]
     out.print(table)
+    if any(row["best_validation_loss_mean"] is not None for row in rows):
+        _print_best_validation(rows)
     for line in failures:
         print_line(f"did not finish: {line}")
     if any(row["norm"] == "batch" and row["micro_batch_size"] < row["effective_batch_size"] for row in rows):
         print_line(
             "batch below the full micro-batch normalises each micro-batch by itself: another, usually worse, method"
         )
-    print_line(f"device: {device}; accuracy: mean ± standard deviation over the runs")
+    print_line(f"device: {device}; mean ± standard deviation over the runs")
+
+
+def _print_best_validation(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        title="\nBest epoch on the validation images",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,
+    )
+    table.add_column("norm", no_wrap=True)
+    for heading in ("effective\nbatch", "micro-\nbatch", "best\nloss", "in\nepoch", "best\naccuracy %", "in\nepoch"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["norm"],
+            str(row["effective_batch_size"]),
+            str(row["micro_batch_size"]),
+            _format_mean(row, "best_validation_loss", digits=3),
+            _format_range(row["best_validation_loss_epoch_by_run"]),
+            _format_mean(row, "best_validation_accuracy", digits=2, scale=100),
+            _format_range(row["best_validation_accuracy_epoch_by_run"]),
+        )
+    out.print(table)
+    print_line("test accuracy: of the last epoch's weights, looked at once")
+
+
+def _format_mean(row: dict[str, Any], key: str, *, digits: int, scale: float = 1.0) -> str:
+    mean, std = row[f"{key}_mean"], row[f"{key}_std"]
+    text = format_number(None if mean is None else scale * mean, digits)
+    return text if std is None else f"{text} ± {scale * std:.{digits}f}"
+
+
+def _format_range(values: list[int]) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 @contextmanager

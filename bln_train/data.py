@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from bln_train.errors import DataError
 from bln_train.rng import instance_seeds
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-SUBSET_SEED = 0  # not the run's: every training seed sees the same images, so their spread measures training only
+# Not the run's: every norm and training seed sees the same images, so their spread measures training only.
+SUBSET_SEED, VALIDATION_SEED = 0, 1
 SHAPES_TRAIN_SEED, SHAPES_TEST_SEED = 0, 1
 _DOWNLOAD_TIMEOUT_SECONDS = 30.0
 _CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -46,6 +47,8 @@ class DataSet:
     test: ImageSet
     class_names: tuple[str, ...]
     source: str
+    validation: ImageSet | None = None
+    """Held out of the training images; see `hold_out`."""
 
 
 def default_root() -> Path:
@@ -147,10 +150,44 @@ def balanced_subset(labels: Tensor, num: int, *, seed: int = SUBSET_SEED) -> Ten
             f"{int(available[short])} (of {len(labels)} images in {len(available)} classes)",
             "Lower data.num_train or data.num_test, or leave it out to take all images.",
         )
+    return _first_of_each_class(labels, quota, seed).sort().values
+
+
+def hold_out(data: DataSet, fraction: float, *, seed: int = VALIDATION_SEED) -> DataSet:
+    """Move a fraction of each class's training images to `validation`, as a function of (labels, fraction, seed).
+
+    Args:
+        fraction: of each class, above 0 and below 1; a half image is rounded up.
+        seed: of the draw.
+
+    Returns: the data set with both parts in their old order; together they are the old training images.
+    Raises DataError if a class would have no image in one of the two.
+    """
+    labels = data.train.labels
+    available = torch.bincount(labels, minlength=len(data.class_names))
+    quota = (available.double() * fraction + 0.5).long()
+    empty = (quota == 0) | (quota == available)
+    if bool(empty.any()):
+        short = int(empty.long().argmax())
+        raise DataError(
+            f"data.validation_fraction {fraction:g} of the {int(available[short])} training images of class "
+            f"{data.class_names[short]} is {int(quota[short])}: each class needs an image to train on and one to validate on",
+            "Change data.validation_fraction, or raise data.num_train, from which it is taken.",
+        )
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[_first_of_each_class(labels, quota, seed)] = True
+    train, validation = (ImageSet(data.train.images[part], labels[part]) for part in (~held_out, held_out))
+    source = f"{data.source}; {len(validation)} of {len(labels)} training images held out for validation"
+    return replace(data, train=train, validation=validation, source=source)
+
+
+def _first_of_each_class(labels: Tensor, quota: Tensor, seed: int) -> Tensor:
+    """Positions of the first `quota` images of each class in the order of a draw."""
+    available = torch.bincount(labels, minlength=len(quota))
     order = instance_seeds(seed, 0, torch.arange(len(labels))).argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]
     rank = torch.arange(len(labels)) - (available.cumsum(0) - available)[labels[order]]
-    return order[rank < quota[labels[order]]].sort().values
+    return order[rank < quota[labels[order]]]
 
 
 def _load_shapes(num_train: int, num_test: int) -> DataSet:

@@ -47,9 +47,12 @@ class Data(Section):
     download: bool = True
     """Fetch CIFAR when it is not at `root`."""
     num_train: Positive | None = None
-    """Train on a seeded, class-balanced subset of this many images; default all (shapes: 5000)."""
+    """Size of a seeded, class-balanced subset of the training images; default all (shapes: 5000)."""
+    validation_fraction: Fraction = 0.0
+    """Part of each class's training images (of the subset, with num_train) that is not trained on: evaluation during training
+    is then on it, and on the test images once, at the end. The same images for every norm, batch size and train.seed."""
     num_test: Positive | None = None
-    """The same for the test images (shapes: 1000)."""
+    """Size of such a subset of the test images (shapes: 1000)."""
     image_size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which a folder's images are scaled and centre-cropped; default 32. Folders only."""
     normalize: Literal["standardize", "symmetric"] = "standardize"
@@ -479,6 +482,14 @@ class Recipe(Section):
         setting = self.optimizer.clip_update
         return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
 
+    @property
+    def num_init_images(self) -> int:
+        """Training images from which the norm's statistics are initialised; 0 where it takes none."""
+        norm = self.norm
+        if not isinstance(norm, BatchlessNormSection | BatchNormSection) or norm.name == "batch":
+            return 0
+        return norm.init_images
+
     def untrained(self) -> Recipe:
         """The same network from drawn weights, for any norm: without model.init, and with standardisation as that has it."""
         if self.model.init is None:
@@ -490,7 +501,10 @@ class Recipe(Section):
         return self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
 
     def with_norm(self, name: str) -> Recipe:
-        """The same recipe with another norm at its defaults, or unchanged where that norm is the recipe's own.
+        """The same recipe with another norm, or unchanged where that norm is the recipe's own.
+
+        The other norm is at its defaults, except that it is initialised from as many images, if it is from any: that many are
+        a property of the experiment, not of the norm.
 
         Raises UsageError for a norm that is unknown or that the recipe excludes.
         """
@@ -499,7 +513,11 @@ class Recipe(Section):
         if name == self.norm.name:
             return self
         try:
-            return Recipe.model_validate({**self.model_dump(), "norm": {"name": name}})
+            other = Recipe.model_validate({**self.model_dump(), "norm": {"name": name}})
+            if self.num_init_images and other.num_init_images:
+                section = {"name": name, "init_images": self.num_init_images}
+                other = Recipe.model_validate({**self.model_dump(), "norm": section})
+            return other
         except ValidationError as error:  # a norm that another setting excludes
             problems = [str(detail.get("ctx", {}).get("error", detail["msg"])) for detail in error.errors()]
             raise UsageError("\n".join(problems)) from error

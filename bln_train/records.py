@@ -5,6 +5,8 @@ Sizes are bytes, times seconds, accuracies fractions of 1; None means "not measu
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,10 +45,14 @@ class EpochRecord:
     images_per_second: float | None
     """Over this epoch's training steps, memory-tracked ones left out."""
     test_loss: float | None
-    """None where this epoch was not evaluated."""
+    """None where this epoch was not evaluated, or on validation images only."""
     test_accuracy: float | None
     num_test_images: int
     eval_seconds: float | None
+    validation_loss: float | None = None
+    """None where this epoch was not evaluated, or nothing is held out (data.validation_fraction)."""
+    validation_accuracy: float | None = None
+    num_validation_images: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,25 @@ _KINDS: dict[str, type[Any]] = {
     "memory": MemoryRecord,
     "notice": NoticeRecord,
 }
+
+
+def best_validation(epochs: Sequence[EpochRecord]) -> dict[str, Any]:
+    """Lowest validation loss and highest accuracy, each with the first epoch that had it; all None where nothing is held out.
+
+    They are two choices of an epoch, as the method's authors report them. A loss that is not finite is none: it was logged as
+    null, which is what a resumed run finds.
+    """
+    losses = {e.epoch: loss for e in epochs if (loss := e.validation_loss) is not None and math.isfinite(loss)}
+    accuracies = {e.epoch: accuracy for e in epochs if (accuracy := e.validation_accuracy) is not None}
+    loss_epoch = min(losses, key=losses.__getitem__, default=None)
+    accuracy_epoch = max(accuracies, key=accuracies.__getitem__, default=None)
+    return {
+        "best_validation_loss": None if loss_epoch is None else losses[loss_epoch],
+        "best_validation_loss_epoch": loss_epoch,
+        "best_validation_accuracy": None if accuracy_epoch is None else accuracies[accuracy_epoch],
+        "best_validation_accuracy_epoch": accuracy_epoch,
+        "num_validation_images": epochs[-1].num_validation_images if epochs else 0,
+    }
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:

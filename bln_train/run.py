@@ -20,7 +20,7 @@ from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.recipe import BatchlessNormSection, Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
-from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
 from bln_train.signals import stop_requests
 from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
@@ -133,6 +133,7 @@ def _summary(
         "test_loss": last.test_loss if last else None,
         "test_accuracy": last.test_accuracy if last else None,
         "num_test_images": last.num_test_images if last else 0,
+        **best_validation(epochs),
         "images_per_second": median(speeds) if speeds else None,
         "seconds": seconds,
         "memory": asdict(memory),
@@ -193,10 +194,11 @@ def evaluate_checkpoint(
         raise UsageError(f"--layers: norm {recipe.norm.name} has no likelihood; batchless norms have", "Leave it out.")
     experiment = build_experiment(recipe, initialize=False)
     experiment.trainer.load_state_dict(state)
-    found = experiment.trainer.evaluate()
+    trainer = experiment.trainer
+    found = trainer.evaluate(trainer.data.test)
     if layers:
         unfuse(experiment.model)  # a folded norm's input is in no tensor
         with layer_likelihoods(experiment.model) as nll_by_layer:
-            experiment.trainer.evaluate()
+            trainer.evaluate(trainer.data.test)
         found = found._replace(nll_by_layer=nll_by_layer)
-    return recipe, found, experiment.trainer.step
+    return recipe, found, trainer.step

@@ -281,7 +281,7 @@ def test_law_8_help_needs_no_torch():
 
 
 LAYERS = [
-    {"errors", "units", "records", "rng", "signals", "__init__"},
+    {"errors", "units", "sizes", "records", "rng", "signals", "__init__"},
     {"strict_yaml", "recipe", "recipe_words", "recipe_file", "models.names", "shapes"},
     {
         "runtime",

@@ -9,26 +9,39 @@ from typing import Any
 from bln_train.report.runlog import write_atomically
 
 _MARKERS = "osD^vPX*<>"
+_FIGURES: tuple[tuple[str, str, str | None, float, str], ...] = (  # file, figure, its spread, scale, label
+    ("accuracy", "test_accuracy_mean", "test_accuracy_std", 100.0, "test accuracy, %"),
+    ("peak_memory", "peak_bytes", None, 1 / 2**20, "peak memory of training, MiB"),
+    ("validation_loss", "best_validation_loss_mean", "best_validation_loss_std", 1.0, "best validation loss, nats"),
+    (
+        "validation_accuracy",
+        "best_validation_accuracy_mean",
+        "best_validation_accuracy_std",
+        100.0,
+        "best validation accuracy, %",
+    ),
+)  # the last two only where images are held out
 
 
 def plot_comparison(folder: Path, rows: list[dict[str, Any]], device: str) -> list[Path]:
-    """Draw accuracy and peak memory against the effective batch, one line per norm and micro-batch; returns the files."""
+    """Draw test accuracy, peak memory and, where images are held out, the best validation loss and accuracy against the
+    effective batch, one line per norm and micro-batch; returns the files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    accuracy, memory = folder / "accuracy.png", folder / "peak_memory.png"
-    for path, key, spread, scale, label in (
-        (accuracy, "test_accuracy_mean", "test_accuracy_std", 100.0, "test accuracy, %"),
-        (memory, "peak_bytes", None, 1 / 2**20, "peak memory of training, MiB"),
-    ):
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for n, (name, points) in enumerate(_series(rows).items()):
+    held_out = any(row["best_validation_loss_mean"] is not None for row in rows)
+    whole = all(row["micro_batch_size"] == row["effective_batch_size"] for row in rows)
+    paths = []
+    for stem, key, spread, scale, label in _FIGURES[: None if held_out else 2]:
+        figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+        for n, (name, points) in enumerate(_series(rows, whole).items()):
             points = [p for p in points if p[key] is not None]
             x = [p["effective_batch_size"] for p in points]
             y = [scale * p[key] for p in points]
-            error = [scale * (p[spread] or 0.0) for p in points] if spread else None
+            spreads = [p[spread] for p in points] if spread else []
+            error = [scale * (s or 0.0) for s in spreads] if any(s is not None for s in spreads) else None
             # Marker and dash tell the lines apart without colour.
             axes.errorbar(
                 x, y, yerr=error, label=name, marker=_MARKERS[n % len(_MARKERS)], ls=("-", "--", ":")[n % 3], capsize=3
@@ -37,21 +50,24 @@ def plot_comparison(folder: Path, rows: list[dict[str, Any]], device: str) -> li
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if key == "peak_bytes":
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("effective batch, images")
+        axes.set_xlabel(f"effective batch{' = micro-batch' if whole else ''}, images")
         axes.set_ylabel(label)
         axes.set_title(f"{label.split(',')[0]} ({device})", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, dpi=120)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)  # inside it would hide points
+        paths.append(folder / f"{stem}.png")
+        figure.savefig(paths[-1], dpi=120)
         plt.close(figure)
-    return [accuracy, memory]
+    return paths
 
 
-def _series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _series(rows: list[dict[str, Any]], whole: bool) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the name of their line: the norm, and its micro-batch unless every one is `whole`."""
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         full = row["micro_batch_size"] == row["effective_batch_size"]
-        series.setdefault(f"{row['norm']}, micro-batch {'full' if full else row['micro_batch_size']}", []).append(row)
+        micro = "" if whole else f", micro-batch {'full' if full else row['micro_batch_size']}"
+        series.setdefault(row["norm"] + micro, []).append(row)
     return series
 
 

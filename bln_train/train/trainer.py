@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bln_train.data import DataSet, epoch_order
+from bln_train.data import DataSet, ImageSet, epoch_order
 from bln_train.errors import CheckpointError, DivergedError
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
@@ -27,8 +27,9 @@ class Trainer:
 
     Args:
         step: takes one optimizer step.
-        data: training and test images.
-        evaluate: gives test loss and accuracy of the network as it is.
+        data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
+            and the test images are for its end; without, the test images are for both.
+        evaluate: gives loss and accuracy of the network as it is.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
@@ -39,7 +40,7 @@ class Trainer:
         step: AccumulationStep,
         data: DataSet,
         schedule: Schedule,
-        evaluate: Callable[[], Evaluation],
+        evaluate: Callable[[ImageSet], Evaluation],
         *,
         epochs: int,
         effective_batch_size: int,
@@ -138,11 +139,14 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> EpochRecord:
         sums, self._epoch_sums = self._epoch_sums, _EpochSums()
         last = self.step == self.num_steps
-        found, seconds = None, None
+        on_validation, on_test, seconds = None, None, None
         if last or (epoch + 1) % self.eval_every_epochs == 0:
             self.meter.stop()
             began = time.perf_counter()
-            found = self.evaluate()
+            if self.data.validation is not None:
+                on_validation = self.evaluate(self.data.validation)
+            if self.data.validation is None or last:
+                on_test = self.evaluate(self.data.test)
             seconds = time.perf_counter() - began
             self.meter.start()
         return EpochRecord(
@@ -151,10 +155,13 @@ class Trainer:
             train_loss=sums.loss / sums.images,
             train_accuracy=sums.correct / sums.images,
             images_per_second=sums.timed_images / sums.timed_seconds if sums.timed_images else None,
-            test_loss=found.loss if found else None,
-            test_accuracy=found.accuracy if found else None,
-            num_test_images=found.num_images if found else 0,
+            test_loss=on_test.loss if on_test else None,
+            test_accuracy=on_test.accuracy if on_test else None,
+            num_test_images=on_test.num_images if on_test else 0,
             eval_seconds=seconds,
+            validation_loss=on_validation.loss if on_validation else None,
+            validation_accuracy=on_validation.accuracy if on_validation else None,
+            num_validation_images=on_validation.num_images if on_validation else 0,
         )
 
     def memory_record(self) -> MemoryRecord:

@@ -32,7 +32,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def plot_errors(folder: Path, rows: Sequence[dict[str, Any]], jumps: dict[str, int], device: str) -> Iterator[Path]:
-    """Draw median errors against samples seen, after a jump since then, a file for each stream and batch size; yields each file once it is written.
+    """Draw median errors against samples seen (after a jump, since then), a file for each stream and batch size.
 
     Above the error of the mean, below that of the standard deviation; a column for each kind of estimator. Colour and marker
     tell the parametrisation, the dash the rate. Around the lines of the largest rate, quartiles over the repetitions.
@@ -40,6 +40,8 @@ def plot_errors(folder: Path, rows: Sequence[dict[str, Any]], jumps: dict[str, i
     Args:
         rows: those of `synthetic.measure`, with a `label` each.
         jumps: samples before the jump, of the streams that have one.
+
+    Yields: each file once it is written.
     """
     import matplotlib as mpl
 
@@ -59,13 +61,16 @@ def plot_errors(folder: Path, rows: Sequence[dict[str, Any]], jumps: dict[str, i
         figure.subplots_adjust(left=0.25 / len(panels), right=0.98, top=0.92, bottom=0.2, wspace=0.05, hspace=0.07)
         for column, (title, names) in enumerate(panels):
             shown = [row for row in members if row["estimator"] in ("exact", *names)]
-            for axes, (key, label, top) in zip(all_axes[:, column], _ERRORS, strict=True):
-                _draw(axes, shown, key, top, begin=jumps.get(stream, 0))
+            for axes, (key, label, _) in zip(all_axes[:, column], _ERRORS, strict=True):
+                _draw(axes, shown, key, begin=jumps.get(stream, 0))
                 if column == 0:
                     axes.set_ylabel(label)
             all_axes[0, column].set_title(title, fontsize=10)
             all_axes[1, column].set_xlabel("samples since the jump" if stream in jumps else "samples seen")
-            all_axes[1, column].legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+            all_axes[1, column].legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        for axes, (key, _, top) in zip(all_axes[:, 0], _ERRORS, strict=True):  # the row shares its scale
+            medians = [m for row in members if math.isfinite(m := row[f"{key}_median"]) and m > 0]
+            axes.set_ylim(min(medians, default=1e-3) / 1.5, min(top, 1.5 * max(medians, default=top)))
         figure.suptitle(f"{stream}, batches of {batch_size}: median errors, quartiles shaded ({device})", fontsize=10)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=100)
@@ -80,7 +85,7 @@ def file_name(stream: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in stream)
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]], key: str, top: float, begin: int) -> None:
+def _draw(axes: Any, rows: Sequence[dict[str, Any]], key: str, begin: int) -> None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(row["label"], []).append(row)
@@ -111,5 +116,4 @@ def _draw(axes: Any, rows: Sequence[dict[str, Any]], key: str, top: float, begin
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    axes.set_ylim(top=min(top, axes.get_ylim()[1]))
     axes.grid(alpha=0.3)

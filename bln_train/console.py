@@ -382,6 +382,13 @@ def print_synthetic(summary: dict[str, Any], folder: str) -> None:
             found_times = [times.get((label, jump, size)) for jump in jumps for size in sizes]
             table.add_row(label, *("-" if t is None else str(t) for t in found_times))
         out.print(table)
+    last = [row for row in summary["errors"] if row["num_samples"] == summary["errors"][-1]["num_samples"]]
+    for row in last:
+        if row["num_diverged"]:
+            print_line(
+                f"not finite: {row['num_diverged']} of {summary['num_repetitions']}, {row['label']}, {row['stream']}, "
+                f"batches of {row['batch_size']}"
+            )
     print_line(
         f"errors: medians over {summary['num_repetitions']} repetitions; of the mean in standard deviations, of the standard "
         "deviation |log ratio|"

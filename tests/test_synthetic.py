@@ -351,6 +351,18 @@ def test_run_leaves_a_folder_and_prints_what_it_holds(bln):
     assert "batchnorm 0.2" in lines[next(n for n, line in enumerate(lines) if "batches of 1" in line) + 5]
 
 
+def test_estimates_that_are_not_finite_are_counted_and_printed(bln):
+    """A rate that overflows gives infinite errors: null in JSON, `>99` in the table, with a line that counts them."""
+    diverging = {"estimators": [{"name": "sgd", "parametrizations": ["inv"], "rates": [50.0]}], "batch_sizes": [8]}
+    Path("bad.yaml").write_text(yaml.safe_dump({**TINY, "streams": TINY["streams"][:1], **diverging}))
+    code, out, err = bln("run", "bad.yaml")
+    assert code == 0, err
+    assert ">99" in out
+    assert "not finite: 3 of 3, sgd inv 50, gaussian, batches of 8" in out.splitlines()
+    last = json.loads(Path("runs/bad/summary.json").read_text())["errors"][-1]
+    assert (last["mean_error_median"], last["num_diverged"]) == (None, 3)
+
+
 def test_what_makes_no_sense_is_refused(bln):
     """--resume, a device that is not there, and commands that train are refused with the way out; nothing is written."""
     code, out, _ = bln("check", "tiny.yaml")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
 from bln_train.sizes import expand_dots, parse_size
+
+if TYPE_CHECKING:
+    from bln_train.report.runlog import RunFolder
+    from bln_train.synthetic_recipe import SyntheticRecipe
 
 app = typer.Typer(
     name="bln-train",
@@ -48,12 +53,15 @@ def run(
 ) -> None:
     """Train a recipe; the run folder keeps recipe, metrics, checkpoint and summary."""
     from bln_train import console
-    from bln_train.recipe_file import load_recipe
+    from bln_train.recipe import Recipe
+    from bln_train.recipe_file import load_any_recipe
     from bln_train.report.runlog import RunFolder, free_folder, latest_folder
 
-    loaded = load_recipe(recipe, _overrides(set_, device))
+    loaded = load_any_recipe(recipe, _overrides(set_, device))
     name = Path(recipe).stem
     base = Path("runs") / name
+    if not isinstance(loaded, Recipe):
+        return _run_synthetic(loaded, RunFolder(out or free_folder(base)), recipe, resume=resume, json_=json_)
     if out is None:
         out = (latest_folder(base) or base) if resume else free_folder(base)
     folder = RunFolder(out)
@@ -83,6 +91,26 @@ def run(
         console.print_json({**summary, "folder": str(out)})
     else:
         console.print_summary(summary, str(out))
+
+
+def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, resume: bool, json_: bool) -> None:
+    from bln_train import console
+
+    if resume:
+        raise UsageError(
+            "--resume: a synthetic experiment keeps no state to go on from",
+            f"Run it from the start: bln-train run {shlex.quote(recipe)}",
+        )
+    folder.check_usable(loaded, resume=False)
+
+    from bln_train.run_synthetic import run_synthetic  # torch, from here on
+
+    with console.show_share() as progress:
+        summary = run_synthetic(loaded, folder, name=recipe, progress=progress)
+    if json_:
+        console.print_json({**summary, "folder": str(folder.path)})
+    else:
+        console.print_synthetic(summary, str(folder.path))
 
 
 @app.command()
@@ -224,9 +252,15 @@ def evaluate(
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe without running it; every problem at once."""
     from bln_train import console
-    from bln_train.recipe_file import load_recipe
+    from bln_train.recipe import Recipe
+    from bln_train.recipe_file import load_any_recipe
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_any_recipe(recipe, set_ or ())
+    if not isinstance(loaded, Recipe):
+        return console.print_line(
+            f"{recipe}: ok (synthetic, {len(loaded.streams)} streams of {loaded.num_samples} samples, "
+            f"{loaded.num_repetitions} repetitions, batches of {', '.join(map(str, loaded.batch_sizes))})"
+        )
     console.print_line(
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",

@@ -361,10 +361,13 @@ class Train(Section):
         return self
 
 
+Device = Annotated[str, AfterValidator(lambda d: _check_device(d))]
+
+
 class Runtime(Section):
     """Where and how it runs; nothing here may change the result beyond rounding."""
 
-    device: Annotated[str, AfterValidator(lambda d: _check_device(d))] = "auto"
+    device: Device = "auto"
     """`auto` (CUDA if present), `cpu`, `cuda` or `cuda:<index>`."""
     num_threads: Positive | None = None
     """CPU threads; default PyTorch's."""

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` to a Recipe, with every problem at its line in one message. No torch here."""
+"""From a YAML file and `--set` to a Recipe or SyntheticRecipe, with every problem at its line in one message. No torch here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from bln_train.errors import RecipeError
+from bln_train.errors import RecipeError, UsageError
 from bln_train.recipe import Recipe
 from bln_train.recipe_words import (
     describe_expected,
     describe_unknown,
     describe_value,
     did_you_mean,
+    recipe_kind,
     recipe_schema,
     schema_at,
     settings,
@@ -25,6 +26,7 @@ from bln_train.recipe_words import (
     value_at,
 )
 from bln_train.strict_yaml import MAX_DEPTH, Draft, Keys, Place, cut, dotted, printable
+from bln_train.synthetic_recipe import SyntheticRecipe
 
 MAX_BYTES = 2**20
 MAX_SHOWN = 200  # above what all settings of a recipe can have wrong: such a file is something else
@@ -39,16 +41,33 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a YAML file, or a shipped recipe by its name, with overrides as in `parse_recipe`.
+    """Load a recipe that trains a network; UsageError for one with `experiment`, otherwise as `load_any_recipe`."""
+    return _training(load_any_recipe(source, overrides), str(source))
+
+
+def load_any_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | SyntheticRecipe:
+    """Load a YAML file, or a shipped recipe by its name, with overrides as in `parse_any_recipe`.
 
     A name wins over a file of that name; write `./quickstart` for the file. Raises RecipeError with all problems.
     """
     path = shipped_recipes().get(source if isinstance(source, str) else "", Path(source))
-    return parse_recipe(_read_text(path), origin=str(path), overrides=overrides)
+    return parse_any_recipe(_read_text(path), origin=str(path), overrides=overrides)
 
 
 def parse_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML text; `origin` is the file name shown in places.
+    """Read a recipe that trains a network; UsageError for one with `experiment`, otherwise as `parse_any_recipe`."""
+    return _training(parse_any_recipe(text, origin=origin, overrides=overrides), origin)
+
+
+def _training(recipe: Recipe | SyntheticRecipe, origin: str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    again = f"bln-train run {shlex.quote(printable(origin))}"
+    raise UsageError(f"{printable(origin)}: a synthetic experiment trains no network", f"It can only be run: {again}")
+
+
+def parse_any_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Recipe | SyntheticRecipe:
+    """Read a recipe of either kind from YAML text; `origin` is the file name shown in places.
 
     An override reads `a.b=value` with a YAML value; the last one wins. `norm=batch` (also for optimizer and schedule)
     replaces the section by `{name: batch}`; `norm.name=batch` keeps its other settings. Raises RecipeError with all
@@ -57,12 +76,12 @@ def parse_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Re
     draft = Draft(origin)
     data = draft.parse(text, (), lambda line: Place((0, line), f"{origin}:{line}"))
     if not isinstance(data, dict) and not draft.problems:
-        draft.report((), f"expected sections ({', '.join(settings(recipe_schema()))}), got {describe_value(data)}")
+        draft.report((), f"expected sections ({', '.join(settings(recipe_schema(data)))}), got {describe_value(data)}")
     sections = data if isinstance(data, dict) else {}
     for position, override in enumerate(overrides):
         _override(draft, sections, override, position)
     try:
-        recipe = Recipe.model_validate(sections)
+        recipe = recipe_kind(sections).model_validate(sections)
         if not draft.problems:
             return recipe
     except ValidationError as error:
@@ -72,11 +91,12 @@ def parse_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Re
     if len(problems) > MAX_SHOWN:
         problems[MAX_SHOWN:] = [(problems[-1][0], f"and {len(problems) - MAX_SHOWN} more problems up to here")]
     again = f"bln-train check {shlex.quote(printable(origin))}"
-    raise RecipeError(problems, f"Check again: {again}   A complete example: bln-train recipes show quickstart")
+    example = "quickstart" if recipe_kind(sections) is Recipe else "paper_synthetic"
+    raise RecipeError(problems, f"Check again: {again}   A complete example: bln-train recipes show {example}")
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Write the resolved recipe, defaults included, as YAML that loads back to an equal Recipe."""
+def dump_recipe(recipe: Recipe | SyntheticRecipe) -> str:
+    """Write the resolved recipe, defaults included, as YAML that loads back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -123,7 +143,7 @@ def _override(draft: Draft, data: dict[str, Any], override: str, position: int) 
     draft.forget(keys)
     draft.places[keys] = place
     value = draft.parse(text, keys, lambda line: place)
-    if isinstance(value, str) and "discriminator" in schema_at(keys, {}):
+    if isinstance(value, str) and "discriminator" in schema_at(keys, data):
         value, draft.places[*keys, "name"] = {"name": value}, place
     section[str(keys[-1])] = value
 
@@ -136,7 +156,7 @@ def _explain(draft: Draft, error: ValidationError, data: dict[str, Any]) -> None
         if kind == "value_error":
             for line in str(detail["ctx"]["error"]).split("\n"):  # `key: what` below this section
                 key, _, what = line.partition(": ")
-                named = (*keys, *key.split(".")) if what else keys
+                named = (*keys, *(int(k) if k.isdecimal() else k for k in key.split("."))) if what else keys
                 draft.report(*((named, what) if what and schema_at(named, data) else (keys, line)))
             continue
         schema, value = schema_at(keys, data), value_at(keys, data)
@@ -151,7 +171,8 @@ def _explain(draft: Draft, error: ValidationError, data: dict[str, Any]) -> None
             what = f"is missing; expected {describe_expected(schema)}"
         elif unnamed:
             names, name = list(schema["discriminator"]["mapping"]), value.get("name")
-            got = f"unknown {keys[0]} {name!r}{did_you_mean(name, names)}" if "name" in value else "is missing"
+            what_kind = keys[-2] if isinstance(keys[-2], str) else "name"
+            got = f"unknown {what_kind} {name!r}{did_you_mean(name, names)}" if "name" in value else "is missing"
             what = f"{got}; known: {', '.join(names)}"
         else:
             fix = suggest_fix(schema, value, draft.plain.get(keys))
@@ -161,8 +182,13 @@ def _explain(draft: Draft, error: ValidationError, data: dict[str, Any]) -> None
 
 def _keys_in_file(draft: Draft, kind: str, keys: Keys, data: dict[str, Any]) -> Keys:
     """Where a complaint of pydantic's belongs in the file."""
-    if len(keys) > 1 and "discriminator" in schema_at(keys[:1], data):
-        keys = (keys[0], *keys[2:])  # pydantic puts the section's name in between
+    found: Keys = ()
+    by_name = False
+    for key in keys:
+        if not by_name:  # pydantic puts the name of a section chosen by it in between
+            found = (*found, key)
+        by_name = not by_name and "discriminator" in schema_at(found, data)
+    keys = found
     if (kind == "missing" and not isinstance(keys[-1], int)) or kind == "extra_forbidden":
         return keys  # not written, or not known: nothing to look up
     if kind == "missing":

@@ -9,15 +9,30 @@ from typing import Any
 
 from bln_train.recipe import Recipe
 from bln_train.strict_yaml import Keys, cut
+from bln_train.synthetic_recipe import SyntheticRecipe
 
 Schema = dict[str, Any]
 _NUMBER = re.compile(r"(?P<mantissa>[-+]?(?:\d{1,18}\.?\d{0,18}|\.\d{1,18}))(?:[eE](?P<exponent>[-+]?\d{1,2}))?", re.A)
 
 
+def recipe_kind(data: Any) -> type[Recipe] | type[SyntheticRecipe]:
+    """Which kind of recipe the data are meant as: one with the key `experiment` trains no network."""
+    return SyntheticRecipe if isinstance(data, dict) and "experiment" in data else Recipe
+
+
 @functools.cache
-def recipe_schema() -> Schema:
-    """What pydantic publishes about a recipe: types, bounds, defaults."""
-    return Recipe.model_json_schema()
+def _schema(kind: type[Recipe] | type[SyntheticRecipe]) -> Schema:
+    return kind.model_json_schema()
+
+
+def recipe_schema(data: Any) -> Schema:
+    """What pydantic publishes about the kind of recipe that the data are: types, bounds, defaults."""
+    return _schema(recipe_kind(data))
+
+
+@functools.cache
+def _definitions() -> dict[str, Schema]:
+    return {**_schema(SyntheticRecipe)["$defs"], **_schema(Recipe)["$defs"]}  # no two classes share a name
 
 
 def resolve(schema: Schema, value: Any = None) -> Schema:
@@ -25,12 +40,12 @@ def resolve(schema: Schema, value: Any = None) -> Schema:
     if "discriminator" in schema and isinstance(value, dict):
         schema = {"$ref": schema["discriminator"]["mapping"].get(str(value.get("name")))}
     reference = schema.get("$ref")
-    return recipe_schema()["$defs"][reference.rpartition("/")[2]] if reference else schema
+    return _definitions()[reference.rpartition("/")[2]] if reference else schema
 
 
 def schema_at(keys: Keys, data: Any) -> Schema:
     """What the schema says about a key in this data; {} where it knows no such key."""
-    schema, value = recipe_schema(), data
+    schema, value = recipe_schema(data), data
     for key in keys:
         schema = resolve(schema, value)
         if isinstance(key, int):
@@ -58,14 +73,17 @@ def describe_unknown(keys: Keys, data: Any) -> str:
     """Say that a key is unknown, where it belongs or what may be meant, and what is known there."""
     key, parent, section = str(keys[-1]), schema_at(keys[:-1], data), value_at(keys[:-1], data)
     known = settings(resolve(parent, section))
-    what, meant = "no such setting" if keys[:-1] else "no such section", did_you_mean(key, known)
+    of_recipe = not keys[:-1] and recipe_kind(data) is Recipe
+    what, meant = "no such section" if of_recipe else "no such setting", did_you_mean(key, known)
     if "discriminator" in parent:
         what = f"`{section['name']}` has no such setting"
         names = parent["discriminator"]["mapping"]
         owners = [name for name in names if key in settings(resolve(parent, {"name": name}))]
         meant = f"; it belongs to {', '.join(owners)}" if owners else meant
     if not meant:
-        sections = {home: resolve(schema_at((home,), data), data.get(home)) for home in recipe_schema()["properties"]}
+        sections = {
+            home: resolve(schema_at((home,), data), data.get(home)) for home in recipe_schema(data)["properties"]
+        }
         homes = [home for home, section in sections.items() if key in settings(section)]
         meant = f"; did you mean {homes[0]}.{key}?" if homes and key != "name" else ""
     return f"{what}{meant}; known: {', '.join(known)}"

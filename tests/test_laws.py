@@ -282,7 +282,7 @@ def test_law_8_help_needs_no_torch():
 
 LAYERS = [
     {"errors", "units", "sizes", "records", "rng", "signals", "__init__"},
-    {"strict_yaml", "recipe", "recipe_words", "recipe_file", "models.names", "shapes"},
+    {"strict_yaml", "recipe", "recipe_words", "recipe_file", "synthetic_recipe", "models.names", "shapes"},
     {
         "runtime",
         "norm.functional",
@@ -319,8 +319,17 @@ LAYERS = [
         "memory",
     },
     {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
-    {"build"},
-    {"run", "compare", "memory.sweep", "report.runlog", "report.plots", "report"},
+    {"build", "synthetic"},
+    {
+        "run",
+        "compare",
+        "memory.sweep",
+        "report.runlog",
+        "report.plots",
+        "report.error_plots",
+        "report",
+        "run_synthetic",
+    },
     {"console"},
     {"cli", "__main__"},
 ]

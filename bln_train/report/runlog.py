@@ -5,6 +5,8 @@ environment.json  versions, device, threads
 metrics.jsonl     one record per line (records.py), each with its `kind`
 checkpoint.pt     the latest state (train/checkpoint.py)
 summary.json      the end result; there only when the run finished
+
+A synthetic experiment leaves errors.csv, recoveries.csv and plots in the place of metrics and checkpoint.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import Any
 
 from bln_train.errors import RunFolderError
 from bln_train.recipe import Recipe
-from bln_train.recipe_file import dump_recipe, load_recipe
+from bln_train.recipe_file import dump_recipe, load_any_recipe, load_recipe
 from bln_train.records import Record, record_from_dict, record_to_dict
+from bln_train.synthetic_recipe import SyntheticRecipe
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
@@ -57,8 +60,10 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def same_trajectory(old: Recipe, new: Recipe) -> bool:
+def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe) -> bool:
     """Whether two recipes compute the same run, apart from how it is sliced, logged and how long it may go on."""
+    if isinstance(old, SyntheticRecipe) or isinstance(new, SyntheticRecipe):
+        return type(old) is type(new) and old.model_dump(exclude={"runtime"}) == new.model_dump(exclude={"runtime"})
 
     def essence(recipe: Recipe) -> dict[str, Any]:
         data = recipe.model_dump(mode="json", exclude={"runtime"})
@@ -95,7 +100,7 @@ class RunFolder:
         """The run's recipe; raises RecipeError if it was damaged."""
         return load_recipe(self.path / RECIPE)
 
-    def check_usable(self, recipe: Recipe, *, resume: bool) -> None:
+    def check_usable(self, recipe: Recipe | SyntheticRecipe, *, resume: bool) -> None:
         """Refuse, before anything is computed or written, a folder that this run must not touch.
 
         Raises:
@@ -104,15 +109,15 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a folder", "Choose another --out.")
         if self.holds_run:
-            if not same_trajectory(self.recipe(), recipe):
+            if not same_trajectory(load_any_recipe(self.path / RECIPE), recipe):
                 raise RunFolderError(
                     f"{self.path} holds a run of another recipe",
                     f"Compare it with `diff {self.path / RECIPE} ...`, or choose another --out. Nothing was changed.",
                 )
             if not resume:
+                go_on = "Choose" if isinstance(recipe, SyntheticRecipe) else "Go on with --resume, or choose"
                 raise RunFolderError(
-                    f"{self.path} already holds this run",
-                    "Go on with --resume, or choose another --out. Nothing was changed.",
+                    f"{self.path} already holds this run", f"{go_on} another --out. Nothing was changed."
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise RunFolderError(
@@ -124,7 +129,7 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RunFolderError(f"{parent} cannot be written", "Choose another --out.")
 
-    def create(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+    def create(self, recipe: Recipe | SyntheticRecipe, environment: dict[str, Any]) -> None:
         """Begin a run: folder, recipe, environment; raises RunFolderError where that is impossible."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -133,7 +138,7 @@ class RunFolder:
         write_atomically(self.path / ENVIRONMENT, json_text(environment, indent=2))
         self.keep_recipe(recipe)
 
-    def keep_recipe(self, recipe: Recipe) -> None:
+    def keep_recipe(self, recipe: Recipe | SyntheticRecipe) -> None:
         """Write the recipe; a resumed run may be sliced differently, or go on for longer, than the one begun."""
         write_atomically(self.path / RECIPE, dump_recipe(recipe))
 

@@ -64,10 +64,11 @@ def run(
     else:
         folder.create(recipe, runtime.environment(experiment.device))
         folder.cut_back(0)
-    recipe_text, recipe_file = dump_recipe(recipe), shlex.quote(str(folder.path / RECIPE))
+    fixed = {"recipe": dump_recipe(recipe), "name": name, "input": asdict(experiment.input)}
+    recipe_file = shlex.quote(str(folder.path / RECIPE))
 
     def save() -> None:
-        save_checkpoint(folder.checkpoint, {"recipe": recipe_text, "name": name, **trainer.state_dict()})
+        save_checkpoint(folder.checkpoint, {**fixed, **trainer.state_dict()})
 
     announce(experiment)
     for text in experiment.notices:
@@ -161,10 +162,8 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, Evaluation, int]:
-    """Evaluate a run folder's or a file's checkpoint on its recipe's test images; executes nothing from the file.
-
-    Returns: the recipe, the evaluation, and the step of the checkpoint.
+def read_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, dict[str, Any]]:
+    """A run folder's or a file's checkpoint with its recipe, on `device` if one is named; executes nothing from the file.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -179,8 +178,18 @@ def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, 
         recipe = parse_recipe(text, origin=origin)
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
-    if device:
-        recipe = parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"])
+    return (parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe), state
+
+
+def evaluate_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, Evaluation, int]:
+    """Evaluate a run folder's or a file's checkpoint on its recipe's test images; executes nothing from the file.
+
+    Returns: the recipe, the evaluation, and the step of the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    recipe, state = read_checkpoint(path, device)
     experiment = build_experiment(recipe, initialize=False)
     experiment.trainer.load_state_dict(state)
     return recipe, experiment.trainer.evaluate(), experiment.trainer.step

@@ -295,6 +295,8 @@ LAYERS = [
         "norm.fused_function",
         "norm.fused",
         "norm.fuse",
+        "norm.trace",
+        "norm.merge",
         "norm.convert",
         "norm.calibrate",
         "norm",
@@ -314,7 +316,7 @@ LAYERS = [
     },
     {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
     {"build"},
-    {"run", "compare", "memory.sweep", "report.runlog", "report.plots", "report"},
+    {"run", "export", "export_formats", "compare", "memory.sweep", "report.runlog", "report.plots", "report"},
     {"console"},
     {"cli", "__main__"},
 ]

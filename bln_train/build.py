@@ -197,7 +197,7 @@ def evaluate_on_test(
 
 
 def build_preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
-    """Augmentation and normalisation; raises UsageError for a crop that the images are too small for, DataError as `channel_moments`."""
+    """Augmentation and normalisation; raises UsageError for a crop that the images are too small for."""
     mean, std = channel_moments(data.train.images)
     if recipe.data.normalize == "symmetric":
         mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)

@@ -8,13 +8,14 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bln_train import __version__, runtime
+from bln_train import runtime
 from bln_train.augment import Preprocess
 from bln_train.build import build_network, build_preprocess, input_spec, load
 from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError
@@ -241,7 +242,7 @@ def _metadata(trained: _Trained, norms: MergeReport, batch: int | None) -> dict[
     data = recipe.data.model_copy(update={"root": None if recipe.data.root is None else "."})
     size = spec.image_size
     return {
-        "producer": f"bln-train {__version__}",
+        "producer": f"bln-train {version('bln-train')}",
         "model": recipe.model.name,
         "norm": recipe.norm.name,
         "step": str(trained.step),
@@ -261,7 +262,10 @@ def _metadata(trained: _Trained, norms: MergeReport, batch: int | None) -> dict[
 
 
 def _compare(trained: _Trained, run: Runner, batch: int | None) -> dict[str, Any]:
-    """How a file's outputs differ from those that the run evaluates to; raises ExportError if they do."""
+    """How a file's outputs differ from those that the run's network evaluates to; raises ExportError if they do.
+
+    Those are computed at the precision of the weights, also where training lowered that of activations.
+    """
     spec = trained.spec
     preprocess = Preprocess(
         torch.tensor(spec.mean, dtype=torch.float64),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bln_train.errors import ExportError, UsageError
+from bln_train.errors import BlnError, ExportError, UsageError
 
 METADATA_FILE = "bln_train.json"
 """Name of the metadata among a .pt2's extra files."""
@@ -31,6 +32,17 @@ def require(suffix: str, packages: tuple[str, ...]) -> None:
         )
 
 
+@contextmanager
+def _explained(what: str, hint: str = "") -> Iterator[None]:
+    """Turn whatever the libraries inside raise into an ExportError; a full disk stays an OSError where it is one."""
+    try:
+        yield
+    except (BlnError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(f"{what}: {first_line(error)}", hint) from error
+
+
 def write_onnx(
     network: nn.Module, file: Path, *, shape: tuple[int, ...], batch: int | None, metadata: dict[str, str]
 ) -> None:
@@ -39,27 +51,30 @@ def write_onnx(
 
     program = _program(network, shape, batch)
     dynamic = None if batch else {IMAGES: {0: BATCH}}  # names the axis in the file
-    try:
+    with _explained("the network cannot be written as ONNX"):
         model = torch.onnx.export(program, dynamo=True, dynamic_shapes=dynamic, input_names=[IMAGES], output_names=[LOGITS],
                                   verbose=False)  # fmt: skip
         assert model is not None
         model.model.metadata_props.update(metadata)
         model.save(file, external_data=False)
         onnx.checker.check_model(file, full_check=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a converter of any operator raises
-        raise ExportError(f"the network cannot be written as ONNX: {first_line(error)}") from error
 
 
 def open_onnx(file: Path) -> Runner:
-    """Open an ONNX model with onnxruntime, on the CPU."""
+    """Open an ONNX model with onnxruntime, on the CPU; raises ExportError where it cannot."""
     import onnxruntime
 
+    problem = "onnxruntime cannot run the file"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([LOGITS], {IMAGES: images.numpy()})[0])
+    with _explained(problem):
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        with _explained(problem):
+            return torch.from_numpy(session.run([LOGITS], {IMAGES: images.numpy()})[0])
+
+    return run
 
 
 def write_pt2(
@@ -73,32 +88,33 @@ def write_pt2(
         batch: images at once; None for any number.
 
     Raises:
-        ExportError: the network's forward cannot be captured.
+        ExportError: the network's forward cannot be captured or written.
     """
     program = _program(network, shape, batch)
-    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
+    with _explained("torch.export cannot write the network"):
+        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
 def open_pt2(file: Path) -> Runner:
-    """Open a torch.export program."""
-    return torch.export.load(file).module()
+    """Open a torch.export program; raises ExportError where it cannot."""
+    with _explained("torch.export cannot open the file"):
+        return torch.export.load(file).module()
 
 
 def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Write tensors by name, with the metadata in the header."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+    with _explained("safetensors cannot write the weights"):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
 
 
 def _program(network: nn.Module, shape: tuple[int, ...], batch: int | None) -> torch.export.ExportedProgram:
     example = torch.zeros(batch or 2, *shape)  # of 1 image the batch would be taken for a constant
     dynamic: Any = None if batch else {IMAGES: {0: torch.export.Dim(BATCH)}}
-    try:
+    hint = "" if batch else "If the number of images is what it needs to know, try --batch 1."
+    with _explained("the network's forward cannot be captured", hint):
         return torch.export.export(network, (example,), dynamic_shapes=dynamic)
-    except Exception as error:  # whatever a forward raises when it meets a tensor without data
-        hint = "" if batch else "If the number of images is what it needs to know, try --batch 1."
-        raise ExportError(f"the network's forward cannot be captured: {first_line(error)}", hint) from error
 
 
 def first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from bln_train.recipe import (
     SgdSection,
     StepSection,
 )
+from bln_train.records import InputSpec
 from bln_train.train.evaluate import Evaluation, evaluate
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
@@ -47,6 +48,7 @@ class Experiment:
     model: nn.Module
     data: DataSet
     device: torch.device
+    input: InputSpec
     notices: tuple[str, ...]
     """What the user should know before it runs."""
 
@@ -76,8 +78,11 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     autocast()  # says at once if the device cannot do the precision
 
     data = load(recipe) if data is None else data
-    preprocess = _preprocess(recipe, data)
-    model, model_notices = _model(recipe, data, initialize=initialize)
+    preprocess = build_preprocess(recipe, data)
+    images = input_spec(data, preprocess)
+    model, model_notices = build_network(
+        recipe, num_classes=len(images.class_names), image_size=images.image_size, initialize=initialize
+    )
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -119,7 +124,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         max_steps=recipe.train.max_steps,
         detail_every_steps=recipe.runtime.log_every_steps,
     )
-    return Experiment(trainer, model, data, device, tuple(notices))
+    return Experiment(trainer, model, data, device, images, tuple(notices))
 
 
 def _fuse(model: nn.Module) -> Iterator[str]:
@@ -194,7 +199,8 @@ def evaluate_on(
     )
 
 
-def _preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
+def build_preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
+    """Augmentation and normalisation; raises UsageError for a crop that the images are too small for."""
     mean, std = channel_moments(data.train.images)
     if recipe.data.normalize == "symmetric":
         mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
@@ -214,8 +220,24 @@ def _preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
     )
 
 
-def _model(recipe: Recipe, data: DataSet, *, initialize: bool) -> tuple[nn.Module, list[str]]:
-    """The network on the CPU, and what the user should know of its trained weights."""
+def input_spec(data: DataSet, preprocess: Preprocess) -> InputSpec:
+    """What a network trained on these images takes."""
+    mean, std = preprocess.mean.tolist(), preprocess.std.tolist()
+    return InputSpec(data.train.images.shape[-1], tuple(mean), tuple(std), data.class_names)
+
+
+def build_network(
+    recipe: Recipe, *, num_classes: int, image_size: int, initialize: bool
+) -> tuple[nn.Module, list[str]]:
+    """The network on the CPU, and what the user should know of its trained weights.
+
+    Args:
+        initialize: take all weights from model.init, where the recipe has one.
+
+    Raises:
+        UsageError: the network cannot be built so.
+        CheckpointError: the trained weights of model.init are missing, damaged or of another network.
+    """
     section = recipe.norm
     settings: dict[str, Any] = {}
     name = section.name
@@ -243,7 +265,7 @@ def _model(recipe: Recipe, data: DataSet, *, initialize: bool) -> tuple[nn.Modul
     common: dict[str, Any] = {
         "norm": norm_factory(name, **settings),
         "weight_standardization": recipe.weight_standardization,
-        "image_size": data.train.images.shape[-1],
+        "image_size": image_size,
     }
     foreign = torchvision_name(recipe.model.name)
     try:
@@ -251,11 +273,11 @@ def _model(recipe: Recipe, data: DataSet, *, initialize: bool) -> tuple[nn.Modul
             from bln_train.models.zoo import build_torchvision_model  # torchvision.models takes long to import
 
             init = recipe.model.init if initialize else None
-            model, notices = build_torchvision_model(foreign, len(data.class_names), init=init, dtype=dtype, **common)
+            model, notices = build_torchvision_model(foreign, num_classes, init=init, dtype=dtype, **common)
         else:
             model = build_model(
                 recipe.model.name,
-                len(data.class_names),
+                num_classes,
                 shortcut=recipe.model.shortcut or "A",
                 zero_init_residual=recipe.model.zero_init_residual,
                 **common,

@@ -249,6 +249,32 @@ def evaluate(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder or a checkpoint file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="model.onnx, model.pt2 or model.safetensors.")],
+    batch: Annotated[
+        str, typer.Option(help="Images at once: `dynamic` or a number; default dynamic. Not of .safetensors.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write a trained network, norms folded away, for use without bln-train; executes nothing from the checkpoint."""
+    if not source.exists():
+        raise UsageError(f"{source} does not exist", "Give a run folder (runs/...) or a checkpoint file.")
+    if batch and out.suffix == ".safetensors":
+        raise UsageError("--batch: a .safetensors file holds weights, which have no batch", "Leave it out.")
+    number = None if batch in ("", "dynamic") else parse_size(batch, "--batch", "dynamic, or --batch 1")
+    from bln_train import console
+    from bln_train.export import export as export_network
+
+    result = export_network(source, out, batch=number, force=force)
+    if json_:
+        console.print_json(result)
+    else:
+        console.print_export(result)
+
+
+@app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe without running it; every problem at once."""
     from bln_train import console

@@ -204,6 +204,28 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
     print_line(f"run:    {folder}")
 
 
+def print_export(result: dict[str, Any]) -> None:
+    """What `export` wrote, what became of the norms, and how the file compares with the run."""
+    norms = result["norms"]
+    batch = f", batch {result['batch']}" if result["batch"] else ""
+    print_line(
+        f"{result['file']}: {result['model']}, norm {result['norm']}, after step {result['step']}{batch}, "
+        f"{format_bytes(result['bytes'])}"
+    )
+    print_line(
+        f"norms: {len(norms['merged'])} merged into weights, {len(norms['maps'])} kept as a scale and shift, "
+        f"{len(norms['kept'])} kept as they are"
+    )
+    print_line(
+        f"on {result['num_compared']} {result['compared_on']}: largest difference from the run {result['max_abs_difference']:.2e}, "
+        f"relative to the largest output {result['max_rel_difference']:.2e} (tolerance {result['tolerance']:g}), "
+        f"same top-1 {format_percent(result['top1_agreement'])}"
+    )
+    for reason in sorted({*norms["maps"].values(), *norms["kept"].values()}):
+        names = [name for kind in ("maps", "kept") for name, why in norms[kind].items() if why == reason]
+        say(f"not merged: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({reason})")
+
+
 def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
     """The table of a comparison, on stdout."""
     table = Table(

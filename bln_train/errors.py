@@ -52,6 +52,10 @@ class CheckpointError(BlnError):
     """A checkpoint is missing, damaged or of another model: exit code 1."""
 
 
+class ExportError(BlnError):
+    """A network cannot be exported, or what was written does not compute what it does: exit code 1."""
+
+
 class DivergedError(BlnError):
     """Loss or gradient stopped being finite: exit code 1."""
 

@@ -88,6 +88,19 @@ class NoticeRecord:
     text: str
 
 
+@dataclass(frozen=True)
+class InputSpec:
+    """The images a network was trained on, as far as its use needs them; a checkpoint keeps it."""
+
+    image_size: int
+    """Pixels a side."""
+    mean: tuple[float, ...]
+    """What is subtracted from each colour channel, (3,) in units of pixel / 255."""
+    std: tuple[float, ...]
+    """What it is divided by then, (3,) in the same units."""
+    class_names: tuple[str, ...]
+
+
 Record = StepRecord | EpochRecord | MemoryRecord | NoticeRecord
 _KINDS: dict[str, type[Any]] = {
     "step": StepRecord,

@@ -66,10 +66,11 @@ def run(
     else:
         folder.create(recipe, runtime.environment(experiment.device))
         folder.cut_back(0)
-    recipe_text, recipe_file = dump_recipe(recipe), shlex.quote(str(folder.path / RECIPE))
+    fixed = {"recipe": dump_recipe(recipe), "name": name, "input": asdict(experiment.input)}
+    recipe_file = shlex.quote(str(folder.path / RECIPE))
 
     def save() -> None:
-        save_checkpoint(folder.checkpoint, {"recipe": recipe_text, "name": name, **trainer.state_dict()})
+        save_checkpoint(folder.checkpoint, {**fixed, **trainer.state_dict()})
 
     announce(experiment)
     for text in experiment.notices:
@@ -164,6 +165,25 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
+def read_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, dict[str, Any]]:
+    """A run folder's or a file's checkpoint with its recipe, on `device` if one is named; executes nothing from the file.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    file = path / CHECKPOINT if path.is_dir() else path
+    state = load_checkpoint(file)
+    text = state.get("recipe")
+    if not isinstance(text, str):
+        raise CheckpointError(f"{file} carries no recipe")
+    origin = f"{file} (recipe)"
+    try:
+        recipe = parse_recipe(text, origin=origin)
+    except RecipeError as error:
+        raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
+    return (parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe), state
+
+
 def evaluate_checkpoint(
     path: Path, device: str | None = None, *, layers: bool = False
 ) -> tuple[Recipe, Evaluation, int]:
@@ -176,20 +196,9 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError: there is none, or it is damaged.
-        UsageError: it has no batchless layers, and `layers` is asked for.
+        UsageError: `layers` of a network whose norms have no likelihood.
     """
-    file = path / CHECKPOINT if path.is_dir() else path
-    state = load_checkpoint(file)
-    text = state.get("recipe")
-    if not isinstance(text, str):
-        raise CheckpointError(f"{file} carries no recipe")
-    origin = f"{file} (recipe)"
-    try:
-        recipe = parse_recipe(text, origin=origin)
-    except RecipeError as error:
-        raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
-    if device:
-        recipe = parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"])
+    recipe, state = read_checkpoint(path, device)
     if layers and not isinstance(recipe.norm, BatchlessNormSection):
         raise UsageError(f"--layers: norm {recipe.norm.name} has no likelihood; batchless norms have", "Leave it out.")
     experiment = build_experiment(recipe, initialize=False)

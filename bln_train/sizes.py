@@ -10,10 +10,10 @@ DOTS = "..."
 _MOST_SIZES = 1000
 
 
-def parse_size(text: str, option: str) -> int:
+def parse_size(text: str, option: str, example: str = "1,8,64") -> int:
     """A batch size, at least 1; raises UsageError on anything else, naming `option`."""
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
-        raise UsageError(f"{option}: '{text}' is not a batch size", f"Example: {option} 1,8,64")
+        raise UsageError(f"{option}: '{text}' is not a batch size", f"Example: {option} {example}")
     return int(text)
 
 

@@ -296,6 +296,8 @@ LAYERS = [
         "norm.fused_function",
         "norm.fused",
         "norm.fuse",
+        "norm.trace",
+        "norm.merge",
         "norm.convert",
         "norm.calibrate",
         "norm.likelihood",
@@ -322,6 +324,8 @@ LAYERS = [
     {"build", "synthetic"},
     {
         "run",
+        "export",
+        "export_formats",
         "compare",
         "memory.sweep",
         "report.runlog",

@@ -16,6 +16,7 @@ from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.epilogue import Activation
 from bln_train.norm.fused import FoldedChain, FoldedConvNorm, why_not_foldable
 from bln_train.norm.fused_function import Plan, Step
+from bln_train.norm.trace import calls, module_before, trace
 
 _LAYERS, _CHAINS = "folded_layers", "folded_chains"
 _ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
@@ -36,13 +37,6 @@ class FuseReport:
     """Names of the others, and why each stays as it is."""
 
 
-class _Tracer(fx.Tracer):
-    """Stops at torch.nn's layers and at every module without children, ours among them."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None
-
-
 def fuse(model: nn.Module) -> FuseReport:
     """Make training forwards of `model` run each conv + batchless norm (+ residual) (+ relu) as one `FoldedConvNorm`, in place.
 
@@ -59,26 +53,18 @@ def fuse(model: nn.Module) -> FuseReport:
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchlessNorm)}
     if not norms:
         return FuseReport((), {})
-    modes = {module: module.training for module in model.modules()}
-    model.train()  # a forward may ask
     try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever a foreign forward raises when it meets a proxy
-        reason = f"torch.fx cannot trace the network: {type(error).__name__}: {str(error).splitlines()[0]}"
-        return FuseReport((), dict.fromkeys(norms, reason))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        graph, modules = trace(model, training=True)
+    except ValueError as error:
+        return FuseReport((), dict.fromkeys(norms, str(error)))
 
-    modules = dict(model.named_modules(remove_duplicate=False))
-    _drop_identities(graph, modules)
     layers = nn.ModuleList()
     setattr(model, _LAYERS, layers)
     seen: dict[str, str] = {}
-    for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(modules.get(str(node.target)), _BatchlessNorm):
-            reason = _fold(graph, node, modules, layers)
-            seen[node.target] = seen.get(node.target) or reason  # a norm used twice is folded if both uses are
+    for node in calls(graph, modules, _BatchlessNorm):
+        reason = _fold(graph, node, modules, layers)
+        name = str(node.target)
+        seen[name] = seen.get(name) or reason  # a norm used twice is folded if both uses are
     if not len(layers):
         delattr(model, _LAYERS)
         return FuseReport((), {name: _reason(name, norm, modules, seen) for name, norm in norms.items()})
@@ -116,19 +102,12 @@ def _reason(name: str, norm: nn.Module, modules: dict[str, nn.Module], seen: dic
     return next((seen[other] for other in names if seen[other]), "")
 
 
-def _drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(modules.get(str(node.target)), nn.Identity):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
 def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers: nn.ModuleList) -> str:
     """Replace the chain around a norm by one node; returns why not, "" if it was done."""
-    source = norm.args[0]
-    if not isinstance(source, fx.Node) or source.op != "call_module":
+    found, layer = module_before(norm, modules), modules[str(norm.target)]
+    if found is None:
         return "its input does not come from a convolution or linear layer"
-    linear, layer = modules[str(source.target)], modules[str(norm.target)]
+    source, linear = found
     problem = why_not_foldable(linear, layer)
     if problem:
         return problem

@@ -1,0 +1,518 @@
+"""Merging norms for inference, and exported files: what they compute, say, refuse, and leave behind (each docstring is a law)."""
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import tiny_recipe, trained
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bln_train import cli
+from bln_train import export as export_module
+from bln_train.build import build_network
+from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError
+from bln_train.export import export, load_merged
+from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, StandardizedConv2d
+from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.merge import ChannelMap, merge_norms
+from bln_train.report.runlog import RunFolder
+from bln_train.run import run
+from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+
+BATCHLESS = {"name": "batchless", "probe_images": 6}
+NOT_FROM_CONV = "its input does not come from a convolution or linear layer"
+
+
+def perturb(model):
+    """Give every norm statistics, scale and shift of its own, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2, generator=generator)
+        elif tensor.is_floating_point() and (tensor.dim() == 1 or name.endswith("correction")):
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+    return model.eval()
+
+
+@torch.no_grad()
+def merged_difference(model, *shape, merge=merge_norms):
+    """Largest difference of the outputs after merging, relative to the largest output; and the report."""
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    before = model(x)
+    report = merge(model)
+    return float((model(x) - before).abs().max() / before.abs().max()), report
+
+
+# Merging
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_merged", "num_maps"),
+    [
+        ({}, 7, 0),
+        ({"model": {"name": "resnet8", "shortcut": "B"}}, 9, 0),
+        ({"model": {"name": "resnet8", "zero_init_residual": True}}, 7, 0),
+        ({"norm": {**BATCHLESS, "parametrization": "var", "share": "layer"}}, 7, 0),
+        ({"norm": {"name": "batchless-paper"}}, 7, 0),
+        ({"norm": {"name": "batchless-paper-abs"}}, 7, 0),
+        ({"norm": {"name": "batchless-paper-inv"}}, 7, 0),
+        ({"norm": {"name": "batch"}}, 7, 0),
+        ({"norm": {"name": "batch-frozen"}, "model": {"name": "resnet8", "shortcut": "B"}}, 9, 0),
+        ({"norm": {"name": "none"}}, 0, 0),
+        ({"model__name": "paper_cnn"}, 0, 5),
+        ({"model__name": "paper_cnn", "norm": {"name": "batch"}}, 0, 5),
+        ({"model__name": "wrn10_1"}, 3, 4),
+        ({"model__name": "torchvision:mobilenet_v3_small", "norm": {"name": "batch"}}, 34, 0),
+        ({"model__name": "torchvision:mobilenet_v3_small"}, 34, 0),
+    ],
+)
+def test_merged_networks_compute_the_same(changes, num_merged, num_maps):
+    """Law 5: with norms merged a network's eval outputs are the same (float64, 1e-10); only plain convolutions are left."""
+    model = perturb(build_network(tiny_recipe(**changes), num_classes=10, image_size=32, initialize=False)[0])
+    if changes.get("model", {}).get("zero_init_residual"):
+        nn.init.zeros_(model.blocks[0].norm2.weight)  # no division by it
+    names = [name for name, _ in model.named_modules()]
+    difference, report = merged_difference(model, 3, 3, 32, 32)
+    assert difference < 1e-10
+    assert (len(report.merged), len(report.maps), report.kept) == (num_merged, num_maps, {})
+    assert not any(isinstance(m, _BatchlessNorm | _BatchNorm | StandardizedConv2d) for m in model.modules())
+    assert [name for name, _ in model.named_modules()] == names
+    assert not any(m.training for m in model.modules())
+
+
+def test_a_fused_training_network_is_merged_too():
+    """The network of a run, folded for training, has merged the outputs that it had (float64, 1e-10)."""
+    model = copy.deepcopy(trained(tiny_recipe(), 2).take_step.model.eval())
+    difference, report = merged_difference(model, 5, 3, 32, 32)
+    assert difference < 1e-10
+    assert len(report.merged) == 7
+
+
+def test_norms_of_each_image_stay():
+    """GroupNorm is no fixed map: it stays and is named with the reason; the outputs are the same."""
+    model = perturb(
+        build_network(tiny_recipe(norm={"name": "group"}), num_classes=10, image_size=32, initialize=False)[0]
+    )
+    difference, report = merged_difference(model, 2, 3, 32, 32)
+    assert difference < 1e-10
+    assert (report.merged, report.maps) == ((), {})
+    assert set(report.kept.values()) == {"its statistics are those of each image"}
+    assert len(report.kept) == 7
+
+
+class Forward(nn.Module):
+    """Modules and what to do with them."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self._forward = forward
+        for name, module in modules.items():
+            setattr(self, name, module.double())
+        perturb(self)
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+class DoubledConv(nn.Conv2d):
+    """A convolution that does not use its weight as it is."""
+
+    def forward(self, x):
+        return self._conv_forward(x, 2 * self.weight, self.bias)
+
+
+def hooked(conv):
+    conv.register_forward_hook(lambda module, args, out: 3 * out)
+    return conv
+
+
+def conv(**settings):
+    return nn.Conv2d(3, 4, 3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "maps"),
+    [
+        (Forward(lambda s, x: s.norm(s.conv(x)), conv=conv(padding=1, padding_mode="reflect"), norm=BatchlessNorm2d(4)),
+         (2, 3, 8, 8), None),
+        (Forward(lambda s, x: s.norm(s.conv(x)), conv=conv(padding="same"), norm=nn.BatchNorm2d(4, affine=False)),
+         (2, 3, 8, 8), None),
+        (Forward(lambda s, x: s.norm(s.conv(x)), conv=nn.Conv1d(3, 4, 3), norm=BatchlessNorm1d(4)), (2, 3, 8), None),
+        (Forward(lambda s, x: s.norm(s.conv(x)), conv=nn.Conv3d(3, 4, 3), norm=nn.BatchNorm3d(4)), (2, 3, 5, 5, 5), None),
+        (Forward(lambda s, x: s.norm(s.linear(x)), linear=nn.Linear(3, 4), norm=BatchlessNorm1d(4)), (2, 3), None),
+        (Forward(lambda s, x: s.norm(s.a(x)) + s.norm(s.b(x)), a=conv(), b=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8), None),
+        (Forward(lambda s, x: s.norm(s.conv(x)) + s.norm(s.conv(-x)), conv=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8), None),
+        (Forward(lambda s, x: s.norm(s.conv(x)) + s.conv(-x), conv=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8),
+         "the Conv2d before it is used elsewhere too"),
+        (Forward(lambda s, x: s.norm(s.conv(x)) + s.b(s.conv(x)), conv=conv(), norm=BatchlessNorm2d(4), b=nn.BatchNorm2d(4)),
+         (2, 3, 8, 8), "the Conv2d before it is used elsewhere too"),
+        (Forward(lambda s, x: s.norm(s.conv(x)) * s.conv.weight.sum(), conv=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8),
+         "the Conv2d before it is used elsewhere too"),
+        (Forward(lambda s, x: s.norm(s.norm(s.conv(x))), conv=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8),
+         "its input comes from BatchlessNorm2d, not from a convolution or linear layer"),
+        (Forward(lambda s, x: s.norm(s.conv(x).relu()), conv=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8), NOT_FROM_CONV),
+        (Forward(lambda s, x: s.norm(s.conv(x)), conv=DoubledConv(3, 4, 3), norm=BatchlessNorm2d(4)), (2, 3, 8, 8),
+         "its input comes from DoubledConv, not from a convolution or linear layer"),
+        (Forward(lambda s, x: s.norm(s.conv(x)), conv=hooked(conv()), norm=BatchlessNorm2d(4)), (2, 3, 8, 8),
+         "hooks belong to the Conv2d before it"),
+        (Forward(lambda s, x: s.norm(s.conv(x)) if x.sum() > 0 else s.conv(x), conv=conv(), norm=BatchlessNorm2d(4)), (2, 3, 8, 8),
+         "torch.fx cannot trace the network: TraceError: symbolically traced variables cannot be used as inputs to control flow"),
+        (Forward(lambda s, x: s.norm(s.linear(x)), linear=nn.Linear(3, 5), norm=BatchlessNorm1d(4)), (2, 4, 3),
+         "the Linear before it has 5 outputs, the norm 4 channels"),
+    ],
+    ids=["reflect", "same-not-affine", "1d", "3d", "linear", "norm-of-two", "conv-called-twice", "used-elsewhere", "two-norms",
+         "weight-read", "norm-of-norm", "after-relu", "subclass", "hook", "not-traceable", "positions"],
+)  # fmt: skip
+def test_only_what_may_be_merged_is(model, shape, maps):
+    """Every use of a norm keeps its function (1e-10): merged where nothing else sees the convolution, else a map, with why."""
+    difference, report = merged_difference(model, *shape)
+    assert difference < 1e-10
+    assert not any(isinstance(m, _BatchlessNorm | _BatchNorm) for m in model.modules())
+    if maps is None:
+        assert report.merged == ("norm",)
+        assert report.maps == {}
+    else:
+        assert report.merged == ()
+        assert set(report.maps.values()) == {maps}
+        assert isinstance(model.norm, ChannelMap)
+
+
+def test_a_norm_on_another_axis_than_the_linear_layers_is_never_passed_over():
+    """Where (N, C, features) has C = features the two cannot be told apart beforehand; such an input is then refused."""
+    model = Forward(lambda s, x: s.norm(s.linear(x)), linear=nn.Linear(3, 4), norm=BatchlessNorm1d(4))
+    merge_norms(model)
+    with pytest.raises(ValueError, match=r"takes \(N, features\), not 3 dimensions"):
+        model(torch.zeros(2, 4, 3, dtype=torch.float64))
+
+
+def test_batchnorm_without_running_statistics_stays():
+    """A BatchNorm that normalises by the batch in eval mode too is kept, with the reason."""
+    model = Forward(lambda s, x: s.norm(s.conv(x)), conv=conv(), norm=nn.BatchNorm2d(4, track_running_stats=False))
+    difference, report = merged_difference(model, 2, 3, 8, 8)
+    assert difference < 1e-10
+    assert report.kept == {"norm": "it keeps no running statistics, so its output depends on the batch"}
+
+
+# Exporting
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished run in float32."""
+    path = tmp_path_factory.mktemp("exported") / "run"
+    run(tiny_recipe(train__precision="fp32", train__max_steps=3), RunFolder(path), name="tiny")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where to export to: a folder that must hold nothing but the files asked for."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def changed(folder, path, **changes):
+    """The run's checkpoint with other contents; None removes one."""
+    state = {**load_checkpoint(folder / "checkpoint.pt"), **changes}
+    save_checkpoint(path, {key: value for key, value in state.items() if value is not None})
+    return path
+
+
+def content(path):
+    """Metadata and tensors of a .safetensors file, in the order of names, which the file does not keep."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}
+        return dict(sorted(file.metadata().items())), tensors
+
+
+def outputs_of_the_run(folder, num=8):
+    """Logits of the run on its first test images by way of `evaluate`'s parts, and the images in [0, 1]."""
+    from bln_train.build import build_experiment
+
+    experiment = build_experiment(tiny_recipe(train__precision="fp32", train__max_steps=3), initialize=False)
+    experiment.trainer.load_state_dict(load_checkpoint(folder / "checkpoint.pt"))
+    images = experiment.data.test.images[:num]
+    with torch.no_grad():
+        logits = experiment.model.eval()(experiment.trainer.take_step.preprocess.test(images))
+    return logits, images / 255
+
+
+def test_safetensors_round_trip(folder, out):
+    """The weights load into the merged network, which computes what the run does; the header says what it is."""
+    from safetensors import safe_open
+
+    found = export(folder, out / "model.safetensors")
+    logits, images = outputs_of_the_run(folder)
+    network = load_merged(out / "model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), logits, rtol=0, atol=1e-5)
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+    assert found["max_abs_difference"] < 1e-5
+    assert (found["batch"], found["compared_on"], found["num_compared"], found["top1_agreement"]) == (
+        None, "test images", 10, 1.0)  # fmt: skip
+    with safe_open(out / "model.safetensors", framework="pt") as content:
+        metadata, names = content.metadata(), set(content.keys())
+    assert {"stem.weight", "stem.bias", "blocks.0.conv1.weight", "fc.bias"} <= names
+    assert not any("norm" in name for name in names)
+    assert json.loads(metadata["class_names"])[0] == "bars"
+    assert metadata["model"] == "resnet8"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model__name": "paper_cnn"}, {"norm": {"name": "batch"}}, {"norm": {"name": "group"}}]
+)
+def test_every_norm_survives_the_round_trip(changes, tmp_path):
+    """Maps, BatchNorms and norms that stay are written and read back, of a float64 run as float32."""
+    run(tiny_recipe(train__max_steps=1, **changes), RunFolder(tmp_path / "run"), name="tiny")
+    assert export(tmp_path / "run", tmp_path / "model.safetensors")["max_rel_difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_pt2_round_trip(folder, out):
+    """A .pt2 loads without bln-train's classes, takes any number of images, and computes what the run does."""
+    export(folder, out / "model.pt2")
+    logits, images = outputs_of_the_run(folder)
+    extra = {"bln_train.json": ""}
+    network = torch.export.load(out / "model.pt2", extra_files=extra).module()
+    for num in (1, 3, 8):
+        torch.testing.assert_close(network(images[:num]), logits[:num], rtol=0, atol=1e-5)
+    assert json.loads(extra["bln_train.json"])["norm"] == "batchless"
+    assert [path.name for path in out.iterdir()] == ["model.pt2"]
+
+
+READ_ONNX = """
+import json, sys
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+assert "torch" not in sys.modules and "bln_train" not in sys.modules
+images = np.load(sys.argv[2])
+logits = np.concatenate([session.run(["logits"], {"images": images[part]})[0] for part in (slice(1), slice(1, 3), slice(3, 8))])
+print(json.dumps({"logits": logits.tolist(), "metadata": session.get_modelmeta().custom_metadata_map}))
+"""
+
+
+@pytest.mark.slow
+def test_onnx_round_trip_in_another_process(folder, out, tmp_path):
+    """A process without torch opens the .onnx, reads what it is, feeds it any number of images, and gets what the run computes."""
+    import hashlib
+
+    import numpy as np
+    import onnx
+
+    found = export(folder, out / "model.onnx")
+    logits, images = outputs_of_the_run(folder)
+    np.save(tmp_path / "images.npy", images.numpy())
+    command = [sys.executable, "-c", READ_ONNX, str(out / "model.onnx"), str(tmp_path / "images.npy")]
+    read = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout)
+    torch.testing.assert_close(torch.tensor(read["logits"]), logits, rtol=0, atol=1e-5)
+    assert json.loads(read["metadata"]["input"])["shape"] == ["batch", 3, 32, 32]
+    digest = hashlib.sha256((folder / "recipe.yaml").read_bytes()).hexdigest()
+    assert read["metadata"]["recipe_sha256"] == digest
+    kinds = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
+    assert kinds.count("Conv") == 7
+    assert not {"BatchNormalization", "Sqrt", "Exp", "Reciprocal"} & set(kinds)
+    assert found["batch"] == "dynamic"
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.slow
+def test_a_fixed_batch_is_in_the_file(folder, out):
+    """With --batch 3 the file takes 3 images, no other number, and the comparison fills up the last batch."""
+    found = export(folder, out / "model.pt2", batch=3)
+    assert (found["batch"], found["num_compared"]) == (3, 10)
+    network = torch.export.load(out / "model.pt2").module()
+    assert network(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
+    with pytest.raises(AssertionError, match="== 3"):
+        network(torch.zeros(4, 3, 32, 32))
+
+
+def test_without_the_data_random_images_are_compared(folder, out, monkeypatch):
+    """A checkpoint carries its normalisation and classes: where the data are gone the file is compared on random images."""
+    here = export(folder, out / "here.safetensors")
+
+    def gone(recipe):
+        assert not recipe.data.download
+        raise DataError("gone")
+
+    monkeypatch.setattr(export_module, "load", gone)
+    found = export(folder, out / "gone.safetensors")
+    assert (found["compared_on"], found["num_compared"], found["top1_agreement"]) == ("random images", 64, None)
+    assert here["norms"] == found["norms"]
+    assert content(out / "here.safetensors") == content(out / "gone.safetensors")
+
+
+def test_checkpoints_from_before_inputs_were_kept(folder, out, monkeypatch):
+    """A checkpoint without its normalisation takes that from its data, and cannot be exported without them."""
+    old = changed(folder, out.parent / "old.pt", input=None)
+    export(old, out / "old.safetensors")
+    export(folder, out / "new.safetensors")
+    assert content(out / "old.safetensors") == content(out / "new.safetensors")
+
+    def gone(recipe):
+        raise DataError("gone")
+
+    monkeypatch.setattr(export_module, "load", gone)
+    with pytest.raises(DataError):
+        export(old, out / "gone.safetensors")
+    assert not (out / "gone.safetensors").exists()
+
+
+# Refusing
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_computed(folder, out, monkeypatch):
+    """An unknown suffix, a batch of weights, a missing package, folder or file name, and an existing file: one error, no change."""
+    monkeypatch.setattr(export_module, "read_checkpoint", None)
+    (out / "taken.onnx").write_text("mine")
+    (out / "folder.pt2").mkdir()
+    for name, settings, error, words in [
+        ("model.pth", {}, UsageError, "'.pth'"),
+        ("model", {}, UsageError, "suffix"),
+        ("model.safetensors", {"batch": 4}, UsageError, "batch"),
+        ("taken.onnx", {}, ExportError, "exists"),
+        ("folder.pt2", {"force": True}, ExportError, "exists"),
+        ("no/model.pt2", {}, ExportError, "no folder"),
+    ]:
+        with pytest.raises(error, match=words):
+            export(folder, out / name, **settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"onnx, onnxruntime, onnxscript") as caught:
+        export(folder, out / "model.onnx")
+    assert "pip install 'bln-train[export]'" in caught.value.hint
+    assert (out / "taken.onnx").read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir()) == ["folder.pt2", "taken.onnx"]
+
+
+def test_unusable_sources_leave_no_file(folder, out):
+    """Damaged, foreign, empty and unfitting checkpoints are a CheckpointError with exit 1, and nothing is written."""
+    place = out.parent
+    whole = (folder / "checkpoint.pt").read_bytes()
+    (place / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (place / "flipped.pt").write_bytes(whole[:30000] + bytes(4000) + whole[34000:])
+    torch.save({"stem.weight": torch.zeros(3)}, place / "state_dict.pt")
+    model = load_checkpoint(folder / "checkpoint.pt")["model"]
+    recipe = load_checkpoint(folder / "checkpoint.pt")["recipe"]
+    spec = load_checkpoint(folder / "checkpoint.pt")["input"]
+    (place / "no-run").mkdir()
+    changed(folder, place / "other.pt", recipe=recipe.replace("resnet8", "resnet20"))
+    changed(folder, place / "no-network.pt", model=None)
+    changed(folder, place / "input.pt", input={**spec, "std": [0.0, 1.0, 1.0]})
+    changed(folder, place / "input2.pt", input={"std": "abc"})
+    changed(folder, place / "model.pt", model={**model, "fc.bias": torch.zeros(7)})
+    names = [
+        "cut.pt", "flipped.pt", "state_dict.pt", "no-run", "other.pt", "no-network.pt", "input.pt", "input2.pt", "model.pt"
+    ]  # fmt: skip
+    for name in names:
+        with pytest.raises(CheckpointError) as caught:
+            export(place / name, out / "model.safetensors")
+        assert caught.value.exit_code == 1
+        assert name in caught.value.problem
+    assert list(out.iterdir()) == []
+
+
+def test_outputs_that_are_not_finite_are_refused(folder, out):
+    """A network whose training diverged is not exported."""
+    model = load_checkpoint(folder / "checkpoint.pt")["model"]
+    diverged = changed(folder, out.parent / "nan.pt", model={**model, "fc.bias": torch.full((10,), torch.nan)})
+    with pytest.raises(ExportError, match="not finite"):
+        export(diverged, out / "model.safetensors")
+    assert list(out.iterdir()) == []
+
+
+def test_a_file_that_computes_something_else_is_not_kept(folder, out, monkeypatch):
+    """Outputs over the tolerance are an ExportError with exit 1: no file, and one of that name stays as it was."""
+
+    def wrong(network):
+        report = merge_norms(network)
+        network.fc.bias.data[3] += 0.01
+        return report
+
+    monkeypatch.setattr(export_module, "merge_norms", wrong)
+    (out / "model.safetensors").write_text("earlier")
+    # load_merged merges too, but its values are replaced by the file's.
+    with pytest.raises(ExportError, match=r"over the tolerance of 0\.0001; nothing was written") as caught:
+        export(folder, out / "model.safetensors", force=True)
+    assert caught.value.exit_code == 1
+    assert (out / "model.safetensors").read_text() == "earlier"
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
+class DependsOnData(nn.Module):
+    """A network that no capture can follow."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x) if float(x.sum()) > 0 else -self.network(x)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_networks_that_cannot_be_captured_leave_no_file(folder, out, monkeypatch, suffix):
+    """A forward that depends on data is one error that says so, without a file."""
+    monkeypatch.setattr(export_module, "_network", lambda recipe, spec: DependsOnData(network(recipe, spec)))
+    network = build_tiny
+    model = load_checkpoint(folder / "checkpoint.pt")["model"]
+    source = changed(folder, out.parent / "c.pt", model={f"network.{key}": value for key, value in model.items()})
+    with pytest.raises(ExportError, match="cannot be captured"):
+        export(source, out / f"model{suffix}")
+    assert list(out.iterdir()) == []
+
+
+def build_tiny(recipe, spec):
+    return build_network(recipe, num_classes=10, image_size=32, initialize=False)[0]
+
+
+def test_a_damaged_export_is_refused(folder, out):
+    """A .safetensors that is cut, foreign or missing is a CheckpointError."""
+    from safetensors.torch import save_file
+
+    export(folder, out / "model.safetensors")
+    (out / "cut.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-100])
+    save_file({"weight": torch.zeros(3)}, out / "foreign.safetensors")
+    for name in ("cut", "foreign", "missing"):
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors"):
+            load_merged(out / f"{name}.safetensors")
+
+
+def test_the_command(folder, tmp_path, monkeypatch, capfd):
+    """`export` prints what became of the norms and the difference, as JSON if asked; errors have the design's exit codes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bln-train", "export", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capfd.readouterr()
+
+    code, printed, _ = call(folder, "-o", "model.safetensors")
+    assert code == 0
+    assert "7 merged into weights, 0 kept as a scale and shift, 0 kept as they are" in printed
+    assert "same top-1 100.00 %" in printed
+    code, printed, _ = call(folder, "-o", "model.safetensors", "--force", "--json")
+    assert code == 0
+    assert json.loads(printed)["file"] == "model.safetensors"
+    for arguments, expected, words in [
+        ((folder, "-o", "model.safetensors"), 1, "--force"),
+        ((folder, "-o", "m.safetensors", "--batch", "dynamic"), 2, "Leave it out"),
+        ((folder, "-o", "m.onnx", "--batch", "many"), 2, "'many'"),
+        ((folder, "-o", "m.txt"), 2, "'.txt'"),
+        (("nowhere", "-o", "m.onnx"), 2, "nowhere does not exist"),
+        ((tmp_path, "-o", "m.onnx"), 1, "no checkpoint"),
+    ]:
+        code, printed, talk = call(*arguments)
+        assert (code, printed) == (expected, "")
+        assert words in talk
+        assert "Traceback" not in talk
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert issubclass(ExportError, BlnError)

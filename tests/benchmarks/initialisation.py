@@ -1,8 +1,8 @@
 """Initialisation over splits, passes and cache: difference to the whole sample, work, memory and time.
 
-    python tests/benchmarks/initialisation.py [--model resnet20] [--images 128] [--size 32] [--splits 1,7,64]
+    python tests/benchmarks/initialisation.py [--model resnet20] [--images 128] [--size 32] [--splits 1,7,64] [--float64]
 
-Models are those of recipes, `torchvision:googlenet` and the like included; weights and images are drawn, float32. The result
+Models are those of recipes, `torchvision:googlenet` and the like included; weights and images are drawn. The result
 of the whole sample comes from one forward in one batch, in which each norm is set from its input before it runs. Forwards are
 multiplications of convolutions and linear layers, in units of one forward of the whole sample. The peak is that of tracked
 tensors above parameters, buffers and the sample; a waiting forward's are in it (on a CPU, host and device are one). Seconds
@@ -51,7 +51,7 @@ def whole_sample(net, x):
 
     def set_from_input(norm, args):
         variance, mean = torch.var_mean(args[0].double(), [i for i in range(args[0].dim()) if i != 1], correction=0)
-        norm.set_statistics(mean.float(), variance.sqrt().float())
+        norm.set_statistics(mean.to(norm.mean.dtype), variance.sqrt().to(norm.mean.dtype))
 
     net = copy.deepcopy(net).eval()
     for norm in norms_of(net).values():
@@ -102,7 +102,9 @@ def main():
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--splits", default="1,7,64")
+    parser.add_argument("--float64", action="store_true")
     args = parser.parse_args()
+    torch.set_default_dtype(torch.float64 if args.float64 else torch.float32)
     torch.manual_seed(0)
     norm = norm_factory("batchless")
     if args.model.startswith("torchvision:"):
@@ -111,13 +113,17 @@ def main():
     else:
         net = build_model(args.model, 10, norm=norm, weight_standardization=True, image_size=args.size)
     x = torch.randn(args.images, 3, args.size, args.size)
+    net = net.to(x.dtype)
     expected = whole_sample(net, x)
     net_names = norms_of(net)
     strata = find_strata(net.eval(), net_names.values(), x[:1]).strata
     print(
         f"{args.model}, {args.images} images of {args.size}x{args.size}: {len(net_names)} norms in {len(strata)} strata"
     )
-    print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"{'float64' if args.float64 else 'float32'}"
+    )
     print(
         f"{'split':>5} {'cache':>5} {'passes':>6} {'largest difference / std':>24} {'forwards':>9} {'peak':>10} {'s':>7}"
     )

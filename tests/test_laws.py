@@ -324,7 +324,7 @@ LAYERS = [
         "report",
         "run_synthetic",
     },
-    {"console"},
+    {"console", "console_synthetic"},
     {"cli", "__main__"},
 ]
 

@@ -103,6 +103,7 @@ def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, r
         )
     folder.check_usable(loaded, resume=False)
 
+    from bln_train.console_synthetic import print_synthetic
     from bln_train.run_synthetic import run_synthetic  # torch, from here on
 
     with console.show_share() as progress:
@@ -110,7 +111,7 @@ def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, r
     if json_:
         console.print_json({**summary, "folder": str(folder.path)})
     else:
-        console.print_synthetic(summary, str(folder.path))
+        print_synthetic(summary, str(folder.path))
 
 
 @app.command()

@@ -334,7 +334,7 @@ LAYERS = [
         "report",
         "run_synthetic",
     },
-    {"console"},
+    {"console", "console_synthetic"},
     {"cli", "__main__"},
 ]
 

@@ -296,6 +296,7 @@ LAYERS = [
         "norm.fused",
         "norm.fuse",
         "norm.convert",
+        "norm.convert_state",
         "norm.calibrate",
         "norm",
     },

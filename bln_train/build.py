@@ -15,7 +15,8 @@ from bln_train.augment import Preprocess
 from bln_train.data import DataSet, channel_moments, epoch_order, load_dataset
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
-from bln_train.models.names import torchvision_name
+from bln_train.models.names import is_foreign
+from bln_train.models.trained import build_trained_model
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.compiled import why_not_compiled
@@ -81,7 +82,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     notices = [*_notices(recipe, data), *model_notices]
-    if initialize and recipe.model.init is None:  # trained weights bring their statistics
+    if initialize:
         notices += _initialize(recipe, model, data, preprocess, device)
 
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
@@ -228,23 +229,26 @@ def _model(recipe: Recipe, data: DataSet, *, initialize: bool) -> tuple[nn.Modul
         settings = {"momentum": section.momentum}
     torch.manual_seed(recipe.train.seed)
     dtype, notices = runtime.weight_dtype(recipe.train.precision), list[str]()
-    common: dict[str, Any] = {
-        "norm": norm_factory(name, **settings),
-        "weight_standardization": recipe.weight_standardization,
-        "image_size": data.train.images.shape[-1],
-    }
-    foreign = torchvision_name(recipe.model.name)
+    common: dict[str, Any] = {"norm": norm_factory(name, **settings), "image_size": data.train.images.shape[-1]}
+    model_name, num_classes, init = recipe.model.name, len(data.class_names), recipe.model.init if initialize else None
+    shortcut, standardize = recipe.model.shortcut or "A", recipe.weight_standardization
     try:
-        if foreign is not None:
-            from bln_train.models.zoo import build_torchvision_model  # torchvision.models takes long to import
+        if is_foreign(model_name):
+            from bln_train.models.zoo import build_foreign_model  # torchvision.models takes long to import
 
-            init = recipe.model.init if initialize else None
-            model, notices = build_torchvision_model(foreign, len(data.class_names), init=init, dtype=dtype, **common)
+            model, notices = build_foreign_model(
+                model_name, num_classes, init=init, dtype=dtype, weight_standardization=standardize, **common
+            )
+        elif init is not None:
+            model, notices = build_trained_model(
+                model_name, num_classes, init=init, dtype=dtype, shortcut=shortcut, **common
+            )
         else:
             model = build_model(
-                recipe.model.name,
-                len(data.class_names),
-                shortcut=recipe.model.shortcut or "A",
+                model_name,
+                num_classes,
+                weight_standardization=standardize,
+                shortcut=shortcut,
                 zero_init_residual=recipe.model.zero_init_residual,
                 **common,
             )
@@ -274,14 +278,9 @@ def _initialize(
     recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
 ) -> list[str]:
     """Statistics from the first images of a seeded order, in slices that need no more memory than training."""
-    section = recipe.norm
-    if (
-        not isinstance(section, BatchlessNormSection | BatchNormSection)
-        or section.name == "batch"
-        or not section.init_images
-    ):
+    if not recipe.init_images:
         return []
-    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[: section.init_images]
+    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[: recipe.init_images]
 
     def micro_batches() -> Iterator[Tensor]:
         for part in index.split(eval_batch_size(recipe)):

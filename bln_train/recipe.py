@@ -73,10 +73,11 @@ class Model(Section):
 
     name: str
     """`resnet8|20|32|44|56|110` (He et al. 2015, for CIFAR), `resnet18` (32x32 stem), `wrn<depth>_<width>`,
-    `paper_cnn`, or `torchvision:<name>`, a classification model of torchvision that has BatchNorm."""
+    `paper_cnn`, or a classification model that has BatchNorm: `torchvision:<name>`, `timm:<name>`."""
     init: str | None = None
-    """Trained weights of a torchvision model with BatchNorm to start from: a state dict file, or `pretrained` for torchvision's
-    own; for `batchless`, `batch` and `batch-frozen`, whose statistics then come from it and not from the images."""
+    """Trained weights to start from: a state dict file of the model with BatchNorm, or what `bln-train migrate` made of one, or
+    `pretrained` for the library's own; for `batchless`, `batch` and `batch-frozen`, whose statistics then come from it and
+    not from the images."""
     shortcut: Literal["A", "B"] | None = None
     """CIFAR ResNets: A pads channels with zeros (default), B projects with a 1x1 convolution."""
     weight_standardization: bool | Literal["auto"] = "auto"
@@ -89,22 +90,26 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Model:
-        from bln_train.models.names import check_model_name  # a table of names, no torch
+        from bln_train.models.names import check_model_name, is_foreign  # a table of names, no torch
 
         problem = check_model_name(self.name)
         if problem:
             raise ValueError(f"name: {problem}")
         if self.shortcut and not (self.name.startswith("resnet") and self.name != "resnet18"):
             raise ValueError(f"shortcut: only the CIFAR ResNets have a choice; {self.name} does not")
-        torchvision = self.name.startswith("torchvision:")
-        if self.init is not None and not torchvision:
-            raise ValueError(f"init: only torchvision models can start from trained weights; {self.name} is none")
+        foreign = is_foreign(self.name)
+        if self.init == "pretrained" and not foreign:
+            raise ValueError(f"init: there are no published weights of {self.name}; give a file")
         if self.init == "":
             raise ValueError("init: is empty; give a file, `pretrained`, or null for none")
         if self.init is not None and self.weight_standardization is True:
             raise ValueError("weight_standardization: would change what the weights of init compute; leave it out")
-        if self.zero_init_residual and torchvision:
-            raise ValueError(f"zero_init_residual: {self.name} is built as torchvision builds it; leave it out")
+        if self.zero_init_residual and foreign:
+            raise ValueError(
+                f"zero_init_residual: {self.name} is built as {self.name.partition(':')[0]} builds it; leave it out"
+            )
+        if self.zero_init_residual and self.init is not None:
+            raise ValueError("zero_init_residual: the weights of init bring their scales; leave it out")
         if self.zero_init_residual and not self.name.startswith("resnet"):
             raise ValueError(f"zero_init_residual: {self.name} has no norm at the end of a residual block")
         return self
@@ -152,8 +157,9 @@ class BatchlessNormSection(Section):
     turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
     probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the change on those images that the statistics follow at once."""
-    init_images: Annotated[int, Field(ge=0)] = 128
-    """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
+    init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or
+    none with model.init, which brings them."""
     fold: bool = True
     """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
 
@@ -209,8 +215,9 @@ class BatchNormSection(Section):
     name: Literal["batch", "batch-frozen"]
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Rate of the running averages that evaluation uses; `batch` only."""
-    init_images: Positive = 128
-    """Training images from which frozen statistics are taken; `batch-frozen` only."""
+    init_images: Positive | Literal["auto"] = "auto"
+    """Training images from which frozen statistics are taken, `batch-frozen` only; auto is 128, or none with model.init, which
+    brings them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -400,6 +407,8 @@ class Recipe(Section):
             )
         elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
+        if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in ("auto", 0):
+            problems.append("norm.init_images: with model.init the statistics are the trained ones; leave it out")
         if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
             problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")
         if self.schedule.warmup_epochs >= self.train.epochs:
@@ -448,6 +457,14 @@ class Recipe(Section):
         if setting == "auto":
             return self.norm.name in ("batchless", "group") and self.model.init is None
         return setting
+
+    @property
+    def init_images(self) -> int:
+        """Images from which the norms' statistics are taken before the first step, `auto` resolved."""
+        if self.norm.name == "batch" or self.model.init is not None:
+            return 0
+        setting = getattr(self.norm, "init_images", 0)
+        return 128 if setting == "auto" else int(setting)
 
     @property
     def clip_norm(self) -> float | None:

@@ -307,6 +307,7 @@ LAYERS = [
         "models.cifar_resnet",
         "models.paper_cnn",
         "models.build",
+        "models.trained",
         "models.zoo",
         "models",
         "optim",

@@ -223,8 +223,8 @@ def replace_modules(model: nn.Module, kind: type[nn.Module], convert: Any) -> nn
 
 
 def replace_batchnorms(model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Replace every BatchNorm inside `model` by `convert(norm)`, in place."""
-    return _replace(model, is_batchnorm, convert)
+    """Replace every BatchNorm inside `model` by `convert(norm)`, in place, or none; raises ValueError, naming the layers."""
+    return _replace_all(model, is_batchnorm, convert)
 
 
 def _replace(model: nn.Module, matches: Callable[[nn.Module], bool], convert: Any) -> nn.Module:

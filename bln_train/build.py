@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.recipe import (
+    DEFAULT_INIT_IMAGES,
     BatchlessNormSection,
     BatchNormSection,
     CosineSection,
@@ -280,18 +281,35 @@ def _initialize(
     """Statistics from the first images of a seeded order, in slices that need no more memory than training."""
     if not recipe.init_images:
         return []
-    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[: recipe.init_images]
-
-    def micro_batches() -> Iterator[Tensor]:
-        for part in index.split(eval_batch_size(recipe)):
-            yield preprocess.test(data.train.images[part].to(device))
-
-    floored = initialize_statistics(model, micro_batches)
+    floored = initialize_statistics(model, partial(_sample, recipe, data, preprocess, device, recipe.init_images))
     if not floored:
         return []
+    number = min(recipe.init_images, len(data.train))
     return [
-        f"Channels without variance over the first {len(index)} images, standard deviation floored: {', '.join(floored)}."
+        f"Channels without variance over the first {number} images, standard deviation floored: {', '.join(floored)}."
     ]
+
+
+def _sample(
+    recipe: Recipe, data: DataSet, preprocess: Preprocess, device: torch.device, num_images: int
+) -> Iterator[Tensor]:
+    """The first training images of a seeded order that no epoch has."""
+    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[:num_images]
+    for part in index.split(eval_batch_size(recipe)):
+        yield preprocess.test(data.train.images[part].to(device))
+
+
+def calibration_sample(recipe: Recipe) -> tuple[Callable[[], Iterator[Tensor]], int, torch.dtype]:
+    """The images, in micro-batches on the CPU, from which the recipe takes statistics; their number and type of weights.
+
+    Raises:
+        UsageError, DataError: as `load` does.
+    """
+    data = load(recipe)
+    number = min(recipe.init_images or DEFAULT_INIT_IMAGES, len(data.train))
+    preprocess = _preprocess(recipe, data)
+    sample = partial(_sample, recipe, data, preprocess, torch.device("cpu"), number)
+    return sample, number, runtime.weight_dtype(recipe.train.precision)
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:

@@ -337,3 +337,25 @@ def print_memory(document: dict[str, Any]) -> None:
     print_line(f"peak:   {document['method']}, two steps; medians of {document['num_repeats']} interleaved repetitions")
     print_line(f"data:   {document['data']}; nothing is learned")
     print_line(f"device: {environment['device']}; torch {environment['torch']}; {document['date']}")
+
+
+def print_migration(result: dict[str, Any]) -> None:
+    """Every layer that was changed, on stdout."""
+    table = Table(
+        title=f"{escape(result['source'])} to {escape(result['out'])}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("was")
+    table.add_column("is")
+    table.add_column("channels", justify="right")
+    table.add_column("standard deviation", justify="right")
+    for change in result["changes"]:
+        low, high = change["smallest_std"], change["largest_std"]
+        spread = "-" if low is None else f"{low:.3g} .. {high:.3g}"
+        table.add_row(escape(change["layer"]), change["before"], change["after"], str(change["num_channels"]), spread)
+    out.print(table)
+    print_line(f"{len(result['changes'])} layers changed, {result['num_tensors']} tensors written to {result['out']}")

@@ -115,6 +115,7 @@ class Model(Section):
         return self
 
 
+DEFAULT_INIT_IMAGES = 128
 _PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
 NORM_PRESETS: dict[str, dict[str, Any]] = {
     "batchless": {"parametrization": "log", "statistics": "natural"},
@@ -464,7 +465,7 @@ class Recipe(Section):
         if self.norm.name == "batch" or self.model.init is not None:
             return 0
         setting = getattr(self.norm, "init_images", 0)
-        return 128 if setting == "auto" else int(setting)
+        return DEFAULT_INIT_IMAGES if setting == "auto" else int(setting)
 
     @property
     def clip_norm(self) -> float | None:

@@ -316,7 +316,7 @@ LAYERS = [
     },
     {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
     {"build"},
-    {"run", "compare", "memory.sweep", "report.runlog", "report.plots", "report"},
+    {"run", "migrate", "compare", "memory.sweep", "report.runlog", "report.plots", "report"},
     {"console"},
     {"cli", "__main__"},
 ]

@@ -132,12 +132,17 @@ def load_trained(
             given.pop(key, None)
             own.pop(key, None)
     check_fit(given, own, file, name)
+    copy_weights(given, own, file)
+    return notices
+
+
+def copy_weights(given: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
+    """Copy what fits, see `check_fit`, into tensors that share their memory with a network."""
     try:
         for key, tensor in given.items():
-            own[key].copy_(tensor)  # own shares its memory with the network
+            own[key].copy_(tensor)
     except RuntimeError as error:  # sparse, or without data
         raise CheckpointError(f"{file}: {key} cannot be copied: {error}") from error
-    return notices
 
 
 def plain_names(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -238,7 +243,9 @@ def _safetensors() -> Any:
 def write_state(state: dict[str, Tensor], file: Path) -> None:
     """Write a state dict as its name's ending says: .safetensors, or else as torch.save does."""
     if file.suffix == ".safetensors":
-        _safetensors().save_file({key: tensor.clone() for key, tensor in state.items()}, file, {"format": "pt"})
+        # Neither views nor shared memory are allowed there.
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+        _safetensors().save_file(tensors, file, {"format": "pt"})
     else:
         torch.save(state, file)
 

@@ -118,8 +118,8 @@ def original(name: str, num_classes: int | None, *, pretrained: bool = False) ->
     Args:
         num_classes: None for the library's number.
     """
-    library, _, own = name.partition(":")
-    if library == "timm":
+    own = name.partition(":")[2]
+    if name.startswith(TIMM):
         model = _timm_model(own, num_classes, pretrained=pretrained)
     else:
         known = models.list_models(module=models)
@@ -132,6 +132,14 @@ def original(name: str, num_classes: int | None, *, pretrained: bool = False) ->
         raise ValueError(
             f"it has no BatchNorm to replace (its norms: {', '.join(found) or 'none'}); {_HAVE_BATCHNORM} have"
         )
+    return model
+
+
+def pretrained_network(name: str) -> nn.Module:
+    """The library's own network with its own weights, auxiliary heads left out; errors of `build_foreign_model`."""
+    model = original(name, None, pretrained=name.startswith(TIMM))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    _load(model, name, linears[-1].out_features, PRETRAINED)
     return model
 
 
@@ -156,14 +164,14 @@ def _timm_model(name: str, num_classes: int | None, *, pretrained: bool) -> nn.M
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"timm cannot load its weights of {name}: {reason}",
-            "Give a state dict that you have: --set model.init=PATH.",
+            "Give a state dict file that you have instead.",
         ) from error
 
 
 def _load(model: nn.Module, name: str, num_classes: int, init: str) -> list[str]:
     """Trained weights into the network with BatchNorm; see `load_trained`."""
-    library, _, own = name.partition(":")
-    if library == "timm":
+    own = name.partition(":")[2]
+    if name.startswith(TIMM):
         return [] if init == PRETRAINED else load_trained(model, Path(init).expanduser(), name, num_classes)
     notices = load_trained(
         model,

@@ -226,7 +226,7 @@ def migrated(*arguments):
     return json.loads(result.stdout)
 
 
-def starting_from(init, name="timm:resnet10t", norm="batchless", **changes):
+def starting_from(init, name="timm:test_efficientnet", norm="batchless", **changes):
     """The tiny recipe started from a file: the network in eval mode, before any step."""
     recipe = tiny_recipe(model={"name": name, "init": str(init)}, norm={"name": norm}, **changes)
     assert not recipe.weight_standardization
@@ -235,7 +235,7 @@ def starting_from(init, name="timm:resnet10t", norm="batchless", **changes):
 
 @pytest.fixture(scope="module")
 def trained_network():
-    return network("timm", "resnet10t", 10)
+    return network("timm", "test_efficientnet", 10)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -252,7 +252,7 @@ def test_a_state_dict_file_there_and_back(suffix, trained_network, tmp_path):
         for file in (tmp_path / f"old{suffix}", there):
             assert difference(starting_from(file, norm=norm).model.eval()(x), reference) < 1e-10
     migrated(there, "-o", back, "--to", "batch")
-    again = timm.create_model("resnet10t", num_classes=10).double().eval()
+    again = timm.create_model("test_efficientnet", num_classes=10).double().eval()
     again.load_state_dict(read_weights(back))
     assert difference(again(x), reference) < 1e-10
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}{suffix}" for n in ("old", "there", "back"))
@@ -262,7 +262,7 @@ def test_a_state_dict_file_there_and_back(suffix, trained_network, tmp_path):
     "form", [{"name": "batch"}, {"name": "batchless"}, {"name": "batchless-paper-abs", "share": "layer"}]
 )
 def test_a_run_of_ours_there_and_back(form, tmp_path):
-    """A run with BatchNorm or batchless, standardised or not, becomes a plain file, from which both norms start with its outputs."""
+    """A run with BatchNorm or batchless, standardised or not, becomes a plain file, from which both norms start as it ended."""
     recipe = tiny_recipe(norm=form, train__max_steps=2)
     folder = RunFolder(tmp_path / "run")
     run(recipe, folder, name="x")
@@ -276,7 +276,7 @@ def test_a_run_of_ours_there_and_back(form, tmp_path):
     }[form["name"]]  # fmt: skip
     assert difference(starting_from(tmp_path / "there.pt", "resnet8").model.eval()(x), reference) < 1e-10
     if form["name"] != "batch":
-        with pytest.raises(CheckpointError, match="model.init: .* is a run's checkpoint"):
+        with pytest.raises(CheckpointError, match=r"model.init: .* is a run's checkpoint"):
             starting_from(folder.checkpoint, "resnet8")
         migrated(folder.path, "-o", tmp_path / "back.pt", "--to", "batch")
         assert difference(starting_from(tmp_path / "back.pt", "resnet8", "batch").model.eval()(x), reference) < 1e-10
@@ -314,21 +314,20 @@ def test_timm_runs_at_any_split():
 def test_untracked_statistics_come_from_images(trained_network, tmp_path):
     """Of a state dict without some running statistics only those are taken from the recipe's images; the rest stays."""
     state = trained_network.state_dict()
-    lacking = {k: v for k, v in state.items() if not (k.startswith("layer2.0.bn2.") and "run" in k)}
+    lacking = {k: v for k, v in state.items() if not (k.startswith("blocks.2.0.bn1.") and "run" in k)}
     torch.save(lacking, tmp_path / "lacking.pt")
     text = migrated(tmp_path / "lacking.pt", "-o", tmp_path / "without.pt")["notices"][1]
-    assert text.startswith("1 layers have a scale per channel and no running statistics, and stay: layer2.0.bn2.")
+    assert text.startswith("1 layers have a scale per channel and no running statistics, and stay: blocks.2.0.bn1.")
     (tmp_path / "r.yaml").write_text(RECIPE)
     document = migrated(tmp_path / "lacking.pt", "-o", tmp_path / "new.pt", "--calibrate", tmp_path / "r.yaml",
                         "--set", "norm.init_images=6")  # fmt: skip
     assert "Statistics of 1 norms are those of 6 training images" in document["notices"][0]
-    new, _ = state_to_batch(
-        torch.load(tmp_path / "new.pt"), dict.fromkeys(batchless_layers(torch.load(tmp_path / "new.pt")), 1e-5)
-    )
+    new = torch.load(tmp_path / "new.pt")
+    new, _ = state_to_batch(new, dict.fromkeys(batchless_layers(new), trained_network.bn1.eps))
     experiment = build_experiment(load_recipe(tmp_path / "r.yaml", ["model.init=" + str(tmp_path / "new.pt")]))
     recipe = load_recipe(tmp_path / "r.yaml", ["norm.init_images=6"])
     seen, (sample, number, _) = [], calibration_sample(recipe)
-    folded = dict(experiment.model.named_modules())["layer2.0.bn2"].norm
+    folded = dict(experiment.model.named_modules())["blocks.2.0.bn1"].norm
     hook = folded.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         for part in sample():
@@ -336,11 +335,11 @@ def test_untracked_statistics_come_from_images(trained_network, tmp_path):
     hook.remove()
     inputs = torch.cat(seen)
     assert (number, len(inputs)) == (6, 6)
-    torch.testing.assert_close(new["layer2.0.bn2.running_mean"], inputs.mean((0, 2, 3)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(new["blocks.2.0.bn1.running_mean"], inputs.mean((0, 2, 3)), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
-        new["layer2.0.bn2.running_var"], inputs.var((0, 2, 3), correction=0), rtol=1e-9, atol=1e-9
+        new["blocks.2.0.bn1.running_var"], inputs.var((0, 2, 3), correction=0), rtol=1e-9, atol=1e-9
     )
-    others = [k for k in state if "running" in k and "layer2.0.bn2." not in k]
+    others = [k for k in state if "running" in k and "blocks.2.0.bn1." not in k]
     assert all(torch.allclose(new[k], state[k], rtol=1e-12, atol=1e-12) for k in others)
 
 
@@ -348,7 +347,7 @@ def test_untracked_statistics_come_from_images(trained_network, tmp_path):
 
 RECIPE = """\
 data: {name: shapes, num_train: 20, num_test: 10}
-model: {name: 'timm:resnet10t'}
+model: {name: 'timm:test_efficientnet'}
 norm: {name: batchless}
 train: {epochs: 1, micro_batch_size: 2, precision: fp64}
 optimizer: {name: sgd, lr: 0.1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,8 @@ from bln_train.augment import Preprocess
 from bln_train.data import DataSet, ImageSet, channel_moments, epoch_order, hold_out, load_dataset
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
-from bln_train.models.names import torchvision_name
+from bln_train.models.names import is_foreign
+from bln_train.models.trained import build_trained_model
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.compiled import why_not_compiled
@@ -23,6 +24,7 @@ from bln_train.norm.fuse import fuse
 from bln_train.norm.reestimate import reestimate_statistics
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.recipe import (
+    DEFAULT_INIT_IMAGES,
     BatchlessNormSection,
     BatchNormSection,
     CosineSection,
@@ -262,23 +264,26 @@ def build_network(
         settings = {"momentum": section.momentum}
     torch.manual_seed(recipe.train.seed)
     dtype, notices = runtime.weight_dtype(recipe.train.precision), list[str]()
-    common: dict[str, Any] = {
-        "norm": norm_factory(name, **settings),
-        "weight_standardization": recipe.weight_standardization,
-        "image_size": image_size,
-    }
-    foreign = torchvision_name(recipe.model.name)
+    common: dict[str, Any] = {"norm": norm_factory(name, **settings), "image_size": image_size}
+    model_name, init = recipe.model.name, recipe.model.init if initialize else None
+    shortcut, standardize = recipe.model.shortcut or "A", recipe.weight_standardization
     try:
-        if foreign is not None:
-            from bln_train.models.zoo import build_torchvision_model  # torchvision.models takes long to import
+        if is_foreign(model_name):
+            from bln_train.models.zoo import build_foreign_model  # torchvision.models takes long to import
 
-            init = recipe.model.init if initialize else None
-            model, notices = build_torchvision_model(foreign, num_classes, init=init, dtype=dtype, **common)
+            model, notices = build_foreign_model(
+                model_name, num_classes, init=init, dtype=dtype, weight_standardization=standardize, **common
+            )
+        elif init is not None:
+            model, notices = build_trained_model(
+                model_name, num_classes, init=init, dtype=dtype, shortcut=shortcut, **common
+            )
         else:
             model = build_model(
-                recipe.model.name,
+                model_name,
                 num_classes,
-                shortcut=recipe.model.shortcut or "A",
+                weight_standardization=standardize,
+                shortcut=shortcut,
                 zero_init_residual=recipe.model.zero_init_residual,
                 **common,
             )
@@ -356,6 +361,19 @@ def _reestimate(
     if unreached:
         notices.append(f"Norms that the network does not use keep their statistics: {', '.join(unreached)}.")
     return notices
+
+
+def calibration_sample(recipe: Recipe) -> tuple[Callable[[], Iterator[Tensor]], int, torch.dtype]:
+    """The images, in micro-batches on the CPU, from which the recipe takes statistics; their number and type of weights.
+
+    Raises:
+        UsageError, DataError: as `load` does.
+    """
+    data = load(recipe)
+    number = min(recipe.num_init_images or DEFAULT_INIT_IMAGES, len(data.train))
+    preprocess = build_preprocess(recipe, data)
+    sample = partial(_sample, recipe, data, preprocess, torch.device("cpu"), number)
+    return sample, number, runtime.weight_dtype(recipe.train.precision)
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:

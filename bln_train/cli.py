@@ -276,6 +276,48 @@ def export(
 
 
 @app.command()
+def migrate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A run folder, a checkpoint, a state dict, torchvision:<name> or timm:<name>."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write: .pt, .pth or .safetensors.")],
+    to: Annotated[str, typer.Option(help="batchless or batch.")] = "batchless",
+    eps: Annotated[
+        float | None, typer.Option(help="Of the BatchNorm; default the network's, 1e-5 where that is not known.")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Take statistics that a state dict lacks from this recipe's images."),
+    ] = None,
+    set_: SetOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Turn trained BatchNorm into Batchless Normalization with the same function, or back; executes nothing from a file."""
+    if to not in ("batchless", "batch"):
+        raise UsageError(f"--to: '{to}' is neither batchless nor batch")
+    if set_ and calibrate is None:
+        raise UsageError("--set changes the recipe of --calibrate, and none is given")
+    from bln_train import console
+    from bln_train.recipe_file import load_recipe
+
+    recipe = None if calibrate is None else load_recipe(calibrate, set_ or ())
+
+    from bln_train.migrate import migrate as migrate_weights  # torch, from here on
+
+    result = migrate_weights(source, out, to=to, eps=eps, calibrate=recipe, force=force)
+    for text in result["notices"]:
+        console.say(f"note: {text}")
+    if json_:
+        console.print_json(result)
+    else:
+        console.print_migration(result)
+
+
+@app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe without running it; every problem at once."""
     from bln_train import console

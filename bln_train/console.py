@@ -429,3 +429,25 @@ def show_share() -> Iterator[Callable[[float, str], None]]:
     with Progress(*columns, console=talk, expand=True) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda done, what: progress.update(task, completed=done, description=what)
+
+
+def print_migration(result: dict[str, Any]) -> None:
+    """Every layer that was changed, on stdout."""
+    table = Table(
+        title=f"{escape(result['source'])} to {escape(result['out'])}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("was")
+    table.add_column("is")
+    table.add_column("channels", justify="right")
+    table.add_column("standard deviation", justify="right")
+    for change in result["changes"]:
+        low, high = change["smallest_std"], change["largest_std"]
+        spread = "-" if low is None else f"{low:.3g} .. {high:.3g}"
+        table.add_row(escape(change["layer"]), change["before"], change["after"], str(change["num_channels"]), spread)
+    out.print(table)
+    print_line(f"{len(result['changes'])} layers changed, {result['num_tensors']} tensors written to {result['out']}")

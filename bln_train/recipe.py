@@ -76,10 +76,11 @@ class Model(Section):
 
     name: str
     """`resnet8|20|32|44|56|110` (He et al. 2015, for CIFAR), `resnet18` (32x32 stem), `wrn<depth>_<width>`,
-    `paper_cnn`, or `torchvision:<name>`, a classification model of torchvision that has BatchNorm."""
+    `paper_cnn`, or a classification model that has BatchNorm: `torchvision:<name>`, `timm:<name>`."""
     init: str | None = None
-    """Trained weights of a torchvision model with BatchNorm to start from: a state dict file, or `pretrained` for torchvision's
-    own; for `batchless`, `batch` and `batch-frozen`, whose statistics then come from it and not from the images."""
+    """Trained weights to start from: a state dict file of the model with BatchNorm, or what `bln-train migrate` made of one, or
+    `pretrained` for the library's own; for `batchless`, `batch` and `batch-frozen`, whose statistics then come from it and
+    not from the images."""
     shortcut: Literal["A", "B"] | None = None
     """CIFAR ResNets: A pads channels with zeros (default), B projects with a 1x1 convolution."""
     weight_standardization: bool | Literal["auto"] = "auto"
@@ -92,27 +93,32 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Model:
-        from bln_train.models.names import check_model_name  # a table of names, no torch
+        from bln_train.models.names import check_model_name, is_foreign  # a table of names, no torch
 
         problem = check_model_name(self.name)
         if problem:
             raise ValueError(f"name: {problem}")
         if self.shortcut and not (self.name.startswith("resnet") and self.name != "resnet18"):
             raise ValueError(f"shortcut: only the CIFAR ResNets have a choice; {self.name} does not")
-        torchvision = self.name.startswith("torchvision:")
-        if self.init is not None and not torchvision:
-            raise ValueError(f"init: only torchvision models can start from trained weights; {self.name} is none")
+        foreign = is_foreign(self.name)
+        if self.init == "pretrained" and not foreign:
+            raise ValueError(f"init: there are no published weights of {self.name}; give a file")
         if self.init == "":
             raise ValueError("init: is empty; give a file, `pretrained`, or null for none")
         if self.init is not None and self.weight_standardization is True:
             raise ValueError("weight_standardization: would change what the weights of init compute; leave it out")
-        if self.zero_init_residual and torchvision:
-            raise ValueError(f"zero_init_residual: {self.name} is built as torchvision builds it; leave it out")
+        if self.zero_init_residual and foreign:
+            raise ValueError(
+                f"zero_init_residual: {self.name} is built as {self.name.partition(':')[0]} builds it; leave it out"
+            )
+        if self.zero_init_residual and self.init is not None:
+            raise ValueError("zero_init_residual: the weights of init bring their scales; leave it out")
         if self.zero_init_residual and not self.name.startswith("resnet"):
             raise ValueError(f"zero_init_residual: {self.name} has no norm at the end of a residual block")
         return self
 
 
+DEFAULT_INIT_IMAGES = 128
 _PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
 NORM_PRESETS: dict[str, dict[str, Any]] = {
     "batchless": {"parametrization": "log", "statistics": "natural"},
@@ -155,8 +161,9 @@ class BatchlessNormSection(Section):
     turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
     probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the change on those images that the statistics follow at once."""
-    init_images: Annotated[int, Field(ge=0)] = 128
-    """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1."""
+    init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or
+    none with model.init, which brings them."""
     init_cache: bool = False
     """Initialise in one evaluation of those images instead of one for each layer in depth, with their activations in host
     memory."""
@@ -220,8 +227,9 @@ class BatchNormSection(Section):
     name: Literal["batch", "batch-frozen"]
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Rate of the running averages that evaluation uses; `batch` only."""
-    init_images: Positive = 128
-    """Training images from which frozen statistics are taken; `batch-frozen` only."""
+    init_images: Positive | Literal["auto"] = "auto"
+    """Training images from which frozen statistics are taken, `batch-frozen` only; auto is 128, or none with model.init, which
+    brings them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -421,6 +429,8 @@ class Recipe(Section):
                 )
             if self.model.init is not None and self.norm.init_cache:
                 problems.append("norm.init_cache: with model.init nothing is initialised from images; leave it out")
+        if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in ("auto", 0):
+            problems.append("norm.init_images: with model.init the statistics are the trained ones; leave it out")
         if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
             problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")
         if self.schedule.warmup_epochs >= self.train.epochs:
@@ -471,6 +481,14 @@ class Recipe(Section):
         return setting
 
     @property
+    def num_init_images(self) -> int:
+        """Training images from which the norms' statistics are taken before the first step, `auto` resolved."""
+        if self.norm.name == "batch" or self.model.init is not None:
+            return 0
+        setting = getattr(self.norm, "init_images", 0)
+        return DEFAULT_INIT_IMAGES if setting == "auto" else int(setting)
+
+    @property
     def clip_norm(self) -> float | None:
         """Bound on the gradient norm, `auto` resolved; None where gradients gather in the momentum."""
         setting = self.optimizer.clip_norm
@@ -484,14 +502,6 @@ class Recipe(Section):
             return None
         setting = self.optimizer.clip_update
         return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
-
-    @property
-    def num_init_images(self) -> int:
-        """Training images from which the norm's statistics are initialised; 0 where it takes none."""
-        norm = self.norm
-        if not isinstance(norm, BatchlessNormSection | BatchNormSection) or norm.name == "batch":
-            return 0
-        return norm.init_images
 
     def untrained(self) -> Recipe:
         """The same network from drawn weights, for any norm: without model.init, and with standardisation as that has it."""

@@ -299,6 +299,7 @@ LAYERS = [
         "norm.trace",
         "norm.merge",
         "norm.convert",
+        "norm.convert_state",
         "norm.calibrate",
         "norm.likelihood",
         "norm.moments",
@@ -314,6 +315,7 @@ LAYERS = [
         "models.cifar_resnet",
         "models.paper_cnn",
         "models.build",
+        "models.trained",
         "models.zoo",
         "models",
         "optim",
@@ -324,6 +326,7 @@ LAYERS = [
     {"build", "synthetic"},
     {
         "run",
+        "migrate",
         "export",
         "export_formats",
         "compare",

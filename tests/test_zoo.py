@@ -32,7 +32,8 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), d
 
 def recipe_of(name="resnet18", init=None, **changes):
     """The tiny recipe (drawn shapes of 32x32, 10 classes) with a torchvision model."""
-    changes.setdefault("norm", {"name": "batchless", "init_images": 4, "probe_images": 2})
+    images = {} if init else {"init_images": 4}
+    changes.setdefault("norm", {"name": "batchless", "probe_images": 2, **images})
     return tiny_recipe(model={"name": f"torchvision:{name}", "init": init}, **changes)
 
 
@@ -338,7 +339,11 @@ optimizer: {{name: sgd, lr: 0.1}}
         ("name: 'torchvision:'", "batch", "r.yaml:2: model.name: 'torchvision:': write torchvision:<name>"),
         ("name: 'torchvision:../x'", "batch", "r.yaml:2: model.name: "),
         ("name: torchvison}", "batch", "r.yaml:2: "),
-        ("name: resnet20, init: a.pth", "batchless", "r.yaml:2: model.init: only torchvision models can start"),
+        ("name: resnet20, init: pretrained", "batchless", "r.yaml:2: model.init: there are no published weights of resnet20"),
+        ("name: resnet20, init: a.pth, zero_init_residual: true", "batch", "r.yaml:2: model.zero_init_residual: the weights"),
+        ("name: 'timm:a-b'", "batch", "r.yaml:2: model.name: 'timm:a-b': write timm:<name>"),
+        ("name: resnet20, init: a.pth", "batchless, init_images: 64", "r.yaml:3: norm.init_images: with model.init"),
+        ("name: resnet20, init: a.pth", "batch-frozen, init_images: 64", "r.yaml:3: norm.init_images: with model.init"),
         ("name: 'torchvision:resnet18', init: ''", "batchless", "r.yaml:2: model.init: is empty"),
         ("name: 'torchvision:resnet18', init: a.pth", "group", "r.yaml:2: model.init: norm group would throw the trained"),
         ("name: 'torchvision:resnet18', init: a.pth", "none", "use batchless, batch or batch-frozen"),
@@ -416,13 +421,14 @@ def test_a_file_that_does_not_fit_is_refused_with_everything_that_is_wrong(refer
     assert caught.value.exit_code == EXIT_FAILED
 
 
-def test_a_batchless_state_dict_is_no_batchnorm_to_start_from(reference, tmp_path):
+def test_a_file_with_some_layers_migrated_is_taken_too(reference, tmp_path):
+    """Each layer is what its keys say; a batchless one gives a BatchNorm back where that is wanted."""
     layer = to_batchless(reference.bn1)
     state = {k: v for k, v in reference.state_dict().items() if not k.startswith("bn1.")}
-    torch.save(state | {f"bn1.{k}": v for k, v in layer.state_dict().items()}, tmp_path / "batchless.pth")
-    problem = refusal(tmp_path / "batchless.pth")
-    assert "missing: bn1.running_mean, bn1.running_var" in problem
-    assert "unexpected: bn1.mean, bn1.raw_std" in problem
+    torch.save(state | {f"bn1.{k}": v for k, v in layer.state_dict().items()}, tmp_path / "mixed.pth")
+    for norm in ("batchless", "batch", "batch-frozen"):
+        model, _ = built(tmp_path / "mixed.pth", norm=norm)
+        torch.testing.assert_close(model(IMAGES), reference(IMAGES), rtol=1e-10, atol=1e-10)
 
 
 class Evil:

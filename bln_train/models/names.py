@@ -6,7 +6,7 @@ import re
 
 CIFAR_RESNET_DEPTHS = (8, 20, 32, 44, 56, 110)
 MODEL_NAMES = (*(f"resnet{depth}" for depth in CIFAR_RESNET_DEPTHS), "resnet18", "wrn16_4", "wrn28_10", "paper_cnn")
-TORCHVISION = "torchvision:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
 _WIDE = re.compile(r"wrn(\d+)_(\d+)")
 
 
@@ -16,17 +16,17 @@ def parse_wide(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def torchvision_name(name: str) -> str | None:
-    """Torchvision's own name of a `torchvision:<name>`, or None for another name."""
-    return name.removeprefix(TORCHVISION) if name.startswith(TORCHVISION) else None
+def is_foreign(name: str) -> bool:
+    """Whether a name is `torchvision:<name>` or `timm:<name>`."""
+    return name.startswith((TORCHVISION, TIMM))
 
 
 def check_model_name(name: str) -> str | None:
     """Say what is wrong with a model name, or None."""
-    own = torchvision_name(name)
-    if own is not None:  # whether there is such a model only torchvision can say, when it is built
-        written = re.fullmatch(r"[a-z0-9_]+", own)
-        return None if written else f"'{name}': write torchvision:<name>, such as torchvision:resnet50"
+    if is_foreign(name):  # whether there is such a model only the library can say, when it is built
+        library, _, own = name.partition(":")
+        written = re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)?" if library == "timm" else r"[a-z0-9_]+", own)
+        return None if written else f"'{name}': write {library}:<name>, such as {library}:resnet50"
     wide = parse_wide(name)
     if wide:
         depth, width = wide
@@ -38,4 +38,4 @@ def check_model_name(name: str) -> str | None:
 
     near = difflib.get_close_matches(name, MODEL_NAMES, n=1)
     meant = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown model '{name}'; {meant}known: {', '.join(MODEL_NAMES)}, wrn<depth>_<width>, torchvision:<name>"
+    return f"unknown model '{name}'; {meant}known: {', '.join(MODEL_NAMES)}, wrn<depth>_<width>, torchvision:<name>, timm:<name>"

@@ -1,11 +1,10 @@
-"""Classification networks of torchvision with the recipe's norm in place of BatchNorm, fresh or from trained weights."""
+"""Classification networks of torchvision and timm with the recipe's norm in place of BatchNorm, fresh or from trained weights."""
 
 from __future__ import annotations
 
 import difflib
 import http.client
 import itertools
-import pickle
 import re
 import socket
 import sys
@@ -19,16 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from bln_train.errors import CheckpointError
+from bln_train.errors import CheckpointError, UsageError
 from bln_train.models.layers import InstanceDropout, InstanceStochasticDepth, NormFactory
-from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.convert import copy_batchnorm, replace_modules
+from bln_train.models.names import TIMM, TORCHVISION
+from bln_train.models.trained import batchnorm_like, listed, load_trained, trained_norm
+from bln_train.norm.convert import replace_batchnorms, replace_modules, with_activation_of
 from bln_train.norm.standardize import StandardizedConv2d
 
 PRETRAINED = "pretrained"
 _HAVE_BATCHNORM = "resnet*, resnext*, densenet*, mobilenet_*, efficientnet_*, regnet_*, vgg*_bn and others"
 _DOWNLOAD_TIMEOUT_SECONDS = 30.0
-_MAX_LISTED = 5
 # Auxiliary heads return a second and third output in training; the names are theirs in trained files.
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
 _BUILD_ARGUMENTS: dict[str, dict[str, Any]] = {"googlenet": _WITHOUT_AUXILIARY, "inception_v3": _WITHOUT_AUXILIARY}
@@ -36,7 +35,12 @@ _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 _OLD_DENSENET_KEY = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")  # of torchvision's own files
 
 
-def build_torchvision_model(
+def build_torchvision_model(name: str, num_classes: int, **settings: Any) -> tuple[nn.Module, list[str]]:
+    """Build torchvision's `name` with each BatchNorm replaced; arguments, results and errors of `build_foreign_model`."""
+    return build_foreign_model(TORCHVISION + name, num_classes, **settings)
+
+
+def build_foreign_model(
     name: str,
     num_classes: int,
     *,
@@ -46,18 +50,20 @@ def build_torchvision_model(
     init: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, list[str]]:
-    """Build torchvision's `name` with each BatchNorm replaced by `norm`: (N, 3, S, S) to (N, num_classes) logits.
+    """Build a network of torchvision or timm with each BatchNorm replaced by `norm`: (N, 3, S, S) to (N, num_classes) logits.
 
-    Module names stay. Dropout and stochastic depth become those of `layers`, whose masks belong to the images; auxiliary
-    heads are left out. A BatchNorm keeps the model's eps. Without a norm (Identity) a convolution whose output went
-    straight into one gets a bias.
+    Module names stay, but for an activation inside a BatchNorm of timm's, which follows the new norm (NormAct). Dropout and
+    stochastic depth become those of `layers`, whose masks belong to the images; auxiliary heads are left out. A BatchNorm
+    keeps the model's eps. Without a norm (Identity) a convolution whose output went straight into one gets a bias.
 
     Args:
-        weight_standardization: replace convolutions with more than one weight per filter by StandardizedConv2d.
+        name: `torchvision:<name>` or `timm:<name>`.
+        weight_standardization: replace convolutions with more than one weight per filter by StandardizedConv2d; not subclasses
+            of nn.Conv2d, which do something else too.
         image_size: S; without weights or memory, the network is run once to see whether it takes such images.
-        init: file with a state dict of the same network with BatchNorm, or "pretrained" for torchvision's own; a BatchNorm
-            stays as it was trained, a batchless layer computes the same function. A classifier for another number of
-            classes is not taken from it.
+        init: file with a state dict of the same network, with BatchNorm or migrated, or "pretrained" for the library's own; a
+            BatchNorm stays as it was trained, a batchless layer computes the same function. A classifier for another number
+            of classes is not taken from it.
         dtype: of the weights; with `init` the conversion is exact to its rounding.
 
     Returns: the network, and what the user should know about it.
@@ -65,45 +71,119 @@ def build_torchvision_model(
     Raises:
         ValueError: the name is unknown, or the network has no BatchNorm, cannot take the images, or cannot have that norm.
         CheckpointError: the trained weights are missing, damaged or of another network.
+        UsageError: timm is not installed.
     """
-    known = models.list_models(module=models)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        meant = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"torchvision has no such classification model; {meant}")
-    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **_BUILD_ARGUMENTS.get(name, {}))
+    model = original(name, num_classes, pretrained=init == PRETRAINED and name.startswith(TIMM)).to(dtype)
+    own_eps = {old: old.eps for old in model.modules() if isinstance(old, _BatchNorm)}
+    notices = _load(model, name, num_classes, init) if init else []
+    sources, positions = _trace(model, num_classes, image_size, dtype)
+
+    def replace_norm(old: nn.Module) -> nn.Module:
+        assert isinstance(old, _BatchNorm)
+        if init:
+            return trained_norm(old, norm, own_eps[old], dtype)
+        new = norm(old.num_features, 0 if isinstance(old, nn.BatchNorm1d) else 2).to(dtype)
+        if isinstance(new, _BatchNorm):
+            return batchnorm_like(old, new, old.eps)
+        if isinstance(new, nn.Identity) and old in sources and sources[old].bias is None:
+            conv = sources[old]
+            conv.bias = nn.Parameter(torch.zeros(conv.out_channels, dtype=dtype))
+        elif isinstance(new, nn.InstanceNorm2d) and positions.get(old) == 1:
+            raise ValueError(f"instance norm needs positions to average over, and {image_size} pixels leave only one")
+        return with_activation_of(old, new)
+
+    purposes = itertools.count(100)
+    replace_batchnorms(model, replace_norm)
+    replace_modules(model, nn.Dropout, lambda old: InstanceDropout(old.p, next(purposes)))
+    replace_modules(model, StochasticDepth, lambda old: InstanceStochasticDepth(old.p, next(purposes)))
+    if name.startswith(TIMM):
+        from timm.layers.drop import DropPath
+
+        replace_modules(model, DropPath, lambda old: InstanceStochasticDepth(old.drop_prob, next(purposes)))
+    if weight_standardization:
+        replace_modules(model, nn.Conv2d, _standardized)
+        kept = [
+            key
+            for key, m in model.named_modules()
+            if type(m) not in (nn.Conv2d, StandardizedConv2d) and isinstance(m, nn.Conv2d)
+        ]
+        if kept:
+            notices.append(f"{len(kept)} convolutions do more than convolve and are not standardised: {listed(kept)}.")
+    return model, notices
+
+
+def original(name: str, num_classes: int | None, *, pretrained: bool = False) -> nn.Module:
+    """The library's own network, of drawn weights, or with `pretrained` of timm's; see `build_foreign_model`.
+
+    Args:
+        num_classes: None for the library's number.
+    """
+    own = name.partition(":")[2]
+    if name.startswith(TIMM):
+        model = _timm_model(own, num_classes, pretrained=pretrained)
+    else:
+        known = models.list_models(module=models)
+        if own not in known:
+            raise ValueError(f"torchvision has no such classification model; {_meant(own, known)}")
+        size = {} if num_classes is None else {"num_classes": num_classes}
+        model = models.get_model(own, weights=None, **size, **_BUILD_ARGUMENTS.get(own, {}))
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         found = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)})
         raise ValueError(
             f"it has no BatchNorm to replace (its norms: {', '.join(found) or 'none'}); {_HAVE_BATCHNORM} have"
         )
-    model = model.to(dtype)
-    notices = _load_trained(model, name, num_classes, init) if init else []
-    sources, positions = _trace(model, num_classes, image_size, dtype)
+    return model
 
-    def replace_norm(old: _BatchNorm) -> nn.Module:
-        new = norm(old.num_features, 0 if isinstance(old, nn.BatchNorm1d) else 2).to(dtype)
-        if isinstance(new, _BatchNorm):
-            new.eps = old.eps
-            new.load_state_dict(old.state_dict())
-        elif isinstance(new, _BatchlessNorm) and init:
-            _keep_function(old, new)
-        elif init:
-            raise ValueError(f"{type(new).__name__} would throw the trained statistics away; use batchless or batch")
-        elif isinstance(new, nn.Identity) and old in sources and sources[old].bias is None:
-            conv = sources[old]
-            conv.bias = nn.Parameter(torch.zeros(conv.out_channels, dtype=dtype))
-        elif isinstance(new, nn.InstanceNorm2d) and positions.get(old) == 1:
-            raise ValueError(f"instance norm needs positions to average over, and {image_size} pixels leave only one")
-        return new
 
-    purposes = itertools.count(100)
-    replace_modules(model, _BatchNorm, replace_norm)
-    replace_modules(model, nn.Dropout, lambda old: InstanceDropout(old.p, next(purposes)))
-    replace_modules(model, StochasticDepth, lambda old: InstanceStochasticDepth(old.p, next(purposes)))
-    if weight_standardization:
-        replace_modules(model, nn.Conv2d, _standardized)
-    return model, notices
+def pretrained_network(name: str) -> nn.Module:
+    """The library's own network with its own weights, auxiliary heads left out; errors of `build_foreign_model`."""
+    model = original(name, None, pretrained=name.startswith(TIMM))
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    _load(model, name, linears[-1].out_features, PRETRAINED)
+    return model
+
+
+def _meant(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _timm_model(name: str, num_classes: int | None, *, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(f"timm:{name} needs timm, which is not installed", "pip install 'bln-train[timm]'") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no such model; {_meant(name.partition('.')[0], timm.list_models())}")
+    size: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if not pretrained:
+        return timm.create_model(name, pretrained=False, **size)
+    try:
+        return timm.create_model(name, pretrained=True, **size)
+    except Exception as error:  # the hub's client has errors of its own for every way a download can fail
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"timm cannot load its weights of {name}: {reason}",
+            "Give a state dict file that you have instead.",
+        ) from error
+
+
+def _load(model: nn.Module, name: str, num_classes: int, init: str) -> list[str]:
+    """Trained weights into the network with BatchNorm; see `load_trained`."""
+    own = name.partition(":")[2]
+    if name.startswith(TIMM):
+        return [] if init == PRETRAINED else load_trained(model, Path(init).expanduser(), name, num_classes)
+    notices = load_trained(
+        model,
+        pretrained_file(own) if init == PRETRAINED else Path(init).expanduser(),
+        f"torchvision's {own}",
+        num_classes,
+        rename=lambda key: _OLD_DENSENET_KEY.sub(r"\1\2", key),
+        ignored=_AUXILIARY.get(own, ()),
+    )
+    if own in _AUXILIARY and init == PRETRAINED:
+        notices.append(f"torchvision trained {own} on images in [-1, 1]: data.normalize=symmetric gives it those.")
+    return notices
 
 
 def _trace(
@@ -151,7 +231,7 @@ def _trace(
 
 
 def _standardized(conv: nn.Conv2d) -> nn.Conv2d:
-    if conv.weight[0].numel() == 1:  # a filter of one weight has no variance
+    if type(conv) is not nn.Conv2d or conv.weight[0].numel() == 1:  # a filter of one weight has no variance
         return conv
     assert isinstance(conv.padding, str | tuple)
     new = StandardizedConv2d(
@@ -169,110 +249,7 @@ def _standardized(conv: nn.Conv2d) -> nn.Conv2d:
     return new
 
 
-def _keep_function(old: _BatchNorm, new: _BatchlessNorm) -> None:
-    """Give a batchless layer a trained BatchNorm's function, or say with which settings it has none."""
-    if new.share == "layer":
-        raise ValueError("norm.share: a trained BatchNorm has a mean and standard deviation per channel; use channel")
-    assert old.running_var is not None
-    smallest = float((old.running_var + old.eps).sqrt().min())
-    if smallest < new.eps:
-        raise ValueError(f"norm.eps is {new.eps:g}, above a trained standard deviation, {smallest:.3g}; lower it")
-    copy_batchnorm(old, new)
-
-
-def _load_trained(model: nn.Module, name: str, num_classes: int, init: str) -> list[str]:
-    """Copy trained weights into the network with BatchNorm, all or none; see `build_torchvision_model`."""
-    file = _pretrained_file(name) if init == PRETRAINED else Path(init).expanduser()
-    given, own = _read_state(file), model.state_dict()
-    given = {_OLD_DENSENET_KEY.sub(r"\1\2", key): tensor for key, tensor in given.items()}
-    given = {key: tensor for key, tensor in given.items() if not key.startswith(_AUXILIARY.get(name, ()))}
-    head, notices = _head(model, num_classes), []
-    found, wanted = given.get(f"{head}.weight"), own[f"{head}.weight"]
-    if found is not None and found.dim() == 2 and found.shape[0] != num_classes and found.shape[1] == wanted.shape[1]:
-        notices.append(
-            f"{file.name} has a classifier for {len(found)} classes, the data have {num_classes}: `{head}` starts afresh."
-        )
-        for key in (f"{head}.weight", f"{head}.bias"):
-            given.pop(key, None)
-            own.pop(key, None)
-    _check_fit(given, own, file, name)
-    try:
-        for key, tensor in given.items():
-            own[key].copy_(tensor)  # own shares its memory with the network
-    except RuntimeError as error:  # sparse, or without data
-        raise CheckpointError(f"{file}: {key} cannot be copied: {error}") from error
-    if name in _AUXILIARY and init == PRETRAINED:
-        notices.append(f"torchvision trained {name} on images in [-1, 1]: data.normalize=symmetric gives it those.")
-    return notices
-
-
-def _head(model: nn.Module, num_classes: int) -> str:
-    """Name of the final classifier: the last linear layer."""
-    head, linear = [(key, module) for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    assert linear.out_features == num_classes
-    return head
-
-
-def _check_fit(given: dict[str, Tensor], own: dict[str, Tensor], file: Path, name: str) -> None:
-    """Raise CheckpointError, with everything that is missing, unexpected, of another shape or not finite."""
-    # Files of before torch 0.4.1 do not count the batches, and nothing of ours reads the count.
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in given if key not in own]
-    shared = [key for key in given if key in own]
-    shapes = [
-        f"{key} {_describe(given[key])} for {_describe(own[key])}"
-        for key in shared
-        if given[key].shape != own[key].shape or given[key].is_floating_point() != own[key].is_floating_point()
-    ]
-    damaged = [
-        key
-        for key in shared
-        if given[key].is_floating_point()
-        and not (given[key].isfinite().all() and (given[key].min() >= 0 or not key.endswith("running_var")))
-    ]
-    kinds = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": shapes,
-        "not finite, or a negative variance": damaged,
-    }
-    problems = [f"{kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
-    if problems:
-        raise CheckpointError(
-            f"{file} does not fit torchvision's {name}; " + "; ".join(problems),
-            f"model.init takes the state dict of a {name} with BatchNorm.",
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-    return ", ".join(keys[:_MAX_LISTED]) + more
-
-
-def _read_state(file: Path) -> dict[str, Tensor]:
-    """Read a state dict, also one under `model` or `state_dict`, by torch's weights-only unpickler, which executes nothing."""
-    if not file.is_file():
-        raise CheckpointError(f"model.init: no file at {file}", "Give a state dict (.pt, .pth) that exists.")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file ends in whatever error its damage leads to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds something other than tensors and plain containers, or none at all"
-        raise CheckpointError(f"model.init: {file} cannot be read as a state dict: {reason}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"model.init: {file} holds no state dict", "It is a dict from names to tensors.")
-    return {str(key).removeprefix("module."): tensor for key, tensor in state.items()}  # of DataParallel
-
-
-def _pretrained_file(name: str) -> Path:
+def pretrained_file(name: str) -> Path:
     """Torchvision's default weights in torch.hub's folder, downloaded if they are not there."""
     url: str = models.get_model_weights(name).DEFAULT.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]

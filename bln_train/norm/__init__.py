@@ -1,6 +1,12 @@
 """Norms: Batchless Normalization, its statistics, weight standardisation, and the way from and to BatchNorm."""
 
-from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics
+from bln_train.norm.batchless import (
+    BatchlessNorm,
+    BatchlessNorm1d,
+    BatchlessNorm2d,
+    BatchlessNorm3d,
+    BatchlessStatistics,
+)
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.functional import batchless_norm
@@ -11,8 +17,10 @@ from bln_train.norm.reestimate import reestimate_statistics
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
 
 __all__ = [
+    "BatchlessNorm",
     "BatchlessNorm1d",
     "BatchlessNorm2d",
+    "BatchlessNorm3d",
     "BatchlessStatistics",
     "FoldedConvNorm",
     "FuseReport",

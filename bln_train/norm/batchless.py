@@ -304,6 +304,18 @@ class BatchlessNorm2d(_BatchlessNorm):
     _dims = (4,)
 
 
+class BatchlessNorm3d(_BatchlessNorm):
+    """Batchless Normalization of (N, C, D, H, W) input; arguments and attributes of `_BatchlessNorm`."""
+
+    _dims = (5,)
+
+
+class BatchlessNorm(_BatchlessNorm):
+    """Batchless Normalization of (N, C, *spatial) input of any of these numbers of axes, as nn.SyncBatchNorm takes it."""
+
+    _dims = (2, 3, 4, 5)
+
+
 class BatchlessStatistics:
     """The batchless layers of a network, and what a training loop does with them.
 

@@ -1,52 +1,129 @@
-"""BatchNorm to Batchless Normalization and back, exactly."""
+"""BatchNorm to Batchless Normalization and back, exactly: layers and whole networks; state dicts in `convert_state.py`."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d, _BatchlessNorm
+from bln_train.norm.batchless import BatchlessNorm, BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d, _BatchlessNorm
 
 _TO_BATCHLESS: dict[type[_BatchNorm], type[_BatchlessNorm]] = {
     nn.BatchNorm1d: BatchlessNorm1d,
     nn.BatchNorm2d: BatchlessNorm2d,
+    nn.BatchNorm3d: BatchlessNorm3d,
+    nn.SyncBatchNorm: BatchlessNorm,
 }
 _TO_BATCH = {batchless: batch for batch, batchless in _TO_BATCHLESS.items()}
+# Classes whose forward is their own, and known: library and name. The frozen ones are no subclasses of BatchNorm.
+_WITH_ACTIVATION = {("timm", "BatchNormAct2d"), ("timm", "SyncBatchNormAct"), ("timm", "FrozenBatchNormAct2d")}
+_FROZEN = {("torchvision", "FrozenBatchNorm2d"), ("timm", "FrozenBatchNormAct2d")}
+_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_LARGEST_EPS = 1e-3  # the batchless layers' default
 
 
-def to_batchless(norm: _BatchNorm, **settings: Any) -> _BatchlessNorm:
+class NormAct(nn.Sequential):
+    """A norm, then a drop layer, then an activation: what timm's BatchNormAct2d does, in parts that torch.fx sees."""
+
+    def __init__(self, norm: nn.Module, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(OrderedDict(norm=norm, drop=drop, act=act))
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm: torch.nn's, a subclass, or torchvision's or timm's frozen one."""
+    return isinstance(module, _BatchNorm) or _origin(module) in _FROZEN
+
+
+def has_activation(norm: nn.Module) -> bool:
+    """Whether a BatchNorm has a drop layer and an activation inside, as timm's have."""
+    return _origin(norm) in _WITH_ACTIVATION
+
+
+def _origin(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__.partition(".")[0], type(module).__name__
+
+
+def why_not_convertible(norm: nn.Module) -> str:
+    """Why a BatchNorm has no batchless counterpart with the same function in eval mode; "" if it has one."""
+    if not (_origin(norm) in _FROZEN | _WITH_ACTIVATION or type(norm).forward in _PLAIN_FORWARDS):
+        return "its forward is its own, and may do something else than normalise"
+    mean: Any = norm.running_mean
+    variance: Any = norm.running_var
+    if mean is None or variance is None:
+        return "it keeps no running statistics; they can be taken from data"
+    if nn.parameter.is_lazy(mean):
+        return "it has not seen any input yet"
+    if not bool(mean.isfinite().all() and variance.isfinite().all() and (variance + norm.eps > 0).all()):
+        return "its statistics are not finite, or a variance + eps is not positive"
+    return ""
+
+
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that a BatchNorm normalises by in eval mode, (C,) each."""
+    mean: Any = norm.running_mean
+    variance: Any = norm.running_var
+    return mean, (variance + norm.eps).sqrt()
+
+
+def to_batchless(norm: nn.Module, **settings: Any) -> nn.Module:
     """Batchless layer that computes what `norm` computes in eval mode: mean = running_mean, std = sqrt(running_var + eps).
 
+    A frozen norm's counterpart learns. One with an activation inside becomes a NormAct. SyncBatchNorm's counterpart takes any
+    number of axes, and needs no synchronising: its gradients are summed like any other's.
+
     Args:
-        norm: BatchNorm1d or 2d with running statistics.
-        settings: further arguments of the batchless layer; `correction_rate` defaults to 0 where norm is not affine.
+        norm: BatchNorm1d, 2d, 3d or SyncBatchNorm with running statistics, torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d,
+            SyncBatchNormAct or FrozenBatchNormAct2d.
+        settings: further arguments of the batchless layer; `eps` defaults to at most the smallest standard deviation, and
+            `correction_rate` to 0 where norm is not affine.
 
     Raises:
-        ValueError: norm keeps no running statistics (initialise from data instead), or is of another class.
+        ValueError: norm keeps no running statistics (initialise from data instead), is of another class, or has a standard
+            deviation that a batchless layer with these settings has not.
     """
-    target = next((new for old, new in _TO_BATCHLESS.items() if isinstance(norm, old)), None)
-    if target is None:
-        raise ValueError(f"{type(norm).__name__} has no batchless counterpart; BatchNorm1d and BatchNorm2d have")
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
-            "the BatchNorm keeps no running statistics: build a batchless layer and initialise it from data"
-        )
-    if not norm.affine:
+    problem = why_not_convertible(norm) if is_batchnorm(norm) else "it is no BatchNorm"
+    if problem:
+        raise ValueError(f"{type(norm).__name__} has no batchless counterpart: {problem}")
+    mean, std = _statistics(norm)
+    affine = norm.weight is not None
+    if not affine:
         settings.setdefault("correction_rate", 0.0)
-    reference = norm.running_mean
-    layer = target(norm.num_features, affine=norm.affine, device=reference.device, dtype=reference.dtype, **settings)
+    settings.setdefault("eps", min(_LARGEST_EPS, float(std.min())))
+    target = next((new for old, new in _TO_BATCHLESS.items() if isinstance(norm, old)), BatchlessNorm2d)
+    layer = target(len(mean), affine=affine, device=mean.device, dtype=mean.dtype, **settings)
     copy_batchnorm(norm, layer)
-    return layer.train(norm.training)
+    layer.train(norm.training)
+    return with_activation_of(norm, layer)
 
 
-def copy_batchnorm(norm: _BatchNorm, layer: _BatchlessNorm) -> None:
-    """Give an existing batchless layer the function of `norm`, which has running statistics; see `to_batchless`."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    layer.set_statistics(norm.running_mean, (norm.running_var + norm.eps).sqrt())
+def with_activation_of(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """`layer`, followed by what a BatchNorm has inside besides the norm."""
+    if not has_activation(norm):
+        return layer
+    parts = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+    return NormAct(layer, *parts).train(norm.training)
+
+
+@torch.no_grad()
+def copy_batchnorm(norm: nn.Module, layer: _BatchlessNorm) -> None:
+    """Give an existing batchless layer the function of `norm`, which has running statistics; see `to_batchless`.
+
+    Raises:
+        ValueError: the layer shares its statistics over channels, or its eps excludes a trained standard deviation.
+    """
+    mean, std = _statistics(norm)
+    if layer.share == "layer":
+        raise ValueError("norm.share: a trained BatchNorm has a mean and standard deviation per channel; use channel")
+    smallest, largest = float(std.min()), float(std.max())
+    if smallest < layer.eps * (1 - 1e-6):  # lower only by rounding is the layer's default
+        raise ValueError(f"norm.eps is {layer.eps:g}, above a trained standard deviation, {smallest:.3g}; lower it")
+    if layer.parametrization == "inv" and largest >= 1 / layer.eps:
+        raise ValueError(f"norm.eps is {layer.eps:g}, which bounds standard deviations by {1 / layer.eps:g}; lower it")
+    layer.set_statistics(mean, std)
     _copy_affine(norm, layer)
 
 
@@ -56,9 +133,7 @@ def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None 
     Raises:
         ValueError: a standard deviation below sqrt(eps), which no BatchNorm with that eps can express.
     """
-    variance = norm.std.detach().square() - eps
-    if bool((variance < -1e-4 * eps).any()):  # below it only by rounding is a variance of 0
-        raise ValueError(f"a standard deviation below sqrt(eps) = {eps**0.5:.3g} has no BatchNorm form; lower eps")
+    variance = variance_from_std(norm.std.detach(), eps)
     layer = _TO_BATCH[type(norm)](
         norm.num_features,
         eps=eps,
@@ -70,10 +145,24 @@ def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None 
     assert layer.running_mean is not None
     assert layer.running_var is not None
     with torch.no_grad():
-        layer.running_mean.copy_(norm.mean)
-        layer.running_var.copy_(variance.clamp(min=0))
+        layer.running_mean.copy_(norm.mean)  # (1,) where channels share it
+        layer.running_var.copy_(variance)
     _copy_affine(norm, layer)
     return layer.train(norm.training)
+
+
+def variance_from_std(std: Tensor, eps: float) -> Tensor:
+    """Running variance with which a BatchNorm with that eps divides by `std`: std^2 - eps.
+
+    Raises:
+        ValueError: a standard deviation below sqrt(eps).
+    """
+    variance = std.square() - eps
+    if bool((variance < -1e-4 * eps).any()):  # below it only by rounding is a variance of 0
+        raise ValueError(
+            f"a standard deviation of {float(std.min()):.3g}, below sqrt(eps) = {eps**0.5:.3g}, has no BatchNorm form; lower eps"
+        )
+    return variance.clamp(min=0)
 
 
 def _copy_affine(source: nn.Module, target: nn.Module) -> None:
@@ -82,29 +171,68 @@ def _copy_affine(source: nn.Module, target: nn.Module) -> None:
             old, new = getattr(source, name), getattr(target, name)
             if old is not None:
                 new.copy_(old)
-                new.requires_grad_(old.requires_grad)
+                if isinstance(old, nn.Parameter):  # not a frozen norm's buffer
+                    new.requires_grad_(old.requires_grad)
 
 
 def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
-    """Replace every BatchNorm1d and BatchNorm2d inside `model` by its batchless counterpart, in place; see `to_batchless`.
+    """Replace every BatchNorm inside `model` by its batchless counterpart, in place; see `to_batchless`.
 
     Returns: the model, or the new layer where `model` itself is a BatchNorm. A layer used in two places stays one layer.
+
+    Raises:
+        ValueError: names every layer that cannot be converted; the model is unchanged then.
     """
-    return replace_modules(model, _BatchNorm, lambda norm: to_batchless(norm, **settings))
+    return _replace_all(model, is_batchnorm, lambda norm: to_batchless(norm, **settings))
 
 
 def convert_to_batchnorm(model: nn.Module, *, eps: float = 1e-5) -> nn.Module:
-    """Replace every batchless layer inside `model` by a BatchNorm, in place; see `to_batch`."""
-    return replace_modules(model, _BatchlessNorm, lambda norm: to_batch(norm, eps=eps))
+    """Replace every batchless layer inside `model` by a BatchNorm, in place; see `to_batch`.
+
+    Raises:
+        ValueError: names every layer that cannot be converted; the model is unchanged then.
+    """
+
+    def convert(norm: nn.Module) -> nn.Module:
+        assert isinstance(norm, _BatchlessNorm)
+        return to_batch(norm, eps=eps)
+
+    return _replace_all(model, lambda module: isinstance(module, _BatchlessNorm), convert)
+
+
+def _replace_all(
+    model: nn.Module, matches: Callable[[nn.Module], bool], convert: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """Replace all modules that match, or none."""
+    new: dict[nn.Module, nn.Module] = {}
+    problems = []
+    for name, module in model.named_modules():
+        if matches(module):
+            try:
+                new[module] = convert(module)
+            except ValueError as error:
+                problems.append(f"{name}: {error}" if name else str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return _replace(model, new.__contains__, new.__getitem__)
 
 
 def replace_modules(model: nn.Module, kind: type[nn.Module], convert: Any) -> nn.Module:
     """Replace every module of a kind inside `model` by `convert(module)`, in place; one used in two places stays one."""
+    return _replace(model, lambda module: isinstance(module, kind), convert)
+
+
+def replace_batchnorms(model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Replace every BatchNorm inside `model` by `convert(norm)`, in place, or none; raises ValueError, naming the layers."""
+    return _replace_all(model, is_batchnorm, convert)
+
+
+def _replace(model: nn.Module, matches: Callable[[nn.Module], bool], convert: Any) -> nn.Module:
     done: dict[nn.Module, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:
         if module not in done:
-            done[module] = module if not isinstance(module, kind) else convert(module)
+            done[module] = module if not matches(module) else convert(module)
             for name, child in list(module._modules.items()) if done[module] is module else []:
                 if child is not None:
                     setattr(module, name, visit(child))

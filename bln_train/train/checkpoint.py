@@ -12,7 +12,7 @@ import torch
 
 from bln_train.errors import CheckpointError, RunFolderError
 
-FORMAT = 1
+FORMAT_KEY, FORMAT = "bln_train_format", 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"bln_train_format": FORMAT, **state}, file)
+            torch.save({FORMAT_KEY: FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -73,6 +73,6 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a checkpoint of bln-train: {reason}") from error
-    if not isinstance(state, dict) or state.get("bln_train_format") != FORMAT:
+    if not isinstance(state, dict) or state.get(FORMAT_KEY) != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this version of bln-train (format {FORMAT})")
     return state

@@ -234,6 +234,11 @@ class AccumulationStep:
                 "Lower optimizer.lr, or use train.precision=bf16 or fp32.",
             )
         natural = [p.grad for p in self.statistics.natural_parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if (
+            natural and gradients
+        ):  # the scaler sees the optimizer's only: one of them has to show the statistics' overflow
+            gradients[0] += 0.0 * torch.nn.utils.get_total_norm(natural, norm_type=torch.inf)
         self.scaler.unscale_(self.optimizer)
         if natural:
             torch._foreach_mul_(natural, 1.0 / scale)

@@ -105,7 +105,7 @@ class ShortcutA(nn.Module):
     def adjoint(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """Gradient of an input of a shape from that of the output: a folded layer runs the shortcut itself, and keeps its input."""
         memory_format = torch.channels_last if _is_channels_last(grad) else torch.contiguous_format
-        out = torch.zeros(shape, dtype=grad.dtype, device=grad.device).to(memory_format=memory_format)
+        out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format).zero_()
         out[:, :, :: self.stride, :: self.stride] = grad.narrow(1, self.extra // 2, shape[1])
         return out
 

@@ -207,11 +207,19 @@ int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, l
 
 /* ---- standardised filters: weight is (num_filters, length); norm/standardize.py says what is computed ---- */
 
+/* Sum of a, and of a * b. */
+static inline void sums_of_filter(const REAL *a, const REAL *b, long length, double *sum, double *product) {
+    double sums = 0, products = 0;
+#pragma omp simd reduction(+ : sums, products)
+    for (long i = 0; i < length; i++) sums += a[i], products += (double)a[i] * b[i];
+    *sum = sums, *product = products;
+}
+
 /* Takes each filter's mean out of it; of one whose mean is rounding no bit changes. */
 void centre_filters(REAL *weight, long num_filters, long length, REAL epsilon) {
     for (REAL *filter = weight; filter < weight + num_filters * length; filter += length) {
-        double sum = 0, square = 0;
-        for (long i = 0; i < length; i++) sum += filter[i], square += (double)filter[i] * filter[i];
+        double sum, square;
+        sums_of_filter(filter, filter, length, &sum, &square);
         const REAL mean = (REAL)(sum / length);
         if (fabs((double)mean) <= epsilon * sqrt(square / length)) continue;
         for (long i = 0; i < length; i++) filter[i] -= mean;
@@ -221,8 +229,8 @@ void centre_filters(REAL *weight, long num_filters, long length, REAL epsilon) {
 /* scale, (num_filters), becomes 1 / sqrt(sum of squares + eps). */
 void filter_scale(const REAL *weight, long num_filters, long length, REAL eps, REAL *scale) {
     for (long f = 0; f < num_filters; f++) {
-        double square = 0;
-        for (long i = 0; i < length; i++) square += (double)weight[f * length + i] * weight[f * length + i];
+        double sum, square;
+        sums_of_filter(weight + f * length, weight + f * length, length, &sum, &square);
         scale[f] = (REAL)(1 / sqrt(square + eps));
     }
 }
@@ -230,8 +238,8 @@ void filter_scale(const REAL *weight, long num_filters, long length, REAL eps, R
 /* moments, (2, num_filters), become each filter's mean of grad, and its sum of grad * weight. */
 void filter_moments(const REAL *weight, const REAL *grad, long num_filters, long length, REAL *moments) {
     for (long f = 0; f < num_filters; f++) {
-        double sum = 0, along = 0;
-        for (long i = f * length; i < (f + 1) * length; i++) sum += grad[i], along += (double)grad[i] * weight[i];
+        double sum, along;
+        sums_of_filter(grad + f * length, weight + f * length, length, &sum, &along);
         moments[f] = (REAL)(sum / length);
         moments[num_filters + f] = (REAL)along;
     }

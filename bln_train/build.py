@@ -1,44 +1,33 @@
-"""The only place where a recipe becomes objects."""
+"""The only place where a recipe becomes objects, with `build_data.py` and `build_statistics.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bln_train import runtime
-from bln_train.augment import Preprocess
-from bln_train.data import DataSet, ImageSet, channel_moments, epoch_order, hold_out, load_dataset
+from bln_train import build_statistics, runtime
+from bln_train.build_data import build_preprocess, evaluate_on, input_spec, load
+from bln_train.data import DataSet
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
 from bln_train.models.trained import build_trained_model
 from bln_train.norm.batchless import BatchlessStatistics
-from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
-from bln_train.norm.reestimate import reestimate_statistics
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
-from bln_train.recipe import (
-    DEFAULT_INIT_IMAGES,
-    BatchlessNormSection,
-    BatchNormSection,
-    CosineSection,
-    GroupNormSection,
-    Recipe,
-    SgdSection,
-    StepSection,
-)
+from bln_train.recipe import Recipe
+from bln_train.recipe_norms import BatchlessNormSection, BatchNormSection, GroupNormSection
+from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
-from bln_train.train.evaluate import Evaluation, evaluate
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
-_LARGEST_AUTO_EVAL_BATCH = 256
 _AUTO_PROBE = (4, 8)  # fewer images let deep nets drift; more were measured to gain nothing
 
 
@@ -90,9 +79,9 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         model = model.to(memory_format=torch.channels_last)
     notices = [*_notices(recipe, data), *model_notices]
     if initialize and recipe.model.init is None:
-        notices += _initialize(recipe, model, data, preprocess, device)
+        notices += build_statistics.initialize(recipe, model, data, preprocess, device)
     elif initialize:  # trained weights bring their statistics
-        notices += _reestimate(recipe, model, data, preprocess, device)
+        notices += build_statistics.reestimate(recipe, model, data, preprocess, device)
 
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
@@ -142,26 +131,6 @@ def _fuse(model: nn.Module) -> Iterator[str]:
         )
 
 
-def load(recipe: Recipe) -> DataSet:
-    """The recipe's images; raises DataError, and UsageError where the classes are not those the recipe states."""
-    section = recipe.data
-    data = load_dataset(
-        section.name,
-        root=section.root,
-        download=section.download,
-        num_train=section.num_train,
-        num_test=section.num_test,
-        image_size=section.image_size,
-    )
-    stated, found = recipe.model.num_classes, len(data.class_names)
-    if stated not in (None, found):
-        raise UsageError(
-            f"model.num_classes is {stated}, but {data.source} has {found} classes",
-            "Leave model.num_classes out to take the number from the data.",
-        )
-    return hold_out(data, section.validation_fraction) if section.validation_fraction else data
-
-
 def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
     """Images of the probe; 0 for norms without one.
 
@@ -179,53 +148,6 @@ def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
         per_image = max(1, (more - few) // low)
         number = min(high, max(low, low + (one - few) // per_image))
     return min(int(number), recipe.train.effective_batch_size)
-
-
-def eval_batch_size(recipe: Recipe) -> int:
-    """Images evaluated at once. Auto: four images without gradients need less than one in training does."""
-    stated = recipe.train.eval_batch_size
-    return min(4 * recipe.train.micro_batch_size, _LARGEST_AUTO_EVAL_BATCH) if stated == "auto" else stated
-
-
-def evaluate_on(
-    recipe: Recipe, model: nn.Module, preprocess: Preprocess, device: torch.device, images: ImageSet
-) -> Evaluation:
-    """Loss and accuracy of the network on images as the recipe evaluates them."""
-    return evaluate(
-        model,
-        images,
-        preprocess,
-        device=device,
-        batch_size=eval_batch_size(recipe),
-        autocast=partial(runtime.autocast, device, recipe.train.precision),
-    )
-
-
-def build_preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
-    """Augmentation and normalisation; raises UsageError for a crop that the images are too small for."""
-    mean, std = channel_moments(data.train.images)
-    if recipe.data.normalize == "symmetric":
-        mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
-    augment, side = recipe.data.augment, min(data.train.images.shape[-2:])
-    if augment.crop_padding >= side:
-        raise UsageError(
-            f"data.augment.crop_padding is {augment.crop_padding}, but the images have {side} pixels a side"
-        )
-    return Preprocess(
-        mean,
-        std,
-        flip=augment.flip,
-        crop_padding=augment.crop_padding,
-        cutout=augment.cutout,
-        dtype=runtime.weight_dtype(recipe.train.precision),
-        channels_last=recipe.train.channels_last,
-    )
-
-
-def input_spec(data: DataSet, preprocess: Preprocess) -> InputSpec:
-    """What a network trained on these images takes."""
-    mean, std = preprocess.mean.tolist(), preprocess.std.tolist()
-    return InputSpec(data.train.images.shape[-1], tuple(mean), tuple(std), data.class_names)
 
 
 def build_network(
@@ -307,73 +229,6 @@ def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
             "The update is clipped, not the gradient: gradients gather in the momentum, whose norm is bounded by "
             f"optimizer.clip_update / (1 - momentum) = {recipe.clip_update:g} / (1 - {recipe.optimizer.momentum:g})."
         )
-
-
-def _initialize(
-    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
-) -> list[str]:
-    """Statistics from the first images of a seeded order, in slices that need no more memory than training."""
-    if not recipe.num_init_images:
-        return []
-    micro_batches = partial(_sample, recipe, data, preprocess, device, recipe.num_init_images)
-    cache = isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.init_cache
-    try:
-        floored = initialize_statistics(model, micro_batches, cache=cache)
-    except ValueError as error:
-        raise UsageError(
-            f"cannot initialise the statistics: {error}", "Set norm.init_cache=false, or see train.eval_batch_size."
-        ) from error
-    if not floored:
-        return []
-    number = min(recipe.num_init_images, len(data.train))
-    return [
-        f"Channels without variance over the first {number} images, standard deviation floored: {', '.join(floored)}."
-    ]
-
-
-def _sample(
-    recipe: Recipe, data: DataSet, preprocess: Preprocess, device: torch.device, num_images: int
-) -> Iterator[Tensor]:
-    """The first training images of a seeded order that no epoch has."""
-    index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[:num_images]
-    for part in index.split(eval_batch_size(recipe)):
-        yield preprocess.test(data.train.images[part].to(device))
-
-
-def _reestimate(
-    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
-) -> list[str]:
-    """Trained statistics measured anew on the run's images, as norm.reestimate_images has it; the function stays."""
-    section = recipe.norm
-    if not isinstance(section, BatchlessNormSection) or not section.reestimate_images:
-        return []
-    micro_batches = partial(_sample, recipe, data, preprocess, device, section.reestimate_images)
-    try:
-        kept, unreached = reestimate_statistics(model, micro_batches)
-    except ValueError as error:
-        raise UsageError(f"norm.reestimate_images: {error}", "Leave it out to keep the trained statistics.") from error
-    number = min(section.reestimate_images, len(data.train))
-    notices = [f"Statistics were measured anew on {number} images; weights and biases of the norms took up the change."]
-    if kept:
-        notices.append(
-            f"Channels that vary by less than norm.eps there keep their standard deviation: {', '.join(kept)}."
-        )
-    if unreached:
-        notices.append(f"Norms that the network does not use keep their statistics: {', '.join(unreached)}.")
-    return notices
-
-
-def calibration_sample(recipe: Recipe) -> tuple[Callable[[], Iterator[Tensor]], int, torch.dtype]:
-    """The images, in micro-batches on the CPU, from which the recipe takes statistics; their number and type of weights.
-
-    Raises:
-        UsageError, DataError: as `load` does.
-    """
-    data = load(recipe)
-    number = min(recipe.num_init_images or DEFAULT_INIT_IMAGES, len(data.train))
-    preprocess = build_preprocess(recipe, data)
-    sample = partial(_sample, recipe, data, preprocess, torch.device("cpu"), number)
-    return sample, number, runtime.weight_dtype(recipe.train.precision)
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bln_train.cli_recipes import recipes_app
 from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
 from bln_train.sizes import expand_dots, parse_size
 
@@ -26,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-recipes_app = typer.Typer(help="List, show or copy the recipes that come with bln-train.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[
@@ -52,7 +51,7 @@ def run(
     json_: JsonOption = False,
 ) -> None:
     """Train a recipe; the run folder keeps recipe, metrics, checkpoint and summary."""
-    from bln_train import console
+    from bln_train import console, console_tables
     from bln_train.recipe import Recipe
     from bln_train.recipe_file import load_any_recipe
     from bln_train.report.runlog import RunFolder, free_folder, latest_folder
@@ -90,7 +89,7 @@ def run(
     if json_:
         console.print_json({**summary, "folder": str(out)})
     else:
-        console.print_summary(summary, str(out))
+        console_tables.print_summary(summary, str(out))
 
 
 def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, resume: bool, json_: bool) -> None:
@@ -143,7 +142,7 @@ def compare(
 ) -> None:
     """Run a grid of norms and batch sizes and put accuracy, peak memory and speed side by side."""
     from bln_train import compare as grid
-    from bln_train import console
+    from bln_train import console, console_tables
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_comparison
 
@@ -169,7 +168,7 @@ def compare(
     if json_:
         console.print_json({"environment": environment, "rows": table, "folder": str(folder)})
     else:
-        console.print_comparison(table, environment.get("device", "-"))
+        console_tables.print_comparison(table, environment.get("device", "-"))
         console.print_line(f"tables and plots: {folder}")
     if not any(row["num_finished"] for row in table):
         raise BlnError("no cell of the comparison finished", f"Logs: {folder}/cells/*.log")
@@ -192,7 +191,7 @@ def memory(
     json_: JsonOption = False,
 ) -> None:
     """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
-    from bln_train import console
+    from bln_train import console, console_tables
     from bln_train.compare import plan_cells
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_memory
@@ -216,7 +215,7 @@ def memory(
     if json_:
         console.print_json({**document, "folder": str(folder)})
     else:
-        console.print_memory(document)
+        console_tables.print_memory(document)
         console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png")
     if not any(row["peak_bytes"] for row in document["rows"]):
         raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
@@ -265,14 +264,14 @@ def export(
     if batch and out.suffix == ".safetensors":
         raise UsageError("--batch: a .safetensors file holds weights, which have no batch", "Leave it out.")
     number = None if batch in ("", "dynamic") else parse_size(batch, "--batch", "dynamic, or --batch 1")
-    from bln_train import console
+    from bln_train import console, console_tables
     from bln_train.export import export as export_network
 
     result = export_network(source, out, batch=number, force=force)
     if json_:
         console.print_json(result)
     else:
-        console.print_export(result)
+        console_tables.print_export(result)
 
 
 @app.command()
@@ -301,7 +300,7 @@ def migrate(
         raise UsageError(f"--to: '{to}' is neither batchless nor batch")
     if set_ and calibrate is None:
         raise UsageError("--set changes the recipe of --calibrate, and none is given")
-    from bln_train import console
+    from bln_train import console, console_tables
     from bln_train.recipe_file import load_recipe
 
     recipe = None if calibrate is None else load_recipe(calibrate, set_ or ())
@@ -314,7 +313,7 @@ def migrate(
     if json_:
         console.print_json(result)
     else:
-        console.print_migration(result)
+        console_tables.print_migration(result)
 
 
 @app.command()
@@ -334,51 +333,6 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
     )
-
-
-@recipes_app.command("list")
-def list_recipes() -> None:
-    """Names and first lines of the shipped recipes."""
-    from bln_train import console
-    from bln_train.recipe_file import shipped_recipes
-
-    for name, path in sorted(shipped_recipes().items()):
-        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-        console.print_line(f"{name:24} {first}")
-
-
-@recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
-    """Print a shipped recipe."""
-    sys.stdout.write(_shipped(name).read_text(encoding="utf-8"))
-
-
-@recipes_app.command("copy")
-def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
-    to: Annotated[Path | None, typer.Argument(help="File or folder; default ./<name>.yaml. Never overwrites.")] = None,
-) -> None:
-    """Copy a shipped recipe, to be edited."""
-    source = _shipped(name)
-    target = to or Path(f"{name}.yaml")
-    target = target / f"{name}.yaml" if target.is_dir() else target
-    if target.exists():
-        raise BlnError(f"{target} exists; nothing was written", "Give another file name.")
-    try:
-        with source.open("rb") as old, open(target, "xb") as new:
-            shutil.copyfileobj(old, new)
-    except OSError as error:
-        raise BlnError(f"cannot write {target}: {error.strerror}") from error
-    typer.echo(f"{target}", err=False)
-
-
-def _shipped(name: str) -> Any:
-    from bln_train.recipe_file import shipped_recipes
-
-    known = shipped_recipes()
-    if name not in known:
-        raise UsageError(f"no shipped recipe '{name}'", f"There are: {', '.join(sorted(known))}.")
-    return known[name]
 
 
 def _overrides(set_: list[str] | None, device: str | None) -> list[str]:

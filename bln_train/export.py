@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bln_train import runtime
 from bln_train.augment import Preprocess
-from bln_train.build import build_network, build_preprocess, input_spec, load
+from bln_train.build import build_network
+from bln_train.build_data import build_preprocess, input_spec, load
 from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError
 from bln_train.export_formats import (
     Runner,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bln_train.build import calibration_sample
+from bln_train.build_statistics import calibration_sample
 from bln_train.errors import BlnError, CheckpointError, RecipeError, UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
@@ -28,8 +28,9 @@ from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import replace_batchnorms, to_batchless
 from bln_train.norm.convert_state import Change, batchless_layers, batchnorm_layers, state_to_batch, state_to_batchless
 from bln_train.norm.standardize import standardize_weight
-from bln_train.recipe import BatchlessNormSection, Recipe
+from bln_train.recipe import Recipe
 from bln_train.recipe_file import parse_recipe
+from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.report.runlog import CHECKPOINT
 from bln_train.train.checkpoint import FORMAT_KEY, load_checkpoint
 

@@ -18,8 +18,9 @@ from bln_train.build import Experiment, build_experiment
 from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, RecipeError, UsageError
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
-from bln_train.recipe import BatchlessNormSection, Recipe
+from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
+from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
 from bln_train.signals import stop_requests

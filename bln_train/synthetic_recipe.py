@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.functional_validators import AfterValidator
 
-from bln_train.recipe import Device, Positive, PositiveFloat, Section
+from bln_train.recipe_sections import Device, Positive, PositiveFloat, Section
 
 
 def _check_some(values: tuple[Any, ...]) -> tuple[Any, ...]:

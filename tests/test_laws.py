@@ -282,7 +282,17 @@ def test_law_8_help_needs_no_torch():
 
 LAYERS = [
     {"errors", "units", "sizes", "records", "rng", "signals", "__init__"},
-    {"strict_yaml", "recipe", "recipe_words", "recipe_file", "synthetic_recipe", "models.names", "shapes"},
+    {
+        "strict_yaml",
+        "recipe",
+        "recipe_norms",
+        "recipe_sections",
+        "recipe_words",
+        "recipe_file",
+        "synthetic_recipe",
+        "models.names",
+        "shapes",
+    },
     {
         "runtime",
         "norm.functional",
@@ -323,7 +333,7 @@ LAYERS = [
         "memory",
     },
     {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
-    {"build", "synthetic"},
+    {"build", "build_data", "build_statistics", "synthetic"},
     {
         "run",
         "migrate",
@@ -337,7 +347,8 @@ LAYERS = [
         "report",
         "run_synthetic",
     },
-    {"console", "console_synthetic"},
+    {"console", "console_tables", "console_synthetic"},
+    {"cli_recipes"},
     {"cli", "__main__"},
 ]
 

@@ -12,7 +12,8 @@ from test_laws import gradients, perturb
 from torch import nn
 from typer.testing import CliRunner
 
-from bln_train.build import build_experiment, calibration_sample
+from bln_train.build import build_experiment
+from bln_train.build_statistics import calibration_sample
 from bln_train.cli import app, main
 from bln_train.errors import CheckpointError, UsageError
 from bln_train.migrate import migrate

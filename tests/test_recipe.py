@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bln_train.errors import EXIT_USAGE, RecipeError
-from bln_train.recipe import NORM_NAMES, AdamSection, BatchlessNormSection, BatchNormSection, Recipe
+from bln_train.recipe import Recipe
 from bln_train.recipe_file import (
     dump_recipe,
     load_any_recipe,
@@ -19,6 +19,8 @@ from bln_train.recipe_file import (
     parse_recipe,
     shipped_recipes,
 )
+from bln_train.recipe_norms import NORM_NAMES, BatchlessNormSection, BatchNormSection
+from bln_train.recipe_sections import AdamSection
 
 VALID = {
     "data": "data: {name: shapes}",

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import advance, state, tiny_recipe, trained
 
-from bln_train import compare, console
-from bln_train.build import build_experiment, load
+from bln_train import compare, console_tables
+from bln_train.build import build_experiment
+from bln_train.build_data import load
 from bln_train.data import DataSet, ImageSet, hold_out, load_dataset
 from bln_train.errors import DataError, UsageError
 from bln_train.recipe_file import load_recipe
@@ -184,7 +185,7 @@ def test_the_summary_reports_the_best_epochs(tmp_path, capsys):
     assert summary["best_validation_loss"] == min(r.validation_loss for r in epochs)
     assert summary["best_validation_accuracy"] == max(r.validation_accuracy for r in epochs)
     assert summary["test_loss"] == epochs[-1].test_loss is not None
-    console.print_summary(summary, "run")
+    console_tables.print_summary(summary, "run")
     printed = capsys.readouterr().out
     assert f"best validation loss (epoch {summary['best_validation_loss_epoch']} of 3)" in printed
 
@@ -226,7 +227,7 @@ def test_comparison_shows_the_best_epochs(cells, tmp_path, capsys):
     lines = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert float(lines[0]["best_validation_accuracy_std"]) == pytest.approx(0.01)
     assert not any(key.endswith("by_run") for key in lines[0])
-    console.print_comparison(rows, "cpu")
+    console_tables.print_comparison(rows, "cpu")
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "1.100 ± 0.100" in printed
@@ -245,7 +246,7 @@ def test_without_a_split_a_comparison_is_as_before(cells, tmp_path, capsys):
     rows = compare.rows(cells)
     assert rows[0]["best_validation_loss_mean"] is None
     assert rows[0]["best_validation_loss_by_run"] == []
-    console.print_comparison(rows, "cpu")
+    console_tables.print_comparison(rows, "cpu")
     assert "alidation" not in capsys.readouterr().out
     assert [path.stem for path in plot_comparison(tmp_path, rows, "cpu")] == ["accuracy", "peak_memory"]
 

@@ -1,0 +1,145 @@
+"""The norm section of a recipe: a union by its name. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from bln_train.recipe_sections import Positive, PositiveFloat, Section
+
+DEFAULT_INIT_IMAGES = 128
+_PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
+NORM_PRESETS: dict[str, dict[str, Any]] = {
+    "batchless": {"parametrization": "log", "statistics": "natural"},
+    "batchless-paper": {"parametrization": "log", **_PAPER},
+    "batchless-paper-abs": {"parametrization": "abs", **_PAPER},
+    "batchless-paper-inv": {"parametrization": "inv", **_PAPER},
+}
+
+
+class BatchlessNormSection(Section):
+    """Batchless Normalization; the presets differ in the defaults of the settings below."""
+
+    name: Literal["batchless", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
+    parametrization: Literal["log", "abs", "inv", "var"]
+    """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
+    share: Literal["channel", "layer"] = "channel"
+    """One mean and standard deviation per channel, or one pair for the whole layer."""
+    eps: PositiveFloat = 1e-3
+    """The smallest standard deviation that data can set; `abs` adds it to |s|, `inv` to |s| before inverting. The paper's
+    presets take 1e-5."""
+    statistics: Literal["natural", "gradient"]
+    """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the
+    paper."""
+    statistics_rate: PositiveFloat | None = None
+    """natural: rate of the moving averages, at most 1, outside the schedule, default 0.1; gradient: learning rate of the
+    statistics (under the schedule), default that of the weights."""
+    nll_weight: PositiveFloat = 1.0
+    """Weight of the likelihood in the loss; `gradient` only, a natural gradient does not depend on it."""
+    nll_reduction: Literal["mean", "sum"] = "mean"
+    """Over channels: the paper's mean, or their sum; `gradient` only."""
+    gauge: bool = True
+    """Report the likelihood shifted to be 0 for inputs that follow the statistics; changes no gradient."""
+    correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Rate of the running backward correction; 0 turns it off."""
+    correction_mode: Literal["auto", "exact", "imputed"] = "auto"
+    """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
+    it off the output and takes a constant where a relu cut it off; auto is imputed where there are a fold and a probe."""
+    probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
+    turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
+    probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the change on those images that the statistics follow at once."""
+    init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or
+    none with model.init, which brings them."""
+    init_cache: bool = False
+    """Initialise in one evaluation of those images instead of one for each layer in depth, with their activations in host
+    memory."""
+    reestimate_images: Annotated[int, Field(ge=0)] = 0
+    """With model.init: training images on which the trained statistics are measured anew before the first step; weight and
+    bias take up the change, so that the network computes what it did. 0 keeps the trained ones."""
+    fold: bool = True
+    """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
+
+    @property
+    def resolved_correction_mode(self) -> Literal["exact", "imputed"]:
+        """`correction_mode`, auto resolved."""
+        if self.correction_mode != "auto":
+            return self.correction_mode
+        return "imputed" if self.fold and self.probe_images and self.correction_rate else "exact"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = {**NORM_PRESETS.get(str(data.get("name")), {}), **data}
+        if filled.get("statistics") == "natural":
+            filled.setdefault("statistics_rate", 0.1)
+        return filled
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchlessNormSection:
+        if self.init_cache and not self.init_images:
+            raise ValueError("init_cache: there is nothing to initialise with init_images 0")
+        if self.correction_mode == "imputed":
+            for key, missing in (("fold", not self.fold), ("probe_images", not self.probe_images)):
+                if missing:
+                    raise ValueError(
+                        f"correction_mode: imputed works in folded norms and is measured on the probe; set {key}"
+                    )
+        if self.correction_mode != "auto" and not self.correction_rate:
+            raise ValueError("correction_mode: there is no correction with correction_rate 0")
+        if self.statistics == "natural":
+            if self.statistics_rate is None or self.statistics_rate > 1:
+                raise ValueError("statistics_rate: natural statistics need a rate of at most 1")
+            for key, neutral in (("nll_weight", 1.0), ("nll_reduction", "mean")):
+                if getattr(self, key) != neutral:
+                    raise ValueError(
+                        f"{key}: natural statistics do not depend on it; set statistics_rate, or statistics: gradient"
+                    )
+        return self
+
+
+class GroupNormSection(Section):
+    """Group normalisation (Wu & He 2018)."""
+
+    name: Literal["group"]
+    num_groups: Positive = 8
+    """Groups of each layer; a layer whose channels do not divide uses the greatest common divisor."""
+
+
+class BatchNormSection(Section):
+    """Batch normalisation over each micro-batch, or with statistics frozen after initialisation."""
+
+    name: Literal["batch", "batch-frozen"]
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Rate of the running averages that evaluation uses; `batch` only."""
+    init_images: Positive | Literal["auto"] = "auto"
+    """Training images from which frozen statistics are taken, `batch-frozen` only; auto is 128, or none with model.init, which
+    brings them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            foreign = {"batch": "init_images", "batch-frozen": "momentum"}.get(str(data.get("name")))
+            if foreign and foreign in data and data[foreign] != cls.model_fields[foreign].default:
+                raise ValueError(f"{foreign}: {data['name']} does not use it")
+        return data
+
+
+class PlainNormSection(Section):
+    """Norms without settings: layer (over channels and space), instance (per channel, over space), none."""
+
+    name: Literal["layer", "instance", "none"]
+
+
+Norm = Annotated[
+    BatchlessNormSection | GroupNormSection | BatchNormSection | PlainNormSection, Field(discriminator="name")
+]
+NORM_NAMES: tuple[str, ...] = tuple(
+    name for section in get_args(get_args(Norm)[0]) for name in get_args(section.model_fields["name"].annotation)
+)

@@ -23,7 +23,7 @@ from bln_train.models.layers import InstanceDropout, InstanceStochasticDepth, No
 from bln_train.models.names import TIMM, TORCHVISION
 from bln_train.models.trained import batchnorm_like, listed, load_trained, trained_norm
 from bln_train.norm.convert import replace_batchnorms, replace_modules, with_activation_of
-from bln_train.norm.standardize import StandardizedConv2d
+from bln_train.norm.standardize import StandardizedConv2d, conv_like
 
 PRETRAINED = "pretrained"
 _HAVE_BATCHNORM = "resnet*, resnext*, densenet*, mobilenet_*, efficientnet_*, regnet_*, vgg*_bn and others"
@@ -233,20 +233,8 @@ def _trace(
 def _standardized(conv: nn.Conv2d) -> nn.Conv2d:
     if type(conv) is not nn.Conv2d or conv.weight[0].numel() == 1:  # a filter of one weight has no variance
         return conv
-    assert isinstance(conv.padding, str | tuple)
-    new = StandardizedConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]  # torch's tuples have no length
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-    )
-    new.weight, new.bias = conv.weight, conv.bias
-    return new
+    assert isinstance(conv.weight, nn.Parameter)
+    return conv_like(conv, StandardizedConv2d, conv.weight)
 
 
 def pretrained_file(name: str) -> Path:

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.convert import replace_modules
 from bln_train.norm.fuse import unfuse
-from bln_train.norm.standardize import StandardizedConv2d, standardize_weight
+from bln_train.norm.standardize import StandardizedConv2d, conv_like, standardize_weight
 from bln_train.norm.trace import calls, module_before, trace
 
 _AFFINE_IN_EVAL = (_BatchlessNorm, _BatchNorm)
@@ -87,7 +87,7 @@ def merge_norms(model: nn.Module) -> MergeReport:
     """
     unfuse(model)
     model.eval()
-    replace_modules(model, StandardizedConv2d, _plain)
+    replace_modules(model, StandardizedConv2d, lambda c: conv_like(c, nn.Conv2d, _fixed(standardize_weight(c.weight))))
     norms = {name: module for name, module in model.named_modules() if name and isinstance(module, _NORMS)}
     kept = {name: why for name, norm in norms.items() if (why := _why_kept(norm))}
     pairs, reasons = _pairs(model, {norm for name, norm in norms.items() if name not in kept})
@@ -180,25 +180,6 @@ def _absorb(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
     weight, bias = linear.weight, linear.bias
     linear.weight = _fixed(weight * scale.view(-1, *([1] * (weight.dim() - 1))))
     linear.bias = _fixed(shift if bias is None else torch.addcmul(shift, bias, scale))
-
-
-def _plain(conv: StandardizedConv2d) -> nn.Conv2d:
-    """A convolution that holds the weight which a standardised one computes from its own."""
-    new = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]  # torch's tuples have no length
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        device="meta",
-    )
-    new.weight = _fixed(standardize_weight(conv.weight))
-    new.bias = conv.bias
-    return new
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

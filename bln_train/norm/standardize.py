@@ -157,6 +157,24 @@ class StandardizedConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+def conv_like(conv: nn.Conv2d, kind: type[nn.Conv2d], weight: nn.Parameter) -> nn.Conv2d:
+    """A convolution of a kind with the arguments and the bias of another one, and a weight of its shape."""
+    new = kind(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]  # torch's tuples have no length
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        device="meta",
+    )
+    new.weight, new.bias = weight, conv.bias
+    return new
+
+
 @contextmanager
 def standardize_once(convs: list[StandardizedConv2d]) -> Iterator[None]:
     """Standardise each weight once for all forwards and backwards inside, instead of once for each micro-batch.

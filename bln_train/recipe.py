@@ -53,7 +53,8 @@ class Recipe(Section):
                 )
             if self.model.init is not None and self.norm.init_cache:
                 problems.append("norm.init_cache: with model.init nothing is initialised from images; leave it out")
-        if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in ("auto", 0):
+        unused = ("auto", 0, DEFAULT_INIT_IMAGES)  # the last is what earlier runs wrote out
+        if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in unused:
             problems.append("norm.init_images: with model.init the statistics are the trained ones; leave it out")
         if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
             problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")

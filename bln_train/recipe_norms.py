@@ -126,7 +126,9 @@ class BatchNormSection(Section):
     def _check(cls, data: Any) -> Any:
         if isinstance(data, dict):
             foreign = {"batch": "init_images", "batch-frozen": "momentum"}.get(str(data.get("name")))
-            if foreign and foreign in data and data[foreign] != cls.model_fields[foreign].default:
+            # Earlier runs wrote the default out as a number.
+            written = (cls.model_fields[foreign].default, DEFAULT_INIT_IMAGES) if foreign else ()
+            if foreign and foreign in data and data[foreign] not in written:
                 raise ValueError(f"{foreign}: {data['name']} does not use it")
         return data
 

@@ -22,7 +22,7 @@ from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.recipe import Recipe
-from bln_train.recipe_norms import BatchlessNormSection, BatchNormSection, GroupNormSection
+from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
 from bln_train.train.step import AccumulationStep
@@ -224,6 +224,8 @@ def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
         )
     if recipe.train.effective_batch_size > len(data.train):
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."
+    if recipe.model.init is not None and getattr(recipe.norm, "init_images", None) == DEFAULT_INIT_IMAGES:
+        yield "norm.init_images is not used: with model.init the statistics are the trained ones."
     if recipe.clip_update is not None and isinstance(recipe.optimizer, SgdSection):
         yield (
             "The update is clipped, not the gradient: gradients gather in the momentum, whose norm is bounded by "

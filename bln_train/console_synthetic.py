@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from bln_train.console import out, print_line
+from bln_train.console_tables import narrow_table
 from bln_train.units import format_seconds
 
 
@@ -21,7 +18,7 @@ def print_synthetic(summary: dict[str, Any], folder: str) -> None:
     for num_samples in dict.fromkeys(row["num_samples"] for row in summary["errors"]):
         for size in sizes:
             print_line(f"Errors of mean and std after {num_samples} samples in batches of {size}")
-            table = _narrow_table("estimator", [f"{stream}\nmean  std" for stream in streams])
+            table = narrow_table("estimator", [f"{stream}\nmean  std" for stream in streams])
             for label in labels:
                 found = [cells.get((num_samples, size, label, stream)) for stream in streams]
                 table.add_row(label, *(_error_pair(row) for row in found))
@@ -29,7 +26,7 @@ def print_synthetic(summary: dict[str, Any], folder: str) -> None:
     if summary["recoveries"]:
         jumps = list(dict.fromkeys(row["stream"] for row in summary["recoveries"]))
         print_line(f"Samples after a jump until both errors are at most {summary['recovered_below']:g}")
-        table = _narrow_table("estimator", [f"{jump}\nbatch {size}" for jump in jumps for size in sizes])
+        table = narrow_table("estimator", [f"{jump}\nbatch {size}" for jump in jumps for size in sizes])
         times = {(r["label"], r["stream"], r["batch_size"]): r["num_samples"] for r in summary["recoveries"]}
         for label in labels:
             found_times = [times.get((label, jump, size)) for jump in jumps for size in sizes]
@@ -51,14 +48,6 @@ def print_synthetic(summary: dict[str, Any], folder: str) -> None:
         f"device: {summary['environment']['device']}; torch {summary['environment']['torch']}; {summary['date']}"
     )
     print_line(f"run:    {folder}; errors.csv, {len(summary['plots'])} plots; {format_seconds(summary['seconds'])}")
-
-
-def _narrow_table(first: str, headings: Iterable[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    table.add_column(first, no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def _error_pair(row: dict[str, Any] | None) -> str:

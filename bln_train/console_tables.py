@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich import box
@@ -84,15 +85,6 @@ def print_export(result: dict[str, Any]) -> None:
 
 def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
     """The table of a comparison, on stdout."""
-    table = Table(
-        title="Peak memory of training and accuracy",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=0,  # the longest norm's name must leave room for the rest in 80 columns
-    )
-    table.add_column("norm", no_wrap=True)
     headings = (
         "effective\nbatch",
         "micro-\nbatch",
@@ -102,8 +94,7 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
         "test\naccuracy %",
         "runs",
     )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = narrow_table("norm", headings, title="Peak memory of training and accuracy")
     failures = []
     for row in rows:
         table.add_row(
@@ -133,17 +124,8 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
 
 
 def _print_best_validation(rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        title="\nBest epoch on the validation images",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=0,
-    )
-    table.add_column("norm", no_wrap=True)
-    for heading in ("effective\nbatch", "micro-\nbatch", "best\nloss", "in\nepoch", "best\naccuracy %", "in\nepoch"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("effective\nbatch", "micro-\nbatch", "best\nloss", "in\nepoch", "best\naccuracy %", "in\nepoch")
+    table = narrow_table("norm", headings, title="\nBest epoch on the validation images")
     for row in rows:
         table.add_row(
             row["norm"],
@@ -174,16 +156,7 @@ def _format_range(values: list[int]) -> str:
 def print_memory(document: dict[str, Any]) -> None:
     """The table of a memory sweep, on stdout, within 80 columns."""
     rows, floor = document["rows"], document["floor"]
-    table = Table(
-        title=f"What training takes: {escape(document['model'])}, {document['precision']}, {document['optimizer']}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=0,
-    )
-    table.add_column("norm", no_wrap=True)
-    for heading in (
+    headings = (
         "micro-\nbatch",
         "effective\nbatch",
         "saved/\nimage",
@@ -191,8 +164,12 @@ def print_memory(document: dict[str, Any]) -> None:
         "peak/\nfloor",
         "ms/\nimage",
         "x\nnone",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    )
+    table = narrow_table(
+        "norm",
+        headings,
+        title=f"What training takes: {escape(document['model'])}, {document['precision']}, {document['optimizer']}",
+    )
     sizes = None
     for row in rows:
         if sizes not in (None, (row["micro_batch_size"], row["effective_batch_size"])):
@@ -255,3 +232,12 @@ def print_migration(result: dict[str, Any]) -> None:
         table.add_row(escape(change["layer"]), change["before"], change["after"], str(change["num_channels"]), spread)
     out.print(table)
     print_line(f"{len(result['changes'])} layers changed, {result['num_tensors']} tensors written to {result['out']}")
+
+
+def narrow_table(first: str, headings: Iterable[str], title: str | None = None) -> Table:
+    """An empty table of a name and numbers without room between its columns: many of them fit 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.add_column(first, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table

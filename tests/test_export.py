@@ -444,6 +444,22 @@ def test_a_file_that_computes_something_else_is_not_kept(folder, out, monkeypatc
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
 
 
+def test_the_tolerance_is_never_below_what_rounding_does(folder, out, monkeypatch):
+    """A right file is kept where the run's own float32 rounding is above the tolerance, a wrong one is not."""
+    monkeypatch.setattr(export_module, "TOLERANCE", 1e-12)
+    result = export(folder, out / "model.safetensors")
+    assert 1e-12 < result["max_rel_difference"] <= result["tolerance"] < 1e-4
+
+    def wrong(network):
+        report = merge_norms(network)
+        network.fc.bias.data[3] += 0.01
+        return report
+
+    monkeypatch.setattr(export_module, "merge_norms", wrong)
+    with pytest.raises(ExportError, match="over the tolerance"):
+        export(folder, out / "wrong.safetensors")
+
+
 class DependsOnData(nn.Module):
     """A network that no capture can follow."""
 

@@ -387,17 +387,3 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
 def test_reading_recipes_imports_no_torch() -> None:
     code = "import sys, bln_train.recipe_file as r; r.shipped_recipes(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
-@pytest.mark.parametrize(
-    ("model", "norm"),
-    [("resnet8", "batch"), ("resnet8, init: trained.pt", "batchless"), ("resnet8, init: trained.pt", "batch-frozen")],
-)
-def test_recipes_that_earlier_versions_wrote_out_are_read(tmp_path, model, norm):
-    """Their run folders have init_images: 128, then the default, also where nothing used it."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"data: {{name: shapes}}\nmodel: {{name: {model}}}\nnorm: {{name: {norm}, init_images: 128}}\n"
-        "train: {epochs: 1, micro_batch_size: 1}\noptimizer: {name: sgd, lr: 0.1}\nschedule: {name: cosine}\n"
-    )
-    assert load_recipe(str(path)).num_init_images == 0

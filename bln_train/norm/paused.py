@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from bln_train.norm.moments import StopForward
+from bln_train.norm.strata import storage_key
 
 
 class PausedForward:
@@ -113,10 +114,10 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {_key(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {storage_key(leaf) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
         for leaf in tree_iter(out):
-            if isinstance(leaf, Tensor) and (key := _key(leaf)) not in given and key is not None:
+            if isinstance(leaf, Tensor) and (key := storage_key(leaf)) not in given and key is not None:
                 self._add(key, leaf.untyped_storage())
         return out
 
@@ -130,10 +131,3 @@ class _Made(TorchDispatchMode):
     def storages(self) -> list[torch.UntypedStorage]:
         """Those that are alive."""
         return [storage for made in list(self._made.values()) if (storage := made()) is not None and storage.nbytes()]
-
-
-def _key(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse: it stays where it is
-        return None

@@ -62,13 +62,13 @@ class _Dependencies(TorchDispatchMode):
         """What a computation on `values` depends on."""
         found = self._escaped
         for value in values:
-            if isinstance(value, Tensor) and (key := _storage_key(value)) in self._of:
+            if isinstance(value, Tensor) and (key := storage_key(value)) in self._of:
                 found |= self._of[key]
         return found
 
     def add(self, tensor: Tensor, needs: Norms) -> None:
         """Note that a tensor depends on `needs`, besides what it did before."""
-        key = _storage_key(tensor)
+        key = storage_key(tensor)
         if key is None:
             self._escaped |= needs
         elif key in self._of:
@@ -81,10 +81,11 @@ class _Dependencies(TorchDispatchMode):
             self._of[key], self._alive[key] = needs, weakref.ref(tensor.untyped_storage(), forget)
 
 
-def _storage_key(tensor: Tensor) -> int | None:
+def storage_key(tensor: Tensor) -> int | None:
+    """What tensors of one storage have in common while it lives; None where there is none, as of sparse ones."""
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse
+    except (NotImplementedError, RuntimeError):
         return None
 
 

@@ -94,9 +94,9 @@ def test_floor_is_parameters_momentum_and_one_image():
 
 
 def test_timed_images():
-    """The effective batch is timed whole up to four micro-batches or 64 images."""
+    """The effective batch is timed whole up to four micro-batches or 128 images."""
     timed = [sweep.num_timed_images(micro, effective) for micro, effective in ((1, 8), (1, 1024), (8, 128), (64, 1024))]
-    assert timed == [8, 64, 64, 256]
+    assert timed == [8, 128, 128, 256]
 
 
 # The command

@@ -35,7 +35,7 @@ from bln_train.run import explained_failures
 from bln_train.train.step import AccumulationStep
 
 TABLE_JSON, TABLE_CSV = "memory.json", "memory.csv"
-_MIN_TIMED_IMAGES, _MIN_TIMED_MICRO_BATCHES = 64, 4
+_MIN_TIMED_IMAGES, _MIN_TIMED_MICRO_BATCHES = 128, 4
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
 
 
 def num_timed_images(micro: int, effective: int) -> int:
-    """Images of a timed step: the effective batch, or four micro-batches and at least 64 images where that is less."""
+    """Images of a timed step: the effective batch, or four micro-batches and at least 128 images where that is less."""
     return min(effective, max(_MIN_TIMED_MICRO_BATCHES * micro, _MIN_TIMED_IMAGES))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bln_train import build_statistics, runtime
+from bln_train.augment import Preprocess
 from bln_train.build_data import build_preprocess, evaluate_on, input_spec, load
 from bln_train.data import DataSet
 from bln_train.errors import UsageError
@@ -65,24 +66,49 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         cudnn_benchmark=recipe.runtime.cudnn_benchmark,
         tf32=recipe.train.precision == "tf32",
     )
-    autocast = partial(runtime.autocast, device, recipe.train.precision)
-    autocast()  # says at once if the device cannot do the precision
-
+    runtime.autocast(device, recipe.train.precision)  # says at once if the device cannot do the precision
     data = load(recipe) if data is None else data
     preprocess = build_preprocess(recipe, data)
     images = input_spec(data, preprocess)
-    model, model_notices = build_network(
+    model, notices = network_on(device, recipe, data, preprocess, images, initialize=initialize)
+    return assemble(recipe, model, data, preprocess, images, device, notices=(*_notices(recipe, data), *notices))
+
+
+def network_on(
+    device: torch.device,
+    recipe: Recipe,
+    data: DataSet,
+    preprocess: Preprocess,
+    images: InputSpec,
+    *,
+    initialize: bool,
+) -> tuple[nn.Module, list[str]]:
+    """The network on its device, with its statistics; see `build_network`."""
+    model, notices = build_network(
         recipe, num_classes=len(images.class_names), image_size=images.image_size, initialize=initialize
     )
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    notices = [*_notices(recipe, data), *model_notices]
     if initialize and recipe.model.init is None:
         notices += build_statistics.initialize(recipe, model, data, preprocess, device)
     elif initialize:  # trained weights bring their statistics
         notices += build_statistics.reestimate(recipe, model, data, preprocess, device)
+    return model, notices
 
+
+def assemble(
+    recipe: Recipe,
+    model: nn.Module,
+    data: DataSet,
+    preprocess: Preprocess,
+    images: InputSpec,
+    device: torch.device,
+    *,
+    notices: Sequence[str] = (),
+) -> Experiment:
+    """What trains a network that is there: folded layers, optimizer, step and trainer."""
+    notices = list(notices)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
         why = why_not_compiled() if device.type == "cpu" else ""
@@ -99,7 +125,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         micro_batch_size=recipe.train.micro_batch_size,
         label_smoothing=recipe.train.label_smoothing,
         clip_norm=recipe.clip_norm,
-        autocast=autocast,
+        autocast=partial(runtime.autocast, device, recipe.train.precision),
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
     )
     step.probe_images = probe_images(recipe, step, data)

@@ -40,9 +40,10 @@ def load(recipe: Recipe) -> DataSet:
 
 def build_preprocess(recipe: Recipe, data: DataSet) -> Preprocess:
     """Augmentation and normalisation; raises UsageError for a crop that the images are too small for."""
-    mean, std = channel_moments(data.train.images)
     if recipe.data.normalize == "symmetric":
-        mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
+        mean = std = torch.full((data.train.images.shape[1],), 0.5, dtype=torch.float64)
+    else:
+        mean, std = channel_moments(data.train.images)
     augment, side = recipe.data.augment, min(data.train.images.shape[-2:])
     if augment.crop_padding >= side:
         raise UsageError(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bln_train.cli_memory import memory, plan
+from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
 from bln_train.cli_recipes import recipes_app
 from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
 from bln_train.sizes import expand_dots, parse_size
@@ -27,16 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.epochs=3; repeatable."),
-]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<index>; overrides the recipe.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command()
@@ -56,7 +48,7 @@ def run(
     from bln_train.recipe_file import load_any_recipe
     from bln_train.report.runlog import RunFolder, free_folder, latest_folder
 
-    loaded = load_any_recipe(recipe, _overrides(set_, device))
+    loaded = load_any_recipe(recipe, overrides(set_, device))
     name = Path(recipe).stem
     base = Path("runs") / name
     if not isinstance(loaded, Recipe):
@@ -146,16 +138,16 @@ def compare(
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_comparison
 
-    loaded = load_recipe(recipe, _overrides(set_, device))
+    loaded = load_recipe(recipe, overrides(set_, device))
     folder = out or Path("comparisons") / Path(recipe).stem
     cells = grid.plan_cells(
         loaded,
         folder,
         norms=[n.strip() for n in norm.split(",") if n.strip()],
-        effective_batches=_sizes(effective_batch, "--effective-batch") if effective_batch else (),
+        effective_batches=sizes(effective_batch, "--effective-batch") if effective_batch else (),
         micro_batches=[
             "full" if text == "full" else parse_size(text, "--micro-batch")
-            for text in expand_dots(_split(micro_batch), "--micro-batch")
+            for text in expand_dots(split(micro_batch), "--micro-batch")
         ],
         num_seeds=seeds,
     )
@@ -174,51 +166,8 @@ def compare(
         raise BlnError("no cell of the comparison finished", f"Logs: {folder}/cells/*.log")
 
 
-@app.command()
-def memory(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
-    ] = "cifar10_mb1",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "none,batch,group,batchless",
-    micro_batch: Annotated[str, typer.Option(help="Micro-batches, comma-separated.")] = "1,8,64",
-    effective_batch: Annotated[str, typer.Option(help="Effective batches, comma-separated.")] = "1,128,1024",
-    set_: SetOption = None,
-    device: DeviceOption = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 5,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder; default memory/<recipe>. Its memory.* files are overwritten.")
-    ] = None,
-    json_: JsonOption = False,
-) -> None:
-    """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
-    from bln_train import console, console_tables
-    from bln_train.compare import plan_cells
-    from bln_train.recipe_file import load_recipe
-    from bln_train.report.plots import plot_memory
-
-    loaded = load_recipe(recipe, _overrides(set_, device)).untrained()
-    folder = out or Path("memory") / Path(recipe).stem
-    cells = plan_cells(
-        loaded,
-        folder,
-        norms=_split(norm),
-        effective_batches=_sizes(effective_batch, "--effective-batch"),
-        micro_batches=_sizes(micro_batch, "--micro-batch"),
-    )
-
-    from bln_train.memory import sweep  # torch, from here on
-
-    with console.show_cells(sweep.num_stages(cells)) as show:
-        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
-    sweep.write_tables(folder, document)
-    plot_memory(folder, document)
-    if json_:
-        console.print_json({**document, "folder": str(folder)})
-    else:
-        console_tables.print_memory(document)
-        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png")
-    if not any(row["peak_bytes"] for row in document["rows"]):
-        raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
+app.command()(memory)
+app.command()(plan)
 
 
 @app.command()
@@ -333,21 +282,6 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
     )
-
-
-def _overrides(set_: list[str] | None, device: str | None) -> list[str]:
-    return [*(set_ or ()), *([f"runtime.device={device}"] if device else [])]
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _sizes(text: str, option: str) -> list[int]:
-    sizes = [parse_size(part, option) for part in expand_dots(_split(text), option)]
-    if not sizes:
-        raise UsageError(f"{option}: name at least one batch size", f"Example: {option} 1,8,64")
-    return sizes
 
 
 def main() -> None:

@@ -114,6 +114,16 @@ class Recipe(Section):
         return DEFAULT_INIT_IMAGES if setting == "auto" else int(setting)
 
     @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.data.image_size or 32
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the network, as far as the recipe tells: a folder has as many classes as folders, here 10."""
+        return self.model.num_classes or (100 if self.data.name == "cifar100" else 10)
+
+    @property
     def clip_norm(self) -> float | None:
         """Bound on the gradient norm, `auto` resolved; None where gradients gather in the momentum."""
         setting = self.optimizer.clip_norm

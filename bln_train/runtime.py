@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from bln_train.errors import UsageError
 from bln_train.norm.compiled import use_compiled, uses_compiled
 
+_LEAST_HEADROOM = 256 * 2**20
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +51,38 @@ def device_name(device: torch.device) -> str:
     model = (model or platform.processor() or platform.machine()).strip()
     count = torch.get_num_threads()
     return f"{model} CPU, {count} thread{'s' * (count > 1)}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory that training may take of a device."""
+
+    num_bytes: int
+    source: str
+    """Where the number comes from, for people."""
+
+
+def free_budget(device: torch.device) -> Budget:
+    """What is free on the device less a headroom for what others and the driver still take: a tenth, at least 256 MiB.
+
+    On CUDA what this process' allocator holds counts as free. On the CPU it is the system's estimate of what can be had without
+    swapping, half of the physical memory where the system gives none.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        what = f"free on {torch.cuda.get_device_name(device)}"
+    else:
+        free, what = _available_memory(), "available on this machine"
+    headroom = max(_LEAST_HEADROOM, free // 10)
+    return Budget(max(1, free - headroom), f"{what}, less {headroom / 2**20:.0f} MiB")
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 4 * 2**30 if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def weight_dtype(precision: str) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -17,6 +19,23 @@ def format_bytes(num_bytes: float | None) -> str:
     while abs(value) >= 1024 and power < len(_BINARY) - 1:
         value, power = value / 1024, power + 1
     return f"{value:.0f} B" if power == 0 else f"{value:.2f} {_BINARY[power]}"
+
+
+_UNITS = {"": 1, "B": 1, **{f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a byte count: a number and B, KiB, MiB, GiB, TiB or KB, MB, GB, TB, in any case; raises ValueError.
+
+    >>> parse_bytes("4GiB"), parse_bytes("1.5 kb"), parse_bytes("512")
+    (4294967296, 1500, 512)
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    unit = next((size for name, size in _UNITS.items() if match and name.lower() == match[2].lower()), None)
+    if match is None or unit is None or not 0 < float(match[1]) * unit < 2**63:
+        raise ValueError(f"'{text}' is not a size above 0, like 4GiB or 800MiB")
+    return round(float(match[1]) * unit)
 
 
 def format_seconds(seconds: float | None) -> str:

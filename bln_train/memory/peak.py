@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from bln_train.records import MemoryRecord
 from bln_train.runtime import device_name
@@ -20,6 +19,15 @@ from bln_train.runtime import device_name
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each storage counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_in(value)
 
 
 class StorageTracker(TorchDispatchMode):
@@ -43,16 +51,15 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
+        for tensor in tensors_in(out):
+            self._add(tensor)
         self._see_peak()
         return out
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or storage.device.type == "meta":
+        if key in self._live or tensor.device.type == "meta":  # a fake tensor names the device that it stands for
             return
         num_bytes, self._births = storage.nbytes(), self._births + 1
 
@@ -60,9 +67,17 @@ class StorageTracker(TorchDispatchMode):
             _, size, birth = self._live.pop(key)
             self.live_bytes -= size
             self._died_since_peak.append((key, size, birth))
+            self._died(birth)
 
         self._live[key] = (weakref.ref(storage, forget), num_bytes, self._births)
         self.live_bytes += num_bytes
+        self._born(num_bytes)
+
+    def _born(self, num_bytes: int) -> None:
+        """A storage is there; its serial number is the count of births."""
+
+    def _died(self, serial: int) -> None:
+        """A storage is gone."""
 
     def _see_peak(self) -> None:
         if self.live_bytes > self.peak_bytes:

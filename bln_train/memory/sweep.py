@@ -85,8 +85,7 @@ def random_data(recipe: Recipe, num_images: int) -> DataSet:
 
     The side is data.image_size, else 32; the classes are model.num_classes, else 100 for cifar100 and 10 for all others.
     """
-    side = recipe.data.image_size or 32
-    num_classes = recipe.model.num_classes or (100 if recipe.data.name == "cifar100" else 10)
+    side, num_classes = recipe.image_size, recipe.num_classes
     generator = torch.Generator().manual_seed(0)
 
     def draw(num: int) -> ImageSet:

@@ -10,9 +10,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("epilogue.c")
 # OpenMP by the name under which PyTorch has loaded its own, so that there is one pool of threads; without it, one thread.
@@ -20,12 +24,18 @@ _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 _COMMON = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
 
 _wanted = True
+_hollow = False
 
 
 def use_compiled(wanted: bool) -> None:
     """Let folded layers run compiled kernels on the CPU where they can (the default), or PyTorch's operators alone."""
     global _wanted
     _wanted = wanted
+
+
+def compiled_is_wanted() -> bool:
+    """What `use_compiled` was told."""
+    return _wanted
 
 
 TYPES = {torch.float32: "float", torch.float64: "double"}  # of C, for which `library` has kernels
@@ -41,9 +51,33 @@ def uses_compiled() -> bool:
     return library("float") is not None
 
 
-def library(real: str) -> ctypes.CDLL | None:
+def library(real: str) -> Any:
     """The kernels for a C type, "float" or "double"; None where there is no compiler, or none is wanted."""
-    return _build(real)[0] if _wanted else None
+    kernels = _build(real)[0] if _wanted else None
+    return _HollowKernels() if _hollow and kernels is not None else kernels
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's memory begins, for a kernel; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _HollowKernels:
+    """Every kernel's signature, and none of its work."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *arguments: 0
+
+
+@contextmanager
+def hollow_kernels() -> Iterator[None]:
+    """Let kernels be called and do nothing inside, for tensors whose values nobody asks for."""
+    global _hollow
+    before, _hollow = _hollow, True
+    try:
+        yield
+    finally:
+        _hollow = before
 
 
 @functools.cache

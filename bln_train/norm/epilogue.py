@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bln_train.norm.compiled import TYPES, library
+from bln_train.norm.compiled import TYPES, address, library
 
 Activation = Literal["identity", "relu", "leaky_relu"]
 _CODES = {"identity": 0, "relu": 1, "leaky_relu": 2}
@@ -185,9 +185,9 @@ def backward(
     given = order if given is None and activation == "identity" else given
     residual = residual if residual is None else in_order_of(residual, order)
     failed = kernels.backward(
-        grad_out.data_ptr(), address(z), address(given), address(residual), table.data_ptr(), sums.data_ptr(),
+        address(grad_out), address(z), address(given), address(residual), address(table), address(sums),
         address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, code(activation), slope,
-        corrects, num_threads(order), grad_y.data_ptr(), address(grad), vectors.data_ptr(),
+        corrects, num_threads(order), address(grad_y), address(grad), address(vectors),
     )  # fmt: skip
     if failed:
         raise MemoryError("the backward pass of a folded layer ran out of memory")
@@ -271,8 +271,8 @@ def _compiled_forward(
         residual = in_order_of(residual if residual.dtype == y.dtype else residual.to(y.dtype), y)
     num_images, num_channels = y.shape[:2]
     failed = kernels.forward(
-        y.data_ptr(), address(residual), address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
-        num_watched, code(activation), slope, num_threads(y), sums.data_ptr(), address(watched), address(nll),
+        address(y), address(residual), address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
+        num_watched, code(activation), slope, num_threads(y), address(sums), address(watched), address(nll),
     )  # fmt: skip
     if failed:
         raise MemoryError("the forward pass of a folded layer ran out of memory")
@@ -297,11 +297,6 @@ def code(activation: Activation) -> int:
 def num_threads(tensor: Tensor) -> int:
     """Threads that a kernel over such a tensor should start."""
     return 1 if tensor.numel() < _WORTH_THREADS else torch.get_num_threads()
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where its memory begins; None for no tensor."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def channels_last(tensor: Tensor) -> bool:

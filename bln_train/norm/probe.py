@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bln_train.norm.epilogue import Activation, address, code, in_order_of, kernels_for, map_, num_threads, sums_of
+from bln_train.norm.compiled import address
+from bln_train.norm.epilogue import Activation, code, in_order_of, kernels_for, map_, num_threads, sums_of
 from bln_train.norm.functional import raw_from_std, std_from_raw
 from bln_train.norm.update import by_kind, moments, stack
 
@@ -74,9 +75,9 @@ class Following:
         num_images, num_channels = y.shape[:2]
         self.found = torch.empty(2, num_channels, dtype=y.dtype)
         failed = kernels.follow(
-            y.data_ptr(), address(residual), self.table.data_ptr(), address(unit), num_images,
+            address(y), address(residual), address(self.table), address(unit), num_images,
             y.numel() // (num_images * num_channels), num_channels, code(activation), slope, self.gain, self.eps, self.shared,
-            num_threads(y), self.found.data_ptr(),
+            num_threads(y), address(self.found),
         )  # fmt: skip
         if failed:
             raise MemoryError("the probe's forward of a folded layer ran out of memory")

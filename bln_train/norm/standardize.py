@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bln_train.norm.compiled import TYPES, library
+from bln_train.norm.compiled import TYPES, address, library
 
 
 class _StandardizeWeight(torch.autograd.Function):
@@ -57,7 +57,7 @@ def filter_scale(weight: Tensor, eps: float = 1e-4) -> Tensor:
     kernels = _kernels(weight)
     if kernels is not None:
         scale = torch.empty((weight.shape[0], *[1] * (weight.dim() - 1)), dtype=weight.dtype)
-        kernels.filter_scale(weight.data_ptr(), weight.shape[0], weight[0].numel(), eps, scale.data_ptr())
+        kernels.filter_scale(address(weight), weight.shape[0], weight[0].numel(), eps, address(scale))
         return scale
     return _filter_norm(weight).square_().add_(eps).rsqrt_()
 
@@ -81,7 +81,7 @@ def centre_filters(weight: Tensor) -> None:
     kernels = _kernels(weight)
     if kernels is not None:
         epsilon = torch.finfo(weight.dtype).eps
-        kernels.centre_filters(weight.data_ptr(), weight.shape[0], weight[0].numel(), epsilon)
+        kernels.centre_filters(address(weight), weight.shape[0], weight[0].numel(), epsilon)
         torch.autograd.graph.increment_version(weight)
         return
     axes = tuple(range(1, weight.dim()))
@@ -118,9 +118,7 @@ class RawGradient:
         kernels = _kernels(weight) if grad.stride() == weight.stride() else None
         if kernels is not None:
             moments = torch.empty(2, *self.scale.shape, dtype=weight.dtype)
-            kernels.filter_moments(
-                weight.data_ptr(), grad.data_ptr(), weight.shape[0], weight[0].numel(), moments.data_ptr()
-            )
+            kernels.filter_moments(address(weight), address(grad), weight.shape[0], weight[0].numel(), address(moments))
             return moments
         axes = tuple(range(1, weight.dim()))
         return torch.stack((grad.mean(axes, keepdim=True), (grad * weight.detach()).sum(axes, keepdim=True)))
@@ -136,7 +134,7 @@ class RawGradient:
         kernels = _kernels(weight) if grad.stride() == weight.stride() else None
         if kernels is not None:
             kernels.project_filters(
-                weight.data_ptr(), grad.data_ptr(), self.scale.data_ptr(), before.data_ptr(), after.data_ptr(),
+                address(weight), address(grad), address(self.scale), address(before), address(after),
                 weight.shape[0], weight[0].numel(),
             )  # fmt: skip
             torch.autograd.graph.increment_version(grad)

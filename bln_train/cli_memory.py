@@ -1,0 +1,143 @@
+"""The commands that say what training takes: `memory` measures, `plan` predicts."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
+from bln_train.errors import BlnError, DoesNotFitError, UsageError
+
+
+def memory(
+    recipe: Annotated[
+        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
+    ] = "cifar10_mb1",
+    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "none,batch,group,batchless",
+    micro_batch: Annotated[str, typer.Option(help="Micro-batches, comma-separated.")] = "1,8,64",
+    effective_batch: Annotated[str, typer.Option(help="Effective batches, comma-separated.")] = "1,128,1024",
+    set_: SetOption = None,
+    device: DeviceOption = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default memory/<recipe>. Its memory.* files are overwritten.")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
+    from bln_train import console, console_tables
+    from bln_train.compare import plan_cells
+    from bln_train.recipe_file import load_recipe
+    from bln_train.report.plots import plot_memory
+
+    loaded = load_recipe(recipe, overrides(set_, device)).untrained()
+    folder = out or Path("memory") / Path(recipe).stem
+    cells = plan_cells(
+        loaded,
+        folder,
+        norms=split(norm),
+        effective_batches=sizes(effective_batch, "--effective-batch"),
+        micro_batches=sizes(micro_batch, "--micro-batch"),
+    )
+
+    from bln_train.memory import sweep  # torch, from here on
+
+    with console.show_cells(sweep.num_stages(cells)) as show:
+        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
+    sweep.write_tables(folder, document)
+    plot_memory(folder, document)
+    if json_:
+        console.print_json({**document, "folder": str(folder)})
+    else:
+        console_tables.print_memory(document)
+        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png")
+    if not any(row["peak_bytes"] for row in document["rows"]):
+        raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
+
+
+def plan(
+    recipe: RecipeArgument,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Memory of the device that training may take, e.g. 4GiB; default what is free on this one's."
+        ),
+    ] = "",
+    norm: Annotated[str, typer.Option(help="Norms, comma-separated; default the recipe's.")] = "",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2",
+            help="Values of a setting to put side by side, e.g. train.precision=fp32,bf16; repeatable.",
+        ),
+    ] = None,
+    micro_batch: Annotated[str, typer.Option(help="Micro-batches; default 1, 2, 4, ... and the effective batch.")] = "",
+    context: Annotated[str, typer.Option(help="Memory of CUDA's context; default 400MiB.")] = "",
+    set_: SetOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Predict for cuda, present or not, or cpu; default cuda unless the recipe says cpu."),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Predict the memory of training, and which micro-batch fits a budget; needs no GPU, reads no data and trains nothing."""
+    if device not in (None, "cuda", "cpu"):
+        raise UsageError(f"--device: '{device}' is neither cuda nor cpu")
+    budget_bytes, context_bytes = _bytes(budget, "--budget"), _bytes(context, "--context")
+    from bln_train.console import print_json
+    from bln_train.console_plan import print_plan
+    from bln_train.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    cuda = device == "cuda" or (device is None and loaded.runtime.device != "cpu")
+    if context_bytes is not None and not cuda:
+        raise UsageError("--context: there is no CUDA context on the CPU", "Leave it out.")
+    varied = [_values(text) for text in vary or ()]
+    if len({key for key, _ in varied}) < len(varied):
+        raise UsageError("--vary: names a setting twice", "Put all its values into one --vary.")
+
+    from bln_train.memory import planner  # torch, from here on
+
+    variants = []
+    for values in itertools.product(*(values for _, values in varied)):
+        settings = dict(zip((key for key, _ in varied), values, strict=True))
+        base = load_recipe(recipe, [*(set_ or ()), *(f"{key}={value}" for key, value in settings.items())]).untrained()
+        for name in split(norm) or [base.norm.name]:
+            try:
+                variants.append(planner.Variant(name, settings, base.with_norm(name)))
+            except UsageError as error:
+                if len(variants) == 0 and not varied and len(split(norm)) < 2:
+                    raise
+                variants.append(planner.Variant(name, settings, None, problem=error.problem))
+    document = planner.make_plan(
+        variants,
+        sizes(micro_batch, "--micro-batch") if micro_batch else (),
+        cuda=cuda,
+        budget_bytes=budget_bytes,
+        context_bytes=context_bytes,
+    )
+    if json_:
+        print_json(document)
+    else:
+        print_plan(document)
+    if document["budget_bytes"] is not None and not any(row["fits"] for row in document["rows"]):
+        raise DoesNotFitError(*planner.why_nothing_fits(document))
+
+
+def _bytes(text: str, option: str) -> int | None:
+    from bln_train.units import parse_bytes
+
+    try:
+        return parse_bytes(text) if text else None
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
+def _values(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    if not equals or not key or not split(values):
+        raise UsageError(f"--vary: '{text}' is not KEY=V1,V2", "Example: --vary train.precision=fp32,bf16")
+    return key.strip(), split(values)

@@ -1,0 +1,92 @@
+"""What PyTorch's CUDA allocator takes from the device for a sequence of allocations, in numbers alone.
+
+Requests are rounded up to 512 B. Those up to 1 MiB share segments of 2 MiB, those below 10 MiB segments of 20 MiB, larger ones have
+segments of their own, rounded up to 2 MiB. A request takes the smallest free block of its pool that is large enough, and splits
+it where enough is left; freed neighbours become one block again; segments stay.
+
+Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch, default settings.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+KIB, MIB = 2**10, 2**20
+BLOCK_BYTES = 512
+_SMALL_BYTES, _SMALL_SEGMENT = MIB, 2 * MIB
+_LARGE_SEGMENT, _LEAST_OWN_SEGMENT, _OWN_ROUNDING = 20 * MIB, 10 * MIB, 2 * MIB
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment."""
+
+    size: int
+    is_small: bool
+    before: Block | None = None
+    after: Block | None = None
+    free: bool = False
+
+
+class CachingAllocator:
+    """Hands out blocks that have sizes and no memory.
+
+    Attributes:
+        reserved_bytes: of all segments; it only grows, as it does on a device with room.
+    """
+
+    def __init__(self) -> None:
+        self.reserved_bytes = 0
+        # For each pool the free blocks by size, the serial number only to order equal ones.
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        self._serial = 0
+
+    def allocate(self, num_bytes: int) -> Block:
+        """A block of at least `num_bytes`, above 0."""
+        size = -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        is_small = size <= _SMALL_BYTES
+        pool = self._free[is_small]
+        at = bisect_left(pool, (size, 0))
+        block = pool.pop(at)[2] if at < len(pool) else self._segment(size, is_small)
+        block.free = False
+        rest = block.size - size
+        if rest >= BLOCK_BYTES if is_small else rest > _SMALL_BYTES:
+            other = Block(rest, is_small, block, block.after)
+            if block.after is not None:
+                block.after.before = other
+            block.size, block.after = size, other
+            self._keep(other)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Take a block back."""
+        for neighbour in (block.before, block.after):
+            if neighbour is None or not neighbour.free:
+                continue
+            self._free[block.is_small].remove(next(e for e in self._free[block.is_small] if e[2] is neighbour))
+            if neighbour is block.before:
+                block.before = neighbour.before
+                if block.before is not None:
+                    block.before.after = block
+            else:
+                block.after = neighbour.after
+                if block.after is not None:
+                    block.after.before = block
+            block.size += neighbour.size
+        self._keep(block)
+
+    def _segment(self, size: int, is_small: bool) -> Block:
+        if is_small:
+            num_bytes = _SMALL_SEGMENT
+        elif size < _LEAST_OWN_SEGMENT:
+            num_bytes = _LARGE_SEGMENT
+        else:
+            num_bytes = -(-size // _OWN_ROUNDING) * _OWN_ROUNDING
+        self.reserved_bytes += num_bytes
+        return Block(num_bytes, is_small)
+
+    def _keep(self, block: Block) -> None:
+        block.free = True
+        self._serial += 1
+        insort(self._free[block.is_small], (block.size, self._serial, block))

@@ -1,0 +1,237 @@
+"""The lives of all tensor storages in one training step: what is allocated, when it goes, and how its size grows with the images.
+
+The step runs hollow: operators on large tensors allocate their results and compute nothing, so that memory is never touched and
+time goes by the number of operators alone.
+
+An event is one operator. A storage born at event b that dies at event d is alive when the operators b, ..., d have run; what
+is alive before the first operator is born at event 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from bln_train.memory.peak import StorageTracker, tensors_in
+
+SMALL = 1 << 13
+_KEEP_STORAGE = {
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten._reshape_alias.default,
+}  # views whose schema hides it
+_CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One step of `num_images` per micro-batch, in two micro-batches. S storages, E events after event 0."""
+
+    num_images: int
+    size: Tensor
+    """(S,) int64, bytes of each storage, in order of birth."""
+    born: Tensor
+    """(S,) int64, event."""
+    died: Tensor
+    """(S,) int64, event; E for those that outlive the step."""
+    num_events: int
+    """E."""
+    kinds: dict[str, Tensor]
+    """(S,) bool for "parameter", "gradient", "optimizer" and "other", which share no storage; the rest are activations."""
+    scratch: Tensor
+    """(E + 1,) int64, bytes of the inputs and outputs of the convolution that an event is, 0 for other operators."""
+    second_forward: int
+    """The last event before the second micro-batch enters the network."""
+    gradients_ready: int
+    """The last event of the backward passes."""
+
+    def at(self, other: Trace, num_images: int) -> Trace | None:
+        """The trace at another number of images, where every size is a + b * images; None where the two took different ways.
+
+        Args:
+            other: the same step traced at another number of images.
+        """
+        same = self.num_events == other.num_events and len(self.size) == len(other.size)
+        if not (same and torch.equal(self.born, other.born) and torch.equal(self.died, other.died)):
+            return None
+        share = (num_images - self.num_images) / (other.num_images - self.num_images)
+
+        def between(a: Tensor, b: Tensor) -> Tensor:
+            return (a + share * (b - a)).round().long()
+
+        return replace(
+            self,
+            num_images=num_images,
+            size=between(self.size, other.size),
+            scratch=between(self.scratch, other.scratch),
+        )
+
+    def live_bytes(self, which: Tensor | None = None, *, block: int = 1) -> Tensor:
+        """Bytes alive after each event, (E + 1,).
+
+        Args:
+            which: (S,) bool, the storages to count; default all.
+            block: bytes of which every storage takes a whole number.
+        """
+        size = (self.size + block - 1) // block * block
+        size = size if which is None else size * which
+        change = torch.zeros(self.num_events + 2, dtype=torch.int64)
+        change.index_add_(0, self.born, size)
+        change.index_add_(0, self.died + 1, -size)
+        return change.cumsum(0)[:-1]
+
+    def events(self, *, whole_batch: bool) -> Tensor:
+        """The events of a step, (E + 1,) bool; with `whole_batch` those of a step with a single micro-batch.
+
+        In one micro-batch gradients come into being while activations go; every further one finds them all there.
+        """
+        event = torch.arange(self.num_events + 1)
+        if not whole_batch:
+            return torch.ones_like(event, dtype=torch.bool)
+        return (event <= self.second_forward) | (event >= self.gradients_ready)
+
+
+class HollowTracker(StorageTracker):
+    """Writes down when each storage is born and dies, and lets operators on large tensors do nothing but allocate.
+
+    Shapes and strides of their results are those that PyTorch gives for tensors on its meta device; small tensors, up to
+    `SMALL` entries, are computed with, and are 0 where they come from large ones. Views and shapes are real. So is
+    what Python decides by: values of large tensors must not matter to it.
+
+    Args:
+        existing: tensors alive before.
+    """
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        self.num_events = 0
+        self.size: list[int] = []
+        self.birth: list[int] = []
+        self.death: dict[int, int] = {}
+        self.scratch: dict[int, int] = {}
+        self._known: dict[Any, Any] = {}
+        super().__init__(existing)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._run(func, args, kwargs or {})
+        self.num_events += 1  # what died while the operator ran was gone when it was done
+        for tensor in tensors_in(out):
+            self._add(tensor)
+        if func._schema.name in _CONVOLUTIONS:
+            tensors = [x for x in tensors_in((args, out)) if x.dim() > 2]
+            self.scratch[self.num_events] = sum(x.numel() * x.element_size() for x in tensors)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.is_view or func in _KEEP_STORAGE:
+            return func(*args, **kwargs)
+        if all(tensor.numel() <= SMALL for tensor in tensors_in((args, tuple(kwargs.values())))):
+            return func(*args, **kwargs)
+        places = _results_written(func)
+        if places is not None:
+            written = tuple(args[n] if n < len(args) else kwargs[func._schema.arguments[n].name] for n in places)
+            return written if len(written) > 1 else (*written, None)[0]
+        key = (func, _signature(args), _signature(tuple(kwargs.items())))
+        if key not in self._known:
+            given = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
+            out = func(*_on_meta(args), **_on_meta(given))
+            if func._schema.name in _CONVOLUTIONS:
+                out = tree_map_only(Tensor, functools.partial(_in_format, _convolution_format(func, args)), out)
+            self._known[key] = tree_map_only(Tensor, _layout, out)
+        return tree_map_only(_Layout, _empty, self._known[key])
+
+    def _born(self, num_bytes: int) -> None:
+        self.size.append(num_bytes)
+        self.birth.append(self.num_events)
+
+    def _died(self, serial: int) -> None:
+        self.death[serial] = self.num_events
+
+    def trace(self, num_images: int, kinds: dict[str, set[int]], *, second_forward: int, gradients_ready: int) -> Trace:
+        """What was written down.
+
+        Args:
+            kinds: serial numbers of storages, see `births`; of several kinds the first counts.
+        """
+        serial, taken = torch.arange(1, len(self.size) + 1), torch.zeros(len(self.size), dtype=torch.bool)
+        masks = {}
+        for kind, members in kinds.items():
+            masks[kind] = torch.isin(serial, torch.tensor(sorted(members), dtype=torch.int64)) & ~taken
+            taken = taken | masks[kind]
+        scratch = torch.zeros(self.num_events + 1, dtype=torch.int64)
+        for event, num_bytes in self.scratch.items():
+            scratch[event] = num_bytes
+        return Trace(
+            num_images,
+            torch.tensor(self.size),
+            torch.tensor(self.birth),
+            torch.tensor([self.death.get(n, self.num_events) for n in range(1, len(self.size) + 1)]),
+            self.num_events,
+            masks,
+            scratch,
+            second_forward,
+            gradients_ready,
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _empty(layout: _Layout) -> Tensor:
+    out = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype)
+    return out.zero_() if out.numel() <= SMALL else out
+
+
+def _on_meta(arguments: Any) -> Any:
+    return tree_map_only(
+        Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), arguments
+    )
+
+
+def _convolution_format(func: Any, args: Any) -> torch.memory_format:
+    """The memory format that the CPU's convolutions give their results, which the meta device does not know."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False))
+    how = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    x, weight = given["input"], given["weight"]
+    backend = torch._C._select_conv_backend(
+        x, weight, given.get("bias"), *(given[name] for name in how), given.get("bias_sizes")
+    )
+    if x.dim() == 3:
+        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+    found: torch.memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
+    return found
+
+
+def _in_format(memory_format: torch.memory_format, tensor: Tensor) -> Tensor:
+    return tensor.to(memory_format=memory_format) if tensor.dim() == 4 else tensor
+
+
+def _signature(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype
+    return tuple(_signature(x) for x in argument) if isinstance(argument, list | tuple) else argument
+
+
+@functools.cache
+def _results_written(func: Any) -> tuple[int, ...] | None:
+    """Positions of the arguments that are an operator's results, as of in-place operators; None where results are new."""
+    returns, arguments = func._schema.returns, func._schema.arguments
+    if not returns:
+        return ()  # it writes its arguments
+    if any(r.alias_info is None for r in returns):
+        return None
+    sets = [frozenset(a.alias_info.before_set) if a.alias_info is not None else frozenset() for a in arguments]
+    return tuple(sets.index(frozenset(r.alias_info.before_set)) for r in returns)

@@ -14,7 +14,7 @@ from bln_train.units import format_bytes
 def print_plan(document: dict[str, Any]) -> None:
     """Predicted memory by micro-batch, what fits, and what would help, within 80 columns."""
     cuda, budget = document["predicted_for"] == "cuda", document["budget_bytes"]
-    headings = ["micro-\nbatch", "weights\netc.", "activa-\ntions", "per\nimage"]
+    headings = ["micro-\nbatch", "weights\netc.", "activa-\ntions", "of them\nan image"]
     headings += ["work-\nspace", "round-\ning"] if cuda else []
     headings += ["total"] if budget is None else ["total", "fits"]
     table = narrow_table(
@@ -22,22 +22,22 @@ def print_plan(document: dict[str, Any]) -> None:
         headings,
         title=f"Predicted peak of training for {'CUDA' if cuda else 'the CPU'}: {escape(document['model'])}, "
         f"{document['images']},\neffective batch {document['effective_batch_size']}, {document['precision']}, "
-        f"{document['optimizer']}",
+        f"{document['optimizer']}; MiB",
     )
-    before = None
+    before = None  # a variant's name stands in its first row
     for row in document["rows"]:
         if before not in (None, row["variant"]):
             table.add_section()
         weights = sum(row[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer", "other"))
-        scratch = [format_bytes(row["workspace_bytes"]), format_bytes(row["rounding_bytes"])] if cuda else []
+        scratch = [_mib(row["workspace_bytes"]), _mib(row["rounding_bytes"])] if cuda else []
         table.add_row(
-            escape(row["norm"]) if row["variant"] != before else "",
+            escape(_short(row)) if row["variant"] != before else "",
             str(row["micro_batch_size"]),
-            format_bytes(weights),
-            format_bytes(row["activation_bytes"]),
-            format_bytes(row["activation_bytes_per_image"]),
+            _mib(weights),
+            _mib(row["activation_bytes"]),
+            _mib(row["activation_bytes_per_image"]),
             *scratch,
-            format_bytes(row["total_bytes"]),
+            _mib(row["total_bytes"]),
             *([] if budget is None else ["yes" if row["fits"] else "no"]),
         )
         before = row["variant"]
@@ -75,3 +75,14 @@ def print_plan(document: dict[str, Any]) -> None:
         print_line(
             f"at micro-batch 1, {format_bytes(remedy['total_bytes'])}, {verdict}: --set {remedy['setting']}{note}"
         )
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.2f}"
+
+
+def _short(row: dict[str, Any]) -> str:
+    """The norm, and below it what was varied, without the sections of its keys."""
+    return "\n".join(
+        [row["norm"], *(f"{key.rpartition('.')[2]}={value}"[:24] for key, value in row["settings"].items())]
+    )

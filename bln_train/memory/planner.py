@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bln_train import runtime
-from bln_train.errors import BlnError
+from bln_train.errors import BlnError, UsageError
 from bln_train.memory.predict import CONTEXT_BYTES, PlanRow, plan_memory
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
@@ -136,10 +136,16 @@ def make_plan(
         if variant.recipe is not None and not sizes:
             sizes = plan_sizes(variant.recipe.train.effective_batch_size)
         done.append(predict(variant, sizes, cuda=cuda, context_bytes=context))
+    if not any(variant.rows or variant.problem for variant in done):
+        raise UsageError(
+            f"every micro-batch ({', '.join(map(str, micro_batch_sizes))}) is above the effective batch",
+            "Name smaller ones, or set train.effective_batch_size.",
+        )
     recipe = next((variant.recipe for variant in done if variant.recipe is not None), None)
     assert recipe is not None, "the command has refused a plan of nothing"
     too_large = [v for v in done if v.rows and budget_bytes is not None and largest_fit(v.rows, budget_bytes) is None]
-    help_with = too_large[0] if too_large and len(too_large) == sum(bool(v.rows) for v in done) else None
+    nothing_fits = bool(too_large) and len(too_large) == sum(bool(v.rows) for v in done)
+    help_with = too_large[0] if nothing_fits else None
     return {
         "model": recipe.model.name,
         "images": f"{recipe.image_size}x{recipe.image_size}, {recipe.num_classes} classes",
@@ -181,14 +187,18 @@ def why_nothing_fits(document: dict[str, Any]) -> tuple[str, str]:
     """The problem, with the largest parts of the smallest row, and what to do about it."""
     budget = document["budget_bytes"]
     row = min(document["rows"], key=lambda r: r["total_bytes"])
-    names = ("parameter", "gradient", "optimizer", "activation", "other", "workspace", "rounding", "context")
-    parts = sorted(((row[f"{name}_bytes"] or 0, name) for name in names), reverse=True)[:3]
-    largest = ", ".join(
-        f"{name}s {format_bytes(size)}"
-        if name[-1] == "r" and name != "optimizer" and name != "other"
-        else f"{name} {format_bytes(size)}"
-        for size, name in parts
-    )
+    names = {
+        "parameters": "parameter",
+        "gradients": "gradient",
+        "optimizer state": "optimizer",
+        "activations": "activation",
+        "buffers": "other",
+        "workspace": "workspace",
+        "the allocator's rounding": "rounding",
+        "CUDA's context": "context",
+    }
+    parts = sorted(((row[f"{key}_bytes"] or 0, name) for name, key in names.items()), reverse=True)[:3]
+    largest = ", ".join(f"{name} {format_bytes(size)}" for size, name in parts)
     problem = (
         f"{row['variant']} at micro-batch {row['micro_batch_size']} takes {format_bytes(row['total_bytes'])}, and the budget is "
         f"{format_bytes(budget)}; the largest parts: {largest}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -81,14 +81,19 @@ def plan_memory(
     Raises:
         UsageError: the network cannot be built.
     """
+    effective = recipe.train.effective_batch_size
+    rest = {size: effective - size for size in micro_batch_sizes if size < effective < 2 * size}
     with _kernels(wanted=recipe.runtime.compiled and not cuda):
-        traces, twins = _traces(_on_cpu(recipe), micro_batch_sizes)
+        traces, twins = _traces(_on_cpu(recipe), [*micro_batch_sizes, *rest.values()])
+    context = context_bytes if cuda else None
     rows = []
     for size in micro_batch_sizes:
-        whole = size == recipe.train.effective_batch_size
-        rows.append(
-            _row(traces[size], twins.get(size), whole_batch=whole, context_bytes=context_bytes if cuda else None)
-        )
+        single = size in rest or size == effective
+        row = _row(traces[size], twins.get(size), whole_batch=single, context_bytes=context)
+        if size in rest:  # gradients are there when the second and last micro-batch comes, which is smaller
+            second = _row(traces[rest[size]], twins.get(rest[size]), whole_batch=False, context_bytes=context)
+            row = max(row, replace(second, micro_batch_size=size), key=lambda r: r.total_bytes)
+        rows.append(row)
     return rows
 
 
@@ -137,7 +142,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     with hollow_kernels():
         with HollowTracker([]):
             step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
-            _make_state(step)
+            _make_state(step, data)
         # Below the number of its images the probe works in parts.
         for alike in ([n for n in sizes if n < step.probe_images], [n for n in sizes if n >= step.probe_images]):
             if not alike:
@@ -186,8 +191,9 @@ def _trace(step: AccumulationStep, data: DataSet, size: int) -> Trace:
     return tracker.trace(size, kinds, second_forward=forwards[1], gradients_ready=ready)
 
 
-def _make_state(step: AccumulationStep) -> None:
-    """Let the optimizer make its state, by a step of rate 0."""
+def _make_state(step: AccumulationStep, data: DataSet) -> None:
+    """Let the optimizer make its state, by a step of rate 0, and the images' preparation its tables."""
+    step._load_first(data.train, torch.arange(1), 1, 0, 0)
     for group in step.optimizer.param_groups:
         group["lr"] = 0.0
     if step.into_momentum is not None:

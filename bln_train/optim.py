@@ -104,7 +104,7 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
         """Forget a step under way, if one is, and its gradients; the buffers stay as `begin` and the backwards left them."""
         for p in self._gathering or []:
             p.grad = None
-        self._gathering = None
+        self._gathering = self.update_norm = None
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -16,11 +16,15 @@ class FailingAllocator(StorageTracker):
         limit_bytes: every allocation fails that takes the live bytes above it.
     """
 
-    def __init__(self, existing=(), *, fail_at=None, limit_bytes=None):
-        self.fail_at = self.limit_bytes = None
-        self.num_allocations = self.num_failures = 0
+    def __init__(self, existing=(), **settings):
+        self.set()
         super().__init__(existing)
-        self.fail_at, self.limit_bytes, self.num_allocations = fail_at, limit_bytes, 0
+        self.set(**settings)
+
+    def set(self, *, fail_at=None, limit_bytes=None):
+        """Fail so from now on, counting allocations from here."""
+        self.fail_at, self.limit_bytes = fail_at, limit_bytes
+        self.num_allocations = self.num_failures = 0
 
     def _add(self, tensor):
         births = self._births

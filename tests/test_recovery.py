@@ -2,6 +2,7 @@
 
 import random
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -20,7 +21,7 @@ from bln_train.records import MemoryRecord, NoticeRecord, StepRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
 from bln_train.train.checkpoint import load_checkpoint
-from bln_train.train.evaluate import evaluate
+from bln_train.train.evaluate import Evaluation, evaluate
 from bln_train.train.recovery import Snapshot, is_out_of_memory
 from bln_train.train.step import AccumulationStep
 
@@ -79,93 +80,108 @@ def watched(allocator, trainer):
         yield attempts, numbers
 
 
+def warm_up(step):
+    """Let the preprocessing make its tables, which stay."""
+    one = DATA.train.images[:1]
+    step.preprocess.train(one, one[:, 0, 0, 0].long())
+
+
+@cache
+def undisturbed(config):
+    """The final state of a run, and where its allocations are."""
+    trainer = small_trainer(config)
+    _, notices, _, numbers = failing_run(trainer)
+    assert not notices
+    return state(trainer), numbers
+
+
 def failing_run(trainer, **settings):
     """Train under an allocator that fails; returns it, the notices, what was alive at each attempt, and where it may fail."""
     step = trainer.take_step
     existing = [*step.model.parameters(), *step.model.buffers(), step.preprocess.mean, step.preprocess.std]
     existing += [tensor for part in (DATA.train, DATA.test) for tensor in (part.images, part.labels)]
-    allocator = FailingAllocator(existing, **settings)
+    allocator = FailingAllocator(existing)
     with watched(allocator, trainer) as (attempts, numbers), allocator:
+        warm_up(step)
+        allocator.set(**settings)
         records = advance(trainer)
     return allocator, [r for r in records if isinstance(r, NoticeRecord)], attempts, numbers
 
 
-def check_no_scar(trainer, allocator, attempts, undisturbed):
+def check_no_scar(trainer, allocator, attempts, expected):
     """One failure, one more attempt at half the micro-batch, from the live bytes that the first began with."""
     again = [(before, after) for before, after in pairwise(attempts) if before[0] == after[0]]
     if len(attempts) == 3:
         assert trainer.take_step.micro_batch_size == 4  # evaluation alone was disturbed
     else:
         ((before, after),) = again
-        assert before == after
+        assert before[1] - 8 <= after[1] <= before[1]  # MomentumAccumulatingSGD's last norm is let go
         assert trainer.take_step.micro_batch_size == 2
     assert allocator.num_failures == 1
-    assert largest_difference(undisturbed, state(trainer)) < 1e-10
+    assert largest_difference(expected, state(trainer)) < 1e-10
 
 
-@pytest.mark.parametrize(("config", "number"), [("preset", 30), *((name, 8) for name in CONFIGS if name != "preset")])
+@pytest.mark.parametrize(
+    ("config", "number"), [pytest.param("preset", 30, marks=pytest.mark.slow), *((name, 3) for name in CONFIGS)]
+)
 def test_out_of_memory_anywhere_changes_nothing(config, number):
     """Law 2: whichever allocation of a run fails, the final weights, statistics and momentum are those of the undisturbed run, and
     the step is taken again from the live bytes it began with."""
-    trainer = small_trainer(config)
-    _, notices, _, numbers = failing_run(trainer)
-    assert not notices
-    undisturbed = state(trainer)
+    expected, numbers = undisturbed(config)
     for fail_at in sorted(random.Random(config).sample(numbers, number)):
         trainer = small_trainer(config)
         allocator, notices, attempts, _ = failing_run(trainer, fail_at=fail_at)
         assert len(notices) == 1, fail_at
-        check_no_scar(trainer, allocator, attempts, undisturbed)
+        check_no_scar(trainer, allocator, attempts, expected)
 
 
-def place_of(config, owner, name, step):
-    """The numbers of the allocations that happen in the step's call of a function."""
-    found, trainer = [], small_trainer(config)
+PARTS = {
+    "preset": [(torch.Tensor, "backward"), (BatchlessStatistics, "update"), (torch.optim.SGD, "step"),
+               (BatchlessStatistics, "follow")],
+    "momentum": [(MomentumAccumulatingSGD, "begin"), (torch.Tensor, "backward"), (MomentumAccumulatingSGD, "step"),
+                 (BatchlessStatistics, "follow")],
+    "paper-adam": [(torch.optim.Adam, "step")],
+}  # fmt: skip
+
+
+@cache
+def places(config):
+    """The number of the last allocation in each part of a step: {(part, step): number}."""
+    found, trainer = {}, small_trainer(config)
     model = trainer.take_step.model
-    allocator, original = FailingAllocator([*model.parameters(), *model.buffers()]), getattr(owner, name)
+    allocator = FailingAllocator([*model.parameters(), *model.buffers()])
 
-    def call(*arguments, **settings):
-        first = allocator.num_allocations
-        out = original(*arguments, **settings)
-        if trainer.step == step:
-            found.extend(range(first + 1, allocator.num_allocations + 1))
-        return out
+    def noted(name, function):
+        def call(*arguments, **settings):
+            first = allocator.num_allocations
+            out = function(*arguments, **settings)
+            if allocator.num_allocations > first:
+                found[name, trainer.step] = allocator.num_allocations
+            return out
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch, allocator:
-        patch.setattr(owner, name, call)
-        advance(trainer, step + 1)
+        for owner, name in PARTS[config]:
+            patch.setattr(owner, name, noted(name, getattr(owner, name)))
+        warm_up(trainer.take_step)
+        allocator.set()
+        advance(trainer)
     return found
 
 
 @pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize(
-    ("config", "owner", "name"),
-    [
-        ("preset", torch.Tensor, "backward"),
-        ("preset", BatchlessStatistics, "update"),
-        ("preset", torch.optim.SGD, "step"),
-        ("preset", BatchlessStatistics, "follow"),
-        ("momentum", MomentumAccumulatingSGD, "begin"),
-        ("momentum", torch.Tensor, "backward"),
-        ("momentum", MomentumAccumulatingSGD, "step"),
-        ("momentum", BatchlessStatistics, "follow"),
-        ("paper-adam", torch.optim.Adam, "step"),
-    ],
-)
-def test_every_part_of_a_step_is_rolled_back(config, owner, name, step):
+@pytest.mark.parametrize(("config", "part"), [(config, name) for config, parts in PARTS.items() for _, name in parts])
+def test_every_part_of_a_step_is_rolled_back(config, part, step):
     """In the first step, whose optimizer state must vanish again, and in a later one: backward, statistics, optimizer, probe."""
-    places = place_of(config, owner, name, step)
-    if not places:
-        assert (config, name, step) in {("momentum", "begin", 2), ("momentum", "step", 2)}  # all in place
+    if (part, step) not in places(config):
+        assert (config, part, step) == ("momentum", "begin", 2)  # all in place
         return
     trainer = small_trainer(config)
-    advance(trainer)
-    undisturbed = state(trainer)
-    trainer = small_trainer(config)
-    allocator, notices, attempts, _ = failing_run(trainer, fail_at=places[-1])
+    allocator, notices, attempts, _ = failing_run(trainer, fail_at=places(config)[part, step])
     assert len(attempts) == 4
     assert notices[0].step == step + 1
-    check_no_scar(trainer, allocator, attempts, undisturbed)
+    check_no_scar(trainer, allocator, attempts, undisturbed(config)[0])
 
 
 def everything(trainer):
@@ -219,7 +235,8 @@ def test_snapshots_are_no_memory_of_training():
 
 
 def peak_of(micro_batch_size):
-    trainer = small_trainer(micro_batch_size=micro_batch_size)
+    trainer = small_trainer("momentum", micro_batch_size)
+    trainer.evaluate = lambda _: Evaluation(1.0, 0.0, 1)
     return failing_run(trainer)[0].peak_bytes
 
 
@@ -227,13 +244,14 @@ def test_a_limit_leads_to_the_micro_batch_that_fits():
     """Under a size that micro-batch 2 needs and 3 exceeds, a run asked for 6 goes 6, 3, 1 in one step, in one notice; the peak on
     record is that of the micro-batch in use."""
     single, three = peak_of(1), peak_of(3)
-    trainer = small_trainer(micro_batch_size=6)
+    trainer = small_trainer("momentum", 6)
+    trainer.evaluate = lambda _: Evaluation(1.0, 0.0, 1)
     allocator, notices, _, _ = failing_run(trainer, limit_bytes=(single + three) // 2)
     assert allocator.num_failures >= 2
-    (notice,) = [n for n in notices if "evaluation" not in n.text]
+    (notice,) = notices
     assert "step 1: out of memory at micro-batch 6, 3 (tried to allocate " in notice.text
     assert "goes on with micro-batch 1" in notice.text
-    record, alone = trainer.memory_record(), small_trainer(micro_batch_size=1)
+    record, alone = trainer.memory_record(), small_trainer("momentum", 1)
     advance(alone)
     assert record.micro_batch_size == 1
     assert record.peak_bytes == alone.memory_record().peak_bytes
@@ -250,7 +268,7 @@ def test_batchnorm_is_told_that_its_result_changes():
 def test_a_step_that_was_reduced_is_not_taken_again():
     """Once gradients have been added up over processes one of them cannot take the step again by itself: exit 3, the way on."""
     trainer = small_trainer()
-    (place, *_) = place_of("preset", torch.optim.SGD, "step", 0)
+    place = places("preset")["step", 0]
     with pytest.MonkeyPatch.context() as patch:
         original = BatchlessStatistics.update
 
@@ -299,22 +317,24 @@ def test_the_found_micro_batch_is_remembered():
     assert resumed.take_step.micro_batch_size == 4
 
 
-@pytest.mark.parametrize("fail_at", [1, 5, 20, -1])
-def test_evaluation_goes_on_in_halves(fail_at):
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_evaluation_goes_on_in_halves(place):
     """Loss and accuracy are the same, whichever allocation fails, no image counted twice or left out."""
     trainer = small_trainer()
-    step = trainer.take_step
+    step, was_training = trainer.take_step, trainer.take_step.model.training
     settings = {"device": step.device, "batch_size": 4, "autocast": step.autocast}
     whole = FailingAllocator([])
     with whole:
         expected = evaluate(step.model, DATA.train, step.preprocess, **settings)
     assert expected.notices == ()
-    with FailingAllocator([], fail_at=fail_at if fail_at > 0 else whole.num_allocations - 1):
+    per_batch = (whole.num_allocations - 2) // 5  # two sums, then batches of 4, 4, 4, 4 and 1 image
+    fail_at = 2 + per_batch + {"first": 1, "middle": per_batch // 2, "last": per_batch}[place]
+    with FailingAllocator([], fail_at=fail_at):
         found = evaluate(step.model, DATA.train, step.preprocess, **settings)
     assert abs(found.loss - expected.loss) < 1e-12
     assert found[1:3] == expected[1:3]
     assert len(found.notices) == 1
-    assert not step.model.training
+    assert step.model.training == was_training
     with FailingAllocator([], limit_bytes=2000), pytest.raises(DoesNotFitError, match="one image in evaluation"):
         evaluate(step.model, DATA.train, step.preprocess, **settings)
 
@@ -340,9 +360,14 @@ def test_a_run_that_cannot_fit_keeps_its_checkpoint(tmp_path):
     straight = run(recipe, RunFolder(tmp_path / "straight"), name="run")
     assert summary["test_loss"] == straight["test_loss"]
 
-    recovered = RunFolder(tmp_path / "recovered")
-    with FailingAllocator([], fail_at=2000):
-        again = run(recipe, recovered, name="run")
+    recovered, allocator = RunFolder(tmp_path / "recovered"), FailingAllocator([])
+
+    def fail_once(record):
+        if isinstance(record, StepRecord) and record.step == 1:
+            allocator.set(fail_at=100)
+
+    with allocator:
+        again = run(recipe, recovered, name="run", listen=fail_once)
     (text,) = [r.text for r in recovered.records() if isinstance(r, NoticeRecord) and "out of memory" in r.text]
     assert "goes on with micro-batch 1" in text
     assert again["test_loss"] == pytest.approx(straight["test_loss"], abs=1e-9)

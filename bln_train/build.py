@@ -77,7 +77,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    notices = [*_notices(recipe, data), *model_notices]
+    notices = [*runtime.memory_notices(device), *_notices(recipe, data), *model_notices]
     if initialize and recipe.model.init is None:
         notices += build_statistics.initialize(recipe, model, data, preprocess, device)
     elif initialize:  # trained weights bring their statistics

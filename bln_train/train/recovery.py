@@ -7,6 +7,7 @@ import re
 import traceback
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -85,6 +86,9 @@ class Snapshot:
 
     def __init__(self, step: AccumulationStep) -> None:
         self.step = step
+        # To walk the modules would take as long as the copies.
+        self._parameters = list(step.model.parameters())
+        self._with_buffers = [m for m in step.model.modules() if next(m.buffers(recurse=False), None) is not None]
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._entries: dict[Any, dict[str, Any]] = {}
@@ -98,9 +102,12 @@ class Snapshot:
         step, cuda = self.step, self.step.device.type == "cuda"
         self._entries = {p: dict(entry) for p, entry in step.optimizer.state.items()}
         state = [v for entry in self._entries.values() for v in entry.values() if isinstance(v, Tensor)]
-        self._tensors = [*step.model.parameters(), *step.model.buffers(), *state]
+        buffers = [b for module in self._with_buffers for b in module.buffers(recurse=False)]
+        before, self._tensors = self._tensors, [*self._parameters, *buffers, *state]
         with torch._C._DisableTorchDispatch():
-            if [t.shape for t in self._tensors] != [t.shape for t in self._copies]:  # the optimizer got its state, say
+            if len(before) != len(self._tensors) or not all(
+                map(is_, before, self._tensors)
+            ):  # the optimizer got its state, say
                 self._copies = [torch.empty_like(t, device="cpu", pin_memory=cuda) for t in self._tensors]
             torch._foreach_copy_(self._copies, self._tensors, non_blocking=cuda)
             self._rng = torch.get_rng_state()

@@ -133,7 +133,7 @@ def memory_notices(device: torch.device) -> list[str]:
 
 
 def may_spill(system: str, release: str) -> bool:
-    """Whether the driver may use system memory where the card has none left, by what `platform` says: Windows, or Linux under it."""
+    """Whether the driver may use system memory where the card has none left, from what `platform` says: Windows, or WSL."""
     return system == "Windows" or "microsoft" in release.lower()
 
 
@@ -143,7 +143,7 @@ def spill_notice(spills: bool) -> str:
         return ""
     return (
         "Under Windows and WSL the driver may move what does not fit into system memory instead of failing: training then becomes "
-        "many times slower without a word. In the NVIDIA control panel set `CUDA - Sysmem Fallback Policy` to `Prefer No Sysmem Fallback`."
+        "many times slower without a word. NVIDIA control panel: `CUDA - Sysmem Fallback Policy`, `Prefer No Sysmem Fallback`."
     )
 
 

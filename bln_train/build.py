@@ -71,7 +71,15 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     preprocess = build_preprocess(recipe, data)
     images = input_spec(data, preprocess)
     model, notices = network_on(device, recipe, data, preprocess, images, initialize=initialize)
-    return assemble(recipe, model, data, preprocess, images, device, notices=(*_notices(recipe, data), *notices))
+    return assemble(
+        recipe,
+        model,
+        data,
+        preprocess,
+        images,
+        device,
+        notices=(*runtime.memory_notices(device), *_notices(recipe, data), *notices),
+    )
 
 
 def network_on(

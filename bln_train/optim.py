@@ -47,7 +47,8 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
     bound = clip_update / (1 - momentum), what a constant gradient of norm clip_update would lead to.
 
     Between `begin` and `step` the buffers belong to no step. Nothing may zero, scale or read the weights' gradients there, and
-    a step that is given up cannot be undone (that would take the memory this saves): go on with `load_state_dict`.
+    a step that is given up is not undone here (that would take the memory this saves): go on with `load_state_dict`, or
+    `give_up` and copy into the buffers what they held before.
 
     Args:
         params, lr, momentum, weight_decay: see torch.optim.SGD; one momentum for all groups, above 0 and below 1.
@@ -97,9 +98,13 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of this class or of torch.optim.SGD, and forget a step under way."""
         super().load_state_dict(state_dict)
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Forget a step under way, if one is, and its gradients; the buffers stay as `begin` and the backwards left them."""
         for p in self._gathering or []:
             p.grad = None
-        self._gathering = None
+        self._gathering = self.update_norm = None
 
     def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -86,6 +86,8 @@ class NoticeRecord:
     """Something the user should know: it changes no result, but explains one."""
 
     text: str
+    step: int = 0
+    """Steps done when it came up; 0 for what is said before the first."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
-from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, RecipeError, UsageError
+from bln_train.errors import CheckpointError, InterruptedRunError, RecipeError, UsageError
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.recipe import Recipe
@@ -26,6 +24,7 @@ from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
 from bln_train.signals import stop_requests
 from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
 from bln_train.train.evaluate import Evaluation
+from bln_train.train.recovery import does_not_fit, explain, is_out_of_memory
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
@@ -146,17 +145,13 @@ def _summary(
 @contextmanager
 def explained_failures(recipe: Recipe) -> Iterator[None]:
     """Turn what PyTorch raises while training into errors that say what to do."""
-    train = recipe.train
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        advice = "train.precision=bf16, or a smaller model or image"
-        if train.micro_batch_size > 1:
-            advice = f"train.micro_batch_size={train.micro_batch_size // 2}; the effective batch stays {train.effective_batch_size}"
-        raise DoesNotFitError(
-            f"out of memory at micro-batch {train.micro_batch_size}: {str(error).splitlines()[0]}",
-            f"Try --set {advice}.",
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = recipe.train.micro_batch_size
+        raise does_not_fit(f"micro-batch {size}", explain(error), smaller=size != 1) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -13,6 +13,7 @@ import torch
 
 from bln_train.errors import UsageError
 from bln_train.norm.compiled import use_compiled, uses_compiled
+from bln_train.units import format_bytes
 
 _LEAST_HEADROOM = 256 * 2**20
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,6 +151,51 @@ def _keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_threshold, 2**30)
+
+
+_MUCH_BY_OTHERS_BYTES = 500 * 2**20  # a desktop takes less
+_CONTEXT_BYTES = 500 * 2**20  # of CUDA itself in this process, which nothing tells: about what drivers take
+
+
+def memory_notices(device: torch.device) -> list[str]:
+    """What the user should know of a card's memory before training: who else takes it, and whether the driver may spill."""
+    if device.type != "cuda":
+        return []
+    spills = may_spill(platform.system(), platform.release())
+    free, total = torch.cuda.mem_get_info(device)
+    held_bytes = torch.cuda.memory_reserved(device) + _CONTEXT_BYTES
+    return [text for text in (spill_notice(spills), others_notice(total - free, held_bytes, total)) if text]
+
+
+def may_spill(system: str, release: str) -> bool:
+    """Whether the driver may use system memory where the card has none left, from what `platform` says: Windows, or WSL."""
+    return system == "Windows" or "microsoft" in release.lower()
+
+
+def spill_notice(spills: bool) -> str:
+    """What to know where the driver may spill, "" where it does not."""
+    if not spills:
+        return ""
+    return (
+        "Under Windows and WSL the driver may move what does not fit into system memory instead of failing: training then becomes "
+        "many times slower without a word. NVIDIA control panel: `CUDA - Sysmem Fallback Policy`, `Prefer No Sysmem Fallback`."
+    )
+
+
+def others_notice(used_bytes: int, held_bytes: int, total_bytes: int) -> str:
+    """What to know where other processes hold more than 500 MiB of a card, "" elsewhere.
+
+    Args:
+        used_bytes, total_bytes: of the whole card.
+        held_bytes: by this process, its CUDA context included.
+    """
+    others = used_bytes - held_bytes
+    if others <= _MUCH_BY_OTHERS_BYTES:
+        return ""
+    return (
+        f"Other processes hold some {format_bytes(others)} of the card's {format_bytes(total_bytes)}; nvidia-smi lists them. "
+        "Training has the rest."
+    )
 
 
 def environment(device: torch.device) -> dict[str, str | int | bool | None]:

@@ -335,7 +335,7 @@ LAYERS = [
         "memory.trace",
         "memory",
     },
-    {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
+    {"train.step", "train.recovery", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
     {"build", "build_data", "build_statistics", "synthetic"},
     {
         "run",

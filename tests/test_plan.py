@@ -118,7 +118,15 @@ def test_hollow_operators_allocate_what_real_ones_do():
     def work():
         y = torch.conv2d(x, weight, padding=1)
         z = y.relu_().mul(2)
-        return y, z, z.permute(0, 2, 3, 1).view(-1), z.sum((0, 2, 3)), torch.arange(5) * 2, z.contiguous(), z.split(2)[1]
+        return (
+            y,
+            z,
+            z.permute(0, 2, 3, 1).view(-1),
+            z.sum((0, 2, 3)),
+            torch.arange(5) * 2,
+            z.contiguous(),
+            z.split(2)[1],
+        )
 
     real = work()
     with HollowTracker([x, weight]) as tracker:

@@ -138,6 +138,12 @@ class PeakMeter:
         self._read()
         self._running = False
 
+    def restart(self) -> None:
+        """Forget what was measured: from now on steps take another amount."""
+        self._steps_left, self._peak, self._reserved, self._parts = self.NUM_NOTED, None, None, {}
+        if self._running:
+            self.start()
+
     def _read(self) -> None:
         if self.device.type == "cuda" and self._running:
             self._peak = max(self._peak or 0, torch.cuda.max_memory_allocated(self.device))

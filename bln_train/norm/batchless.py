@@ -388,8 +388,8 @@ class BatchlessStatistics:
         Layer after layer, statistics move by what the step did to those images.
         """
         layers = list(self.layers.values())
-        prepare_following(layers)
         try:
+            prepare_following(layers)
             forward()
             settle_following(layers)
         finally:

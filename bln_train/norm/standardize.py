@@ -181,11 +181,11 @@ def standardize_once(convs: list[StandardizedConv2d]) -> Iterator[None]:
     the sum is the same; and a convolution saves its standardised weight for backward anyway, so the peak is too.
     """
     standardized = []
-    for conv in convs:
-        weight = standardize_weight(conv.weight)
-        conv.shared_weight = weight.detach().requires_grad_(conv.weight.requires_grad)
-        standardized.append(weight)
     try:
+        for conv in convs:
+            weight = standardize_weight(conv.weight)
+            conv.shared_weight = weight.detach().requires_grad_(conv.weight.requires_grad)
+            standardized.append(weight)
         yield
         for conv in convs:
             weight, shared = standardized.pop(0), conv.shared_weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
+from bln_train.train.recovery import attempt, does_not_fit, free_memory
 
 
 class Evaluation(NamedTuple):
@@ -22,6 +24,8 @@ class Evaluation(NamedTuple):
     num_images: int
     nll_by_layer: dict[str, float] | None = None
     """Of each batchless norm's inputs, as training logs it; None where it was not asked for."""
+    notices: tuple[str, ...] = ()
+    """What the user should know of how it was done."""
 
 
 @torch.no_grad()
@@ -34,18 +38,43 @@ def evaluate(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Evaluation:
-    """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation."""
-    was_training = model.training
+    """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation.
+
+    Where memory runs out it goes on with half as many images at a time.
+
+    Raises:
+        DoesNotFitError: one image is too many.
+    """
+    was_training, asked, reason = model.training, batch_size, ""
     model.eval()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
+
+    def add(part: slice) -> None:
         labels = images.labels[part].to(device)
         with autocast():
             logits = model(preprocess.test(images.images[part].to(device, non_blocking=True)))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(1) == labels).sum()
+        loss_sum.add_(loss)  # both at the end, where nothing is allocated any more: no image counts twice
+        correct.add_(right)
+
+    start = 0
+    while start < len(images):
+        number = min(batch_size, len(images) - start)
+        outcome = attempt(partial(add, slice(start, start + number)))
+        if outcome is None:
+            start += number
+            continue
+        free_memory(device)
+        if number == 1:
+            raise does_not_fit("one image in evaluation", outcome.reason)
+        batch_size, reason = number // 2, reason or outcome.reason
     model.train(was_training)
-    return Evaluation(float(loss_sum) / len(images), int(correct) / len(images), len(images))
+    notices = (
+        (f"evaluation: out of memory at {asked} images ({reason}); it went on with {batch_size} at a time.",)
+        if reason
+        else ()
+    )
+    return Evaluation(float(loss_sum) / len(images), int(correct) / len(images), len(images), notices=notices)

@@ -39,6 +39,8 @@ class StepTotals(NamedTuple):
     """() global norm of the momentum before clipping where gradients gather there, else None."""
     nll: Tensor | None
     """(L,) likelihood of each batchless layer, or None without such layers."""
+    notices: tuple[str, ...] = ()
+    """What the user should know of how this step was taken."""
 
 
 class MicroBatch(NamedTuple):
@@ -70,6 +72,10 @@ class AccumulationStep:
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
 
+    Attributes:
+        reduced: whether gradients of the step under way have been added up over processes: from there on no process can take the
+            step again by itself (train/recovery.py).
+
     Raises:
         ValueError: clip_norm or a scaler with an optimizer that gathers gradients in its momentum.
     """
@@ -93,6 +99,7 @@ class AccumulationStep:
         self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.autocast, self.scaler = autocast, scaler
+        self.reduced = False
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
         if self.into_momentum is not None and (clip_norm is not None or scaler is not None):
             raise ValueError("gradients that gather in the momentum can be neither clipped nor loss-scaled")

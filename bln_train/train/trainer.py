@@ -14,8 +14,9 @@ from bln_train.data import DataSet, ImageSet, epoch_order
 from bln_train.errors import CheckpointError, DivergedError
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
-from bln_train.records import EpochRecord, MemoryRecord, Record, StepRecord
+from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.train.evaluate import Evaluation
+from bln_train.train.recovery import RecoveringStep
 from bln_train.train.step import AccumulationStep, StepTotals
 
 
@@ -50,6 +51,7 @@ class Trainer:
         detail_every_steps: int = 10,
     ) -> None:
         self.take_step, self.data, self.schedule, self.evaluate = step, data, schedule, evaluate
+        self.recovering_step = RecoveringStep(step)
         self.epochs, self.effective_batch_size, self.seed = epochs, effective_batch_size, seed
         self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
         self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
@@ -57,6 +59,8 @@ class Trainer:
         self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
         self.step = 0
         self._epoch_sums = _EpochSums()
+        self._notices: list[str] = []  # until the next record is out
+        self._measured_from = 0  # the step at which the meter began
 
     def steps(self) -> Iterator[Record]:
         """Train to the end, yielding a record after each step, epoch and memory measurement.
@@ -68,13 +72,15 @@ class Trainer:
             DivergedError: the loss, the gradient norm or the update norm is not finite.
         """
         self.meter.start()
-        first_step = self.step
+        self._measured_from = self.step
+        yield from self._take_notices()
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
             epoch, position = divmod(self.step, self.steps_per_epoch)
             # Asked before the step, not after: a run stopped between an epoch's last step and its end resumes here.
             if self._epoch_sums.images and (position == 0 or self.step == self.num_steps):
                 yield self._end_epoch((self.step - 1) // self.steps_per_epoch)
+                yield from self._take_notices()
             if self.step >= self.num_steps:
                 break
             if epoch != order_epoch:
@@ -82,7 +88,8 @@ class Trainer:
             begin = position * self.effective_batch_size
             index = order[begin : begin + self.effective_batch_size]
             yield self._train_on(index, epoch)
-            if self.step - first_step == PeakMeter.NUM_NOTED:
+            yield from self._take_notices()
+            if self.step - self._measured_from == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
         yield self.memory_record()
 
@@ -90,9 +97,15 @@ class Trainer:
         began = time.perf_counter()
         tracked = self.meter.tracks_next_step
         learning_rate = self.schedule.apply(self.take_step.optimizer, self.step)
+        micro_batch_size = self.take_step.micro_batch_size
         with self.meter.step() as gradients_ready:
-            totals = self.take_step(self.data.train, index, self.seed, epoch, gradients_ready)
+            totals = self.recovering_step(self.data.train, index, self.seed, epoch, gradients_ready)
         self.step += 1
+        self._notices += totals.notices
+        if self.take_step.micro_batch_size != micro_batch_size:
+            # A record pairs the peak with the micro-batch that needs it: neither the failed attempt nor what fitted before.
+            self.meter.restart()
+            self._measured_from = self.step
         detail = self.step % self.detail_every_steps == 0 or self.step == self.num_steps
         record = self._read(totals, len(index), learning_rate, began, detail)
         if not tracked:
@@ -136,6 +149,11 @@ class Trainer:
             nll_by_layer=dict(zip(names, layers, strict=True)) if layers and detail else None,
         )
 
+    def _take_notices(self) -> Iterator[NoticeRecord]:
+        texts, self._notices = self._notices, []
+        for text in texts:
+            yield NoticeRecord(f"step {self.step}: {text}", self.step)
+
     def _end_epoch(self, epoch: int) -> EpochRecord:
         sums, self._epoch_sums = self._epoch_sums, _EpochSums()
         last = self.step == self.num_steps
@@ -148,6 +166,8 @@ class Trainer:
             if self.data.validation is None or last:
                 on_test = self.evaluate(self.data.test)
             seconds = time.perf_counter() - began
+            for found in (on_validation, on_test):
+                self._notices += found.notices if found else ()
             self.meter.start()
         return EpochRecord(
             step=self.step,
@@ -176,6 +196,8 @@ class Trainer:
         scaler = self.take_step.scaler
         return {
             "step": self.step,
+            "micro_batch_size": self.take_step.micro_batch_size,
+            "asked_micro_batch_size": self.recovering_step.asked_micro_batch_size,
             "epoch_sums": vars(self._epoch_sums).copy(),
             "model": self.take_step.model.state_dict(),
             "optimizer": self.take_step.optimizer.state_dict(),
@@ -197,6 +219,13 @@ class Trainer:
             torch.set_rng_state(state["torch_rng"])
             self.step = int(state["step"])
             self._epoch_sums = _EpochSums(**state["epoch_sums"])
+            found, asked = state.get("micro_batch_size"), state.get("asked_micro_batch_size")  # older states have none
+            if found is not None and asked == self.take_step.micro_batch_size != found:
+                self.recovering_step.go_on_with(int(found))
+                self._notices.append(
+                    f"goes on with micro-batch {found}, not {asked}, for which memory ran out; another "
+                    "train.micro_batch_size is taken as asked."
+                )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint does not fit this recipe: {error}") from error
 

@@ -320,6 +320,7 @@ LAYERS = [
     },
     {
         "data",
+        "image_folder",
         "augment",
         "models.layers",
         "models.cifar_resnet",

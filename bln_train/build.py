@@ -114,6 +114,7 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         eval_every_epochs=recipe.train.eval_every_epochs,
         max_steps=recipe.train.max_steps,
         detail_every_steps=recipe.runtime.log_every_steps,
+        on_nonfinite=recipe.train.on_nonfinite,
     )
     return Experiment(trainer, model, data, device, images, tuple(notices))
 

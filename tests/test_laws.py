@@ -333,7 +333,7 @@ LAYERS = [
         "memory.peak",
         "memory",
     },
-    {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
+    {"train.step", "train.diagnose", "train.health", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
     {"build", "build_data", "build_statistics", "synthetic"},
     {
         "run",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bln_train.cli_doctor import doctor
 from bln_train.cli_recipes import recipes_app
 from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
 from bln_train.sizes import expand_dots, parse_size
@@ -333,6 +334,9 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
     )
+
+
+app.command()(doctor)
 
 
 def _overrides(set_: list[str] | None, device: str | None) -> list[str]:

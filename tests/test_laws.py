@@ -337,6 +337,7 @@ LAYERS = [
     {"build", "build_data", "build_statistics", "synthetic"},
     {
         "run",
+        "doctor",
         "migrate",
         "export",
         "export_formats",
@@ -349,7 +350,7 @@ LAYERS = [
         "run_synthetic",
     },
     {"console", "console_tables", "console_synthetic"},
-    {"cli_recipes"},
+    {"cli_recipes", "cli_doctor"},
     {"cli", "__main__"},
 ]
 

@@ -148,6 +148,7 @@ def assemble(
         eval_every_epochs=recipe.train.eval_every_epochs,
         max_steps=recipe.train.max_steps,
         detail_every_steps=recipe.runtime.log_every_steps,
+        on_nonfinite=recipe.train.on_nonfinite,
     )
     return Experiment(trainer, model, data, device, images, tuple(notices))
 

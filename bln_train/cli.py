@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bln_train.cli_doctor import doctor
 from bln_train.cli_memory import memory, plan
 from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
 from bln_train.cli_recipes import recipes_app
@@ -282,6 +283,9 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
     )
+
+
+app.command()(doctor)
 
 
 def main() -> None:

@@ -241,3 +241,20 @@ def narrow_table(first: str, headings: Iterable[str], title: str | None = None) 
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def print_findings(findings: list[dict[str, Any]]) -> None:
+    """What `doctor` found, with advice below each finding that needs it, folded to any width."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", ratio=1)
+    colours = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    for finding in findings:
+        status = f"[{colours[finding['status']]}]{finding['status']}[/]"
+        table.add_row(status, escape(finding["name"]), escape(finding["value"]))
+        if finding["advice"]:
+            table.add_row("", "", f"-> {escape(finding['advice'])}")
+    out.print(table)
+    counts = [sum(finding["status"] == status for finding in findings) for status in ("problem", "warning")]
+    print_line(", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in zip(counts, ("problem", "warning"), strict=True)))

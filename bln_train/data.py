@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bln_train.errors import DataError
+from bln_train.image_folder import decode, list_folder
 from bln_train.rng import instance_seeds
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # Not the run's: every norm and training seed sees the same images, so their spread measures training only.
 SUBSET_SEED, VALIDATION_SEED = 0, 1
 SHAPES_TRAIN_SEED, SHAPES_TEST_SEED = 0, 1
@@ -84,9 +83,17 @@ def load_dataset(
         return _load_folder(name, folder, num_train, num_test, image_size or 32, resize=True)
     if name not in _CIFAR_CLASSES:
         raise ValueError(f"unknown data set {name!r}: cifar10, cifar100, folder or shapes")
-    for candidate in (folder / name, folder):
-        if (candidate / "train").is_dir():
-            return _load_folder(name, candidate, num_train, num_test, 32, resize=False)
+    try:
+        found = next((c for c in (folder / name, folder) if (c / "train").is_dir()), None)
+        is_file = folder.exists() and not folder.is_dir()
+    except OSError as error:
+        raise DataError(
+            f"cannot look into {folder}: {error.strerror}", "Change data.root, or its permissions."
+        ) from error
+    if is_file:
+        raise DataError(f"data.root, {folder}, is a file, not a folder", "Name a folder with --set data.root=DIR.")
+    if found is not None:
+        return _load_folder(name, found, num_train, num_test, 32, resize=False)
     return _load_cifar(name, folder, download, num_train, num_test)
 
 
@@ -125,13 +132,16 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(state))
 
 
-def balanced_subset(labels: Tensor, num: int, *, seed: int = SUBSET_SEED) -> Tensor:
+def balanced_subset(
+    labels: Tensor, num: int, *, seed: int = SUBSET_SEED, class_names: Sequence[str] | None = None
+) -> Tensor:
     """Choose `num` images whose class counts differ by at most one, as a function of (labels, num, seed).
 
     Args:
         labels: (N,) int64, each class from 0 to the largest label present.
         num: how many images to choose.
         seed: of the ranking of the images within their class.
+        class_names: for the message; default their numbers.
 
     Returns: (num,) int64 positions, rising.
     Raises DataError if a class has too few images.
@@ -145,8 +155,9 @@ def balanced_subset(labels: Tensor, num: int, *, seed: int = SUBSET_SEED) -> Ten
     quota[by_draw[: num % len(available)]] += 1
     if bool((quota > available).any()):
         short = int((quota - available).argmax())
+        name = short if class_names is None else class_names[short]
         raise DataError(
-            f"a balanced subset of {num} images needs {int(quota[short])} of class {short}, which has "
+            f"a balanced subset of {num} images needs {int(quota[short])} of class {name}, which has "
             f"{int(available[short])} (of {len(labels)} images in {len(available)} classes)",
             "Lower data.num_train or data.num_test, or leave it out to take all images.",
         )
@@ -204,18 +215,24 @@ def _load_cifar(name: str, root: Path, download: bool, num_train: int | None, nu
     import tarfile
 
     from torchvision import datasets
-    from torchvision.datasets.utils import check_integrity
+    from torchvision.datasets.utils import check_integrity, download_url
 
     cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     archive = root / cifar.filename
     try:
-        # With download=True torchvision extracts an archive that is already there; that fetches nothing.
-        fetch = download or (archive.is_file() and check_integrity(archive, cifar.tgz_md5))
         with _quiet_download():
-            train, test = (cifar(root, train=is_train, download=fetch) for is_train in (True, False))
+            try:
+                train, test = (cifar(root, train=is_train) for is_train in (True, False))
+            except RuntimeError:  # it is not there yet, or not whole
+                if download:
+                    download_url(cifar.url, root, cifar.filename, cifar.tgz_md5)
+                _extract(archive, root, cifar.tgz_md5)
+                train, test = (cifar(root, train=is_train) for is_train in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
         reason = f"{name} is not at {root}"
-        if archive.is_file() and not check_integrity(archive, cifar.tgz_md5):
+        if isinstance(error, tarfile.FilterError):
+            reason = f"{archive} was refused, and nothing extracted: {error}"
+        elif archive.is_file() and not check_integrity(archive, cifar.tgz_md5):
             reason = f"{archive} is damaged or incomplete: its MD5 checksum is not {cifar.tgz_md5}"
         if download:
             reason += f"; downloading {cifar.url} failed: {error or type(error).__name__}"
@@ -233,6 +250,25 @@ def _load_cifar(name: str, root: Path, download: bool, num_train: int | None, nu
         images = torch.from_numpy(part.data[chosen.numpy()]).permute(0, 3, 1, 2).contiguous()
         sets.append(ImageSet(images, labels[chosen]))
     return DataSet(sets[0], sets[1], tuple(train.classes), f"{name}: {root / cifar.base_folder}")
+
+
+def _extract(archive: Path, to: Path, md5: str) -> None:
+    """Extract an archive of known checksum, all of it or, where a member would lie or point outside `to`, nothing.
+
+    Raises:
+        RuntimeError: it is not there, or another file.
+        tarfile.FilterError: a member is refused.
+    """
+    import tarfile
+
+    from torchvision.datasets.utils import check_integrity
+
+    if not check_integrity(archive, md5):
+        raise RuntimeError(f"{archive} is absent or has another checksum")
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            tarfile.data_filter(member, str(to))
+        tar.extractall(to, filter="data")
 
 
 @contextmanager
@@ -253,85 +289,19 @@ def _quiet_download() -> Iterator[None]:
 def _load_folder(
     name: str, root: Path, num_train: int | None, num_test: int | None, side: int, *, resize: bool
 ) -> DataSet:
-    train_files, test_files = _list_classes(root / "train"), _list_classes(root / "test")
-    class_names = tuple(train_files)
-    if class_names != tuple(test_files):
-        only = [f"{name} only in train" for name in class_names if name not in test_files]
-        only += [f"{name} only in test" for name in test_files if name not in train_files]
-        raise DataError(
-            f"the classes of {root / 'train'} and {root / 'test'} differ: {', '.join(only[:5])}",
-            "Each class needs a folder of the same name in both.",
-        )
+    files = list_folder(root)
+    class_names = tuple(files[0])
     if name in _CIFAR_CLASSES and len(class_names) != _CIFAR_CLASSES[name]:
         raise DataError(
             f"{root} is an image folder of {len(class_names)} classes, but {name} has {_CIFAR_CLASSES[name]}",
             "Name another folder with --set data.root=DIR, or train on this one with --set data.name=folder.",
         )
-    sets = []
-    for files, num in ((train_files, num_train), (test_files, num_test)):
-        paths = [path for of_class in files.values() for path in of_class]
-        labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(f) for f in files.values()]))
-        chosen = torch.arange(len(labels)) if num is None else balanced_subset(labels, num)
-        sets.append(ImageSet(_decode([paths[i] for i in chosen.tolist()], side, resize), labels[chosen]))
-    return DataSet(sets[0], sets[1], class_names, f"{name}: image folder {root}")
-
-
-def _list_classes(folder: Path) -> dict[str, list[Path]]:
-    """Image files of each class; both sorted by name, since file systems list in any order."""
-    layout = "An image folder holds train/<class>/* and test/<class>/*"
-    try:
-        classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        files = {
-            c.name: sorted(p for p in c.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-            for c in classes
-        }
-    except OSError as error:
-        raise DataError(f"cannot list {error.filename or folder}: {error.strerror}", f"{layout}.") from error
-    if len(classes) < 2:
-        found = f"only {classes[0].name}" if classes else "none"
-        raise DataError(f"{folder} needs at least 2 class folders, but holds {found}", f"{layout}.")
-    for name, of_class in files.items():
-        if not of_class:
-            raise DataError(f"class folder {folder / name} holds no images", f"{layout}: {' '.join(IMAGE_SUFFIXES)}.")
-    return files
-
-
-def _decode(paths: list[Path], side: int, resize: bool) -> Tensor:
-    from PIL import Image
-
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    # Below twice its limit PIL only warns of a decompression bomb. Threads share the filters: set before they start.
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for i, image in enumerate(pool.map(lambda path: _decode_file(path, side, resize), paths)):
-            images[i] = image
-    return images
-
-
-def _decode_file(path: Path, side: int, resize: bool) -> Tensor:
-    """Decode one image to (3, side, side) uint8: RGB, its centre square scaled, or refused if it has to be."""
-    from PIL import Image
-
-    remedy = "Repair or remove the file."
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if not resize and (width, height) != (side, side):
-                raise DataError(
-                    f"{path} is {width}x{height}, but CIFAR images are {side}x{side}",
-                    "Images of other sizes are scaled with --set data.name=folder.",
-                )
-            if image.mode.startswith(("I", "F")):  # to RGB, PIL would clip all but the darkest values to white
-                raise DataError(f"{path} has more than 8 bits per channel", "Convert it to 8 bits per channel.")
-            rgb = image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} is too large to decode: {error}", remedy) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL's decoders raise each of these
-        raise DataError(f"{path} is not a readable image: {error}", remedy) from error
-    if resize:
-        # Crop first, then scale: the same picture, and a long thin image cannot grow huge on the way.
-        square = min(width, height)
-        left, top = (width - square) / 2, (height - square) / 2
-        box = (left, top, left + square, top + square)
-        rgb = rgb.resize((side, side), Image.Resampling.BILINEAR, box=box)
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
+    paths, labels = [], []
+    for of_part, num in zip(files, (num_train, num_test), strict=True):
+        every = [path for of_class in of_part.values() for path in of_class]
+        label = torch.arange(len(of_part)).repeat_interleave(torch.tensor([len(f) for f in of_part.values()]))
+        chosen = torch.arange(len(label)) if num is None else balanced_subset(label, num, class_names=class_names)
+        paths.append([every[i] for i in chosen.tolist()])
+        labels.append(label[chosen])
+    train, test = map(ImageSet, decode(paths, side, resize=resize), labels)
+    return DataSet(train, test, class_names, f"{name}: image folder {root}")

@@ -85,6 +85,11 @@ class Recipe(Section):
                 f"optimizer.clip_norm: accumulate_into: momentum keeps no gradient to clip; set clip_update instead and "
                 f"clip_norm to auto or null, {way_out}"
             )
+        if self.train.on_nonfinite == "skip":
+            problems.append(
+                "train.on_nonfinite: accumulate_into: momentum cannot leave a step out, whose gradient is in the momentum; "
+                f"set it to stop, {way_out}"
+            )
         if self.train.precision == "fp16":
             problems.append(
                 f"train.precision: the loss scale of fp16 would scale the momentum that gradients gather in; use bf16, "

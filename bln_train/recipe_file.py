@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import shlex
 from collections.abc import Sequence
@@ -102,15 +103,22 @@ def dump_recipe(recipe: Recipe | SyntheticRecipe) -> str:
 
 def _read_text(path: Path) -> str:
     """The text of a recipe file; raises RecipeError where there is none."""
-    place, what = str(path), "is above 1 MiB; this is not a recipe"
+    place = str(path)
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)  # bounded: the path may be a device
         if len(content) <= MAX_BYTES:
             return content.decode()
+        place = f"{path}:{content.count(10) + 1}"
+        what = "goes on beyond 1 MiB here; this is not a recipe"
     except UnicodeDecodeError as error:
         place = f"{path}:{error.object.count(10, 0, error.start) + 1}"
-        what = f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8; save the file as UTF-8"
+        if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            what = "is UTF-16 text; save the file as UTF-8"
+        else:
+            what = (
+                f"byte 0x{error.object[error.start]:02x} at position {error.start} is not UTF-8; save the file as UTF-8"
+            )
     except IsADirectoryError:
         inside = sorted(map(str, path.glob("*.y*ml")))[:5]
         what = "is a directory" + (f"; it holds {', '.join(inside)}" if inside else "")

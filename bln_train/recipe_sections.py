@@ -215,6 +215,9 @@ class Train(Section):
     """Images evaluated at once; auto is four times the micro-batch, at most 256: less memory than training takes."""
     eval_every_epochs: Positive = 1
     label_smoothing: Fraction = 0.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite is never taken: `stop` ends the run there, `skip` goes on with the next, up to
+    ten times in a row. An overflow of fp16, which lowers its loss scale, is neither."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16 and fp16 are autocast with fp32 weights; tf32 rounds the factors of products; fp16 and tf32 need CUDA; fp64 is for
     checking exactness."""

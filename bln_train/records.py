@@ -53,6 +53,8 @@ class EpochRecord:
     """None where this epoch was not evaluated, or nothing is held out (data.validation_fraction)."""
     validation_accuracy: float | None = None
     num_validation_images: int = 0
+    num_skipped_steps: int = 0
+    """Steps left out because loss or gradient was not finite (train.on_nonfinite)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
-from bln_train.errors import CheckpointError, InterruptedRunError, RecipeError, UsageError
+from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.recipe import Recipe
@@ -69,8 +69,12 @@ def run(
     fixed = {"recipe": dump_recipe(recipe), "name": name, "input": asdict(experiment.input)}
     recipe_file = shlex.quote(str(folder.path / RECIPE))
 
+    saved_step = trainer.step if state is not None else None
+
     def save() -> None:
+        nonlocal saved_step
         save_checkpoint(folder.checkpoint, {**fixed, **trainer.state_dict()})
+        saved_step = trainer.step
 
     announce(experiment)
     for text in experiment.notices:
@@ -79,7 +83,7 @@ def run(
             folder.append(NoticeRecord(text))
     epochs, memory = [r for r in folder.records() if isinstance(r, EpochRecord)], trainer.memory_record()
     last_saved = began = time.monotonic()
-    with stop_requests() as stop_asked, explained_failures(recipe):
+    with stop_requests() as stop_asked, explained_failures(recipe), kept_state(folder, lambda: saved_step):
         for record in trainer.steps():
             if isinstance(record, StepRecord):
                 if record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0:
@@ -159,6 +163,23 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
             "BatchNorm cannot train on one value per channel: one image, alone or left over, in a layer with one position",
             "Use norm.name=batchless, or a larger train.micro_batch_size that leaves no single image over.",
         ) from error
+
+
+@contextmanager
+def kept_state(folder: RunFolder, saved_step: Callable[[], int | None]) -> Iterator[None]:
+    """Say, when training diverges, what is still there: the checkpoint, which no step after the bad one has touched."""
+    try:
+        yield
+    except DivergedError as error:
+        step = saved_step()
+        kept = "No checkpoint had been written yet."
+        if step is not None:
+            recipe, out = (shlex.quote(str(path)) for path in (folder.path / RECIPE, folder.path))
+            kept = (
+                f"{folder.checkpoint} is of step {step}, before that. To go on from there without such steps:\n"
+                f"bln-train run {recipe} --out {out} --resume --set train.on_nonfinite=skip"
+            )
+        raise DivergedError(error.problem, f"{error.hint}\n{kept}") from error
 
 
 def read_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 MAX_DEPTH = 10
+MAX_NODES = 5000  # PyYAML reads some thousand a second, and a recipe has some dozens
 _UNPRINTABLE = yaml.reader.Reader.NON_PRINTABLE
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
@@ -122,9 +123,9 @@ class Draft:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes plain trees only; raises MarkedYAMLError at an anchor, alias, tag or deep nesting."""
+    """Composes plain trees only; raises MarkedYAMLError at an anchor, alias or tag, and where it is too deep or too much."""
 
-    depth = 0
+    depth = num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose one node, refused before PyYAML recurses into it."""
@@ -133,12 +134,15 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             refusal = "anchors and aliases (& and *) are refused: recipes are plain, write the value again"
         elif event.tag is not None:
-            refusal = f"the tag {event.tag} is refused: recipes are plain values"
+            refusal = f"the tag {cut(event.tag)} is refused: recipes are plain values"
         elif self.depth >= MAX_DEPTH:
             refusal = f"nested deeper than {MAX_DEPTH} levels"
+        elif self.num_nodes >= MAX_NODES:
+            refusal = f"more than {MAX_NODES} keys and values up to here; this is not a recipe"
         if refusal:
             raise yaml.MarkedYAMLError(problem=refusal, problem_mark=event.start_mark)
         self.depth += 1
+        self.num_nodes += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -284,7 +284,7 @@ def break_folder(root: Path, how: str) -> None:
         ("warned bomb", r"ant/1\.PNG is too large"),
         ("16 bit", r"ant/1\.PNG has more than 8 bits"),
         ("empty class", r"train/cat holds no images"),
-        ("mismatch", r"differ: bee only in train, wasp only in test"),
+        ("mismatch", r"differ: bee only in train; wasp only in test"),
         ("one class", r"at least 2 class folders, but holds only ant"),
         ("no classes", r"at least 2 class folders, but holds none"),
         ("no test", r"cannot list .*/test"),
@@ -303,7 +303,7 @@ def test_too_few_images_is_an_error(tmp_path: Path) -> None:
     """A subset larger than the folder is refused before anything is decoded, with the counts."""
     write_folder(tmp_path, num=1)
     (tmp_path / "train" / "ant" / "0.PNG").write_bytes(b"would fail to decode")
-    with pytest.raises(DataError, match=r"needs 2 of class \d, which has 1"):
+    with pytest.raises(DataError, match=r"needs 2 of class (ant|bee), which has 1"):
         load_dataset("folder", root=str(tmp_path), num_train=4)
 
 

@@ -321,6 +321,7 @@ LAYERS = [
     },
     {
         "data",
+        "image_folder",
         "augment",
         "models.layers",
         "models.cifar_resnet",
@@ -335,10 +336,20 @@ LAYERS = [
         "memory.trace",
         "memory",
     },
-    {"train.step", "train.recovery", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
+    {
+        "train.step",
+        "train.recovery",
+        "train.diagnose",
+        "train.health",
+        "train.trainer",
+        "train.checkpoint",
+        "train.evaluate",
+        "train",
+    },
     {"build", "build_data", "build_statistics", "synthetic"},
     {
         "run",
+        "doctor",
         "migrate",
         "export",
         "export_formats",
@@ -353,7 +364,7 @@ LAYERS = [
         "run_synthetic",
     },
     {"console", "console_tables", "console_plan", "console_synthetic"},
-    {"cli_options", "cli_recipes"},
+    {"cli_options", "cli_recipes", "cli_doctor"},
     {"cli_memory"},
     {"cli", "__main__"},
 ]

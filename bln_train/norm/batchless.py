@@ -154,6 +154,8 @@ class _BatchlessNorm(nn.Module):
         self.register_buffer("imputation", imputation)
 
         self.account = _Account()
+        self.second_moment: Tensor | None = None
+        """(C,) or (1,), of the last effective batch: mean of xhat^2."""
         self.following: Following | None = None
         """The layer's part in the probe's forward after a step."""
         self.old_moments: tuple[Tensor, Tensor] | None = (

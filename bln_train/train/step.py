@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -27,7 +28,7 @@ _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradient
 
 
 class StepTotals(NamedTuple):
-    """Sums over an effective batch, still on the device, so that reading them is the step's only synchronisation."""
+    """Sums over an effective batch, still on the device."""
 
     loss: Tensor
     """() sum of the task loss over the images."""
@@ -41,6 +42,8 @@ class StepTotals(NamedTuple):
     """(L,) likelihood of each batchless layer, or None without such layers."""
     notices: tuple[str, ...] = ()
     """What the user should know of how this step was taken."""
+    is_finite: bool = True
+    """Whether the step was taken; if not, only its gradients are there, until `give_up`."""
 
 
 class MicroBatch(NamedTuple):
@@ -61,7 +64,7 @@ class AccumulationStep:
 
     The sums are divided by the true number of images N, so ragged micro-batches and a short last batch are exact. The
     order is: accumulate; update statistics, which read the gradients; clip; step; drop gradients; let the statistics follow
-    the new weights on the batch's first images, the probe.
+    the new weights on the batch's first images, the probe. Where loss or gradient is not finite nothing follows; see `give_up`.
 
     Args:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.
@@ -108,6 +111,8 @@ class AccumulationStep:
         inside = {layer.linear for layer in self.folded}
         self.standardized = [m for m in model.modules() if isinstance(m, StandardizedConv2d) and m not in inside]
         self.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.running_statistics = [buffer for norm in norms for buffer in norm.buffers()]
 
     def __call__(
         self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
@@ -120,6 +125,7 @@ class AccumulationStep:
                 if isinstance(layer.linear, StandardizedConv2d):
                     centre_filters(layer.linear.weight)
             self.into_momentum.begin()  # from here on the weights' gradients are their momentum
+        running_before = [buffer.clone() for buffer in self.running_statistics]
         self.statistics.watch(self.probe_images)
         loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
         if self.scaler is not None:
@@ -127,7 +133,12 @@ class AccumulationStep:
         grad_norm = None
         if self.into_momentum is None:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.scaler is not None and grad_norm is not None and not torch.isfinite(grad_norm):
+        is_finite = self._is_finite(loss_sum, grad_norm)
+        if not is_finite and (self.scaler is None or not torch.isfinite(loss_sum)):
+            for buffer, before in zip(self.running_statistics, running_before, strict=True):
+                buffer.copy_(before)
+            return StepTotals(loss_sum, correct, grad_norm, None, None, is_finite=False)
+        if not is_finite:
             # fp16 overflowed: the scaler lowers its scale and skips the step; statistics and correction skip it as well.
             nll = None
             self.statistics.discard()
@@ -149,6 +160,36 @@ class AccumulationStep:
         set_instance_seeds(self.dropouts, None)
         update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
         return StepTotals(loss_sum, correct, grad_norm, update_norm, nll)
+
+    def give_up(self) -> None:
+        """Forget a step that was not finite: no weight, momentum, statistic or correction has moved.
+
+        Except a momentum that gradients gather in, which cannot be had back: the optimizer's state has to be loaded again.
+        """
+        self.statistics.discard()
+        self.model.zero_grad(set_to_none=True)
+        set_instance_seeds(self.dropouts, None)
+        if self.scaler is not None:
+            self.scaler.update(self.scaler.get_scale())  # it was not the scale
+
+    def replay(self, model: nn.Module, images: ImageSet, index: Tensor, seed: int, epoch: int) -> Iterator[Tensor]:
+        """Run a step's forwards again through a copy of the network; yields the sum () of each micro-batch's task losses."""
+        again = copy.copy(self)
+        again.model = model.train()
+        again.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
+        for batch in again._micro_batches(images, index, seed, epoch):
+            logits = again._forward(batch)
+            yield F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def _is_finite(self, loss_sum: Tensor, grad_norm: Tensor | None) -> bool:
+        """Whether loss and every gradient are finite, from what all processes agree on; waits for the device."""
+        apart = [p.grad for p in self.statistics.natural_parameters if p.grad is not None]  # in no optimizer
+        if grad_norm is None:
+            apart += [p.grad for p in self.parameters if p.grad is not None]
+        numbers = [loss_sum] if grad_norm is None else [loss_sum, grad_norm]
+        if apart:
+            numbers.append(torch.nn.utils.get_total_norm(apart, norm_type=torch.inf))
+        return bool(torch.stack([number.double() for number in numbers]).isfinite().all())
 
     def accumulate(
         self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None

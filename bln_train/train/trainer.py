@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,9 +15,14 @@ from bln_train.errors import CheckpointError, DivergedError
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.train.diagnose import find_fault
 from bln_train.train.evaluate import Evaluation
+from bln_train.train.health import HealthWatch
 from bln_train.train.recovery import RecoveringStep
 from bln_train.train.step import AccumulationStep, StepTotals
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Steps whose gradient is not finite, after which the next one stops the run even where they are skipped."""
 
 
 class Trainer:
@@ -34,6 +39,7 @@ class Trainer:
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
+        on_nonfinite: what a step does whose loss or gradient is not finite: `stop` raises, `skip` leaves it out.
     """
 
     def __init__(
@@ -49,15 +55,19 @@ class Trainer:
         eval_every_epochs: int = 1,
         max_steps: int | None = None,
         detail_every_steps: int = 10,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.take_step, self.data, self.schedule, self.evaluate = step, data, schedule, evaluate
         self.recovering_step = RecoveringStep(step)
         self.epochs, self.effective_batch_size, self.seed = epochs, effective_batch_size, seed
         self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
+        self.on_nonfinite = on_nonfinite
         self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
         self.num_steps = min(self.steps_per_epoch * epochs, max_steps or sys.maxsize)
         self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
+        self.health = HealthWatch(step.statistics.layers)
         self.step = 0
+        self._skipped, self._skipped_in_a_row = 0, 0
         self._epoch_sums = _EpochSums()
         self._notices: list[str] = []  # until the next record is out
         self._measured_from = 0  # the step at which the meter began
@@ -69,7 +79,8 @@ class Trainer:
         would have yielded from there.
 
         Raises:
-            DivergedError: the loss, the gradient norm or the update norm is not finite.
+            DivergedError: the loss, the gradient norm or the update norm is not finite, with the first layer at fault. Unless it
+                is the update norm, the state is that of before the step.
         """
         self.meter.start()
         self._measured_from = self.step
@@ -78,8 +89,9 @@ class Trainer:
         while True:
             epoch, position = divmod(self.step, self.steps_per_epoch)
             # Asked before the step, not after: a run stopped between an epoch's last step and its end resumes here.
-            if self._epoch_sums.images and (position == 0 or self.step == self.num_steps):
+            if self._epoch_sums.is_open and (position == 0 or self.step == self.num_steps):
                 yield self._end_epoch((self.step - 1) // self.steps_per_epoch)
+                self._notices += self.health.notices()
                 yield from self._take_notices()
             if self.step >= self.num_steps:
                 break
@@ -87,21 +99,26 @@ class Trainer:
                 order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
             begin = position * self.effective_batch_size
             index = order[begin : begin + self.effective_batch_size]
-            yield self._train_on(index, epoch)
+            record = self._train_on(index, epoch)
+            if record is not None:
+                yield record
             yield from self._take_notices()
             if self.step - self._measured_from == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
         yield self.memory_record()
 
-    def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord:
+    def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord | NoticeRecord | None:
         began = time.perf_counter()
         tracked = self.meter.tracks_next_step
         learning_rate = self.schedule.apply(self.take_step.optimizer, self.step)
         micro_batch_size = self.take_step.micro_batch_size
         with self.meter.step() as gradients_ready:
             totals = self.recovering_step(self.data.train, index, self.seed, epoch, gradients_ready)
-        self.step += 1
         self._notices += totals.notices
+        if not totals.is_finite:
+            return self._skip(index, epoch, totals)
+        self._skipped_in_a_row = 0
+        self.step += 1
         if self.take_step.micro_batch_size != micro_batch_size:
             # A record pairs the peak with the micro-batch that needs it: neither the failed attempt nor what fitted before.
             self.meter.restart()
@@ -112,6 +129,36 @@ class Trainer:
             self._epoch_sums.timed_images += len(index)
             self._epoch_sums.timed_seconds += record.seconds
         return record
+
+    def _skip(self, index: torch.Tensor, epoch: int, totals: StepTotals) -> NoticeRecord | None:
+        """Count a step that was not finite as done, and say so the first time; or stop."""
+        stops = self.on_nonfinite == "stop" or self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
+        fault = ""
+        if stops or not self._skipped:
+            self.meter.stop()
+            loss = float(totals.loss)
+            what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            fault = (
+                f"step {self.step + 1}: {what}; {find_fault(self.take_step, self.data.train, index, self.seed, epoch)}"
+            )
+            self.meter.start()
+        self.take_step.give_up()
+        if stops:
+            after = f" after {self._skipped_in_a_row} skipped steps in a row" if self._skipped_in_a_row else ""
+            clip = "clip_update" if self.take_step.into_momentum is not None else "clip_norm"
+            raise DivergedError(
+                f"{fault}; training diverged{after}",
+                f"Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.{clip}=1.0.",
+            )
+        self.step += 1
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        self._epoch_sums.skipped += 1
+        return (
+            NoticeRecord(f"{fault}. It is skipped; later ones are counted in the epochs' records.", self.step)
+            if fault
+            else None
+        )
 
     def _read(
         self, totals: StepTotals, num_images: int, learning_rate: float, began: float, detail: bool
@@ -172,8 +219,8 @@ class Trainer:
         return EpochRecord(
             step=self.step,
             epoch=epoch + 1,
-            train_loss=sums.loss / sums.images,
-            train_accuracy=sums.correct / sums.images,
+            train_loss=sums.loss / sums.images if sums.images else math.nan,
+            train_accuracy=sums.correct / sums.images if sums.images else math.nan,
             images_per_second=sums.timed_images / sums.timed_seconds if sums.timed_images else None,
             test_loss=on_test.loss if on_test else None,
             test_accuracy=on_test.accuracy if on_test else None,
@@ -182,6 +229,7 @@ class Trainer:
             validation_loss=on_validation.loss if on_validation else None,
             validation_accuracy=on_validation.accuracy if on_validation else None,
             num_validation_images=on_validation.num_images if on_validation else 0,
+            num_skipped_steps=sums.skipped,
         )
 
     def memory_record(self) -> MemoryRecord:
@@ -192,18 +240,43 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings from which `load_state_dict` goes on bit for bit."""
+        """Tensors, numbers and strings from which `load_state_dict` goes on bit for bit.
+
+        Raises:
+            DivergedError: a weight, statistic or momentum is not finite, so there is nothing to go on from.
+        """
+        self._check_finite()
         scaler = self.take_step.scaler
         return {
             "step": self.step,
             "micro_batch_size": self.take_step.micro_batch_size,
             "asked_micro_batch_size": self.recovering_step.asked_micro_batch_size,
             "epoch_sums": vars(self._epoch_sums).copy(),
+            "skipped": [self._skipped, self._skipped_in_a_row],
+            "health": self.health.state_dict(),
             "model": self.take_step.model.state_dict(),
             "optimizer": self.take_step.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "torch_rng": torch.get_rng_state(),
         }
+
+    def _check_finite(self) -> None:
+        optimizer, model = self.take_step.optimizer, self.take_step.model
+        of: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
+        tensors = dict(model.state_dict())
+        tensors |= {
+            f"{key} of {of[p]}": value
+            for p, values in optimizer.state.items()
+            for key, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        if floats and not bool(torch.stack([tensor.isfinite().all() for tensor in floats.values()]).all()):
+            first = next(name for name, tensor in floats.items() if not bool(tensor.isfinite().all()))
+            raise DivergedError(
+                f"after step {self.step}: {first} is not finite; training diverged, and this state is not saved",
+                "Lower optimizer.lr, or lengthen schedule.warmup_epochs.",
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
@@ -226,6 +299,11 @@ class Trainer:
                     f"goes on with micro-batch {found}, not {asked}, for which memory ran out; another "
                     "train.micro_batch_size is taken as asked."
                 )
+            self._skipped, self._skipped_in_a_row = state.get("skipped", (0, 0))
+            if "health" in state:
+                self.health.load_state_dict(state["health"])
+            else:  # of an earlier version
+                self.health.restart()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint does not fit this recipe: {error}") from error
 
@@ -240,6 +318,12 @@ class _EpochSums:
         correct: float = 0.0,
         timed_images: int = 0,
         timed_seconds: float = 0.0,
+        skipped: int = 0,
     ) -> None:
         self.images, self.loss, self.correct = images, loss, correct
-        self.timed_images, self.timed_seconds = timed_images, timed_seconds
+        self.timed_images, self.timed_seconds, self.skipped = timed_images, timed_seconds, skipped
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the epoch has had a step."""
+        return self.images > 0 or self.skipped > 0

@@ -1,0 +1,103 @@
+"""Which channels' statistics have gone astray: standard deviations that collapsed or exploded, inputs that do not vary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bln_train.norm.batchless import _BatchlessNorm
+
+FACTOR = 1e3
+"""Growth or shrinkage since the start of the run that is reported."""
+DEAD_BELOW = 1e-6
+"""Second moment of a channel's normalised inputs, 1 when its statistics fit, below which it is dead."""
+_MAX_NAMED = 5
+
+
+class LayerHealth(NamedTuple):
+    """Standard deviations of one layer, in units of its input, and how many of its channels have gone astray."""
+
+    min_std: float
+    max_std: float
+    at_floor: int
+    """At eps, and not there at the start."""
+    grown: int
+    """By more than FACTOR since the start."""
+    shrunk: int
+    """The same, downwards."""
+    dead: int
+    """Inputs equal their mean: their second moment about it is below DEAD_BELOW of the variance."""
+
+
+_KINDS = {
+    "at_floor": "standard deviation at its floor (norm.eps)",
+    "grown": f"standard deviation more than {FACTOR:g} times that of the start",
+    "shrunk": f"standard deviation less than 1/{FACTOR:g} of that of the start",
+    "dead": f"dead, their inputs do not vary (second moment below {DEAD_BELOW:g})",
+}
+
+
+@torch.no_grad()
+def layer_health(layer: _BatchlessNorm, initial_std: Tensor) -> LayerHealth:
+    """What has become of a layer since its standard deviations were `initial_std`, (C,) or (1,)."""
+    std, floor = layer.std, layer.eps * (1 + 1e-3)
+    ratio = std / initial_std
+    seen = layer.second_moment
+    flags = (
+        (std <= floor) & (initial_std > floor),
+        ratio > FACTOR,
+        ratio < 1 / FACTOR,
+        torch.zeros_like(std, dtype=torch.bool) if seen is None else seen < DEAD_BELOW,
+    )
+    low, high, *counts = torch.stack([std.min(), std.max(), *(flag.sum().to(std.dtype) for flag in flags)]).tolist()
+    return LayerHealth(low, high, *map(int, counts))
+
+
+class HealthWatch:
+    """Says what has gone astray in a network's batchless layers, whenever that has changed.
+
+    Args:
+        layers: by name, with the standard deviations that the run starts from.
+    """
+
+    def __init__(self, layers: Mapping[str, _BatchlessNorm]) -> None:
+        self.layers = layers
+        self._said: dict[str, dict[str, int]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Take the standard deviations as they are now for those of the start."""
+        self._initial_std = {name: layer.std.detach().clone() for name, layer in self.layers.items()}
+
+    def notices(self) -> Iterator[str]:
+        """A line for each kind of fault whose channels are not those that it was said of last."""
+        found = {name: layer_health(layer, self._initial_std[name]) for name, layer in self.layers.items()}
+        for kind, words in _KINDS.items():
+            counts = {name: getattr(health, kind) for name, health in found.items() if getattr(health, kind)}
+            if counts and counts != self._said.get(kind):
+                named = [
+                    f"{name} ({number} of {self.layers[name].mean.numel()}, "
+                    f"sigma {found[name].min_std:.3g} to {found[name].max_std:.3g})"
+                    for name, number in list(counts.items())[:_MAX_NAMED]
+                ]
+                more = f" and {len(counts) - _MAX_NAMED} more layers" if len(counts) > _MAX_NAMED else ""
+                yield (
+                    f"Channels with {words}: {', '.join(named)}{more}."
+                    if kind != "dead"
+                    else (f"Channels that are {words}: {', '.join(named)}{more}.")
+                )
+            self._said[kind] = counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings."""
+        return {"initial_std": self._initial_std, "said": self._said}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; raises ValueError where it is of other layers."""
+        if state["initial_std"].keys() != self.layers.keys():
+            raise ValueError("the statistics at the start are those of other layers")
+        self._initial_std = {name: std.to(self.layers[name].mean.device) for name, std in state["initial_std"].items()}
+        self._said = state["said"]

@@ -281,7 +281,18 @@ def test_law_8_help_needs_no_torch():
 
 
 LAYERS = [
-    {"errors", "units", "sizes", "records", "rng", "signals", "__init__"},
+    {
+        "errors",
+        "units",
+        "sizes",
+        "records",
+        "rng",
+        "signals",
+        "atomic",
+        "checkpoint_list",
+        "run_lock",
+        "__init__",
+    },
     {
         "strict_yaml",
         "recipe",
@@ -332,7 +343,7 @@ LAYERS = [
         "memory.peak",
         "memory",
     },
-    {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train"},
+    {"train.step", "train.trainer", "train.checkpoint", "train.evaluate", "train.fit", "train"},
     {"build", "build_data", "build_statistics", "synthetic"},
     {
         "run",

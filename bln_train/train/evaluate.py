@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
+from bln_train.signals import StopRequested, never
 
 
 class Evaluation(NamedTuple):
@@ -33,13 +34,21 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[object]],
+    stop_asked: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation."""
+    """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation.
+
+    Raises:
+        StopRequested: `stop_asked` said yes before a batch.
+    """
     was_training = model.training
     model.eval()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
     for start in range(0, len(images), batch_size):
+        if stop_asked():
+            model.train(was_training)
+            raise StopRequested
         part = slice(start, start + batch_size)
         labels = images.labels[part].to(device)
         with autocast():

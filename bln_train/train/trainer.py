@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from bln_train.data import DataSet, ImageSet, epoch_order
-from bln_train.errors import CheckpointError, DivergedError
+from bln_train.data import DataSet, epoch_order
+from bln_train.errors import CheckpointError, DivergedError, first_line
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, Record, StepRecord
+from bln_train.signals import never
 from bln_train.train.evaluate import Evaluation
+from bln_train.train.fit import check_network, check_numbers, check_optimizer, check_rng, check_sums
 from bln_train.train.step import AccumulationStep, StepTotals
 
 
@@ -29,7 +31,7 @@ class Trainer:
         step: takes one optimizer step.
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
-        evaluate: gives loss and accuracy of the network as it is.
+        evaluate: gives loss and accuracy on an ImageSet of the network as it is; takes `stop_asked`, see `evaluate`.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
@@ -40,7 +42,7 @@ class Trainer:
         step: AccumulationStep,
         data: DataSet,
         schedule: Schedule,
-        evaluate: Callable[[ImageSet], Evaluation],
+        evaluate: Callable[..., Evaluation],
         *,
         epochs: int,
         effective_batch_size: int,
@@ -57,17 +59,21 @@ class Trainer:
         self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
         self.step = 0
         self._epoch_sums = _EpochSums()
+        self._stop_asked = never
 
-    def steps(self) -> Iterator[Record]:
+    def steps(self, stop_asked: Callable[[], bool] = never) -> Iterator[Record]:
         """Train to the end, yielding a record after each step, epoch and memory measurement.
 
         Whenever a record is out, the state is that of a whole step and may be saved. A run that was resumed yields what it
         would have yielded from there.
 
         Raises:
+            StopRequested: `stop_asked` said yes between two micro-steps or while evaluating; the state is that of the last whole
+                step and may be saved, the gradients of the step under way are gone.
             DivergedError: the loss, the gradient norm or the update norm is not finite.
         """
         self.meter.start()
+        self.take_step.stop_asked = self._stop_asked = stop_asked
         first_step = self.step
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
@@ -137,18 +143,18 @@ class Trainer:
         )
 
     def _end_epoch(self, epoch: int) -> EpochRecord:
-        sums, self._epoch_sums = self._epoch_sums, _EpochSums()
-        last = self.step == self.num_steps
+        sums, last = self._epoch_sums, self.step == self.num_steps
         on_validation, on_test, seconds = None, None, None
         if last or (epoch + 1) % self.eval_every_epochs == 0:
             self.meter.stop()
             began = time.perf_counter()
             if self.data.validation is not None:
-                on_validation = self.evaluate(self.data.validation)
+                on_validation = self.evaluate(self.data.validation, stop_asked=self._stop_asked)
             if self.data.validation is None or last:
-                on_test = self.evaluate(self.data.test)
+                on_test = self.evaluate(self.data.test, stop_asked=self._stop_asked)
             seconds = time.perf_counter() - began
             self.meter.start()
+        self._epoch_sums = _EpochSums()  # not before: an evaluation that is stopped begins anew
         return EpochRecord(
             step=self.step,
             epoch=epoch + 1,
@@ -171,6 +177,11 @@ class Trainer:
             min(self.take_step.micro_batch_size, len(self.data.train)),
         )
 
+    @property
+    def epoch_is_open(self) -> bool:
+        """Whether steps were taken of an epoch whose end is still to come."""
+        return self._epoch_sums.images > 0
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load_state_dict` goes on bit for bit."""
         scaler = self.take_step.scaler
@@ -187,18 +198,29 @@ class Trainer:
         """Restore what `state_dict` gave.
 
         Raises:
-            CheckpointError: the state is of another network or optimizer.
+            CheckpointError: the state is of another network, optimizer or length of run, or it is none; nothing was taken of it.
         """
+        step = self.take_step
         try:
-            self.take_step.model.load_state_dict(state["model"])
-            self.take_step.optimizer.load_state_dict(state["optimizer"])
-            if self.take_step.scaler is not None:
-                self.take_step.scaler.load_state_dict(state["scaler"])
+            check_network(step.model.state_dict(), state["model"])
+            check_optimizer(step.optimizer, state["optimizer"])
+            check_sums(state["epoch_sums"], len(self.data.train))
+            if step.scaler is not None:
+                check_numbers("its loss scale", state["scaler"])
+            check_rng(torch.get_rng_state(), state["torch_rng"])
+            if type(state["step"]) is not int or not 0 <= state["step"] <= self.num_steps:
+                raise ValueError(f"its step is not one of the run's {self.num_steps}")
+            epoch_sums = _EpochSums(**state["epoch_sums"])
+            step.model.load_state_dict(state["model"])
+            step.optimizer.load_state_dict(state["optimizer"])
+            if step.scaler is not None:
+                step.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_rng"])
-            self.step = int(state["step"])
-            self._epoch_sums = _EpochSums(**state["epoch_sums"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this recipe: {error}") from error
+            self.step, self._epoch_sums = state["step"], epoch_sums
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint does not fit this recipe: it lacks {error}") from error
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this recipe: {first_line(error)}") from error
 
 
 class _EpochSums:

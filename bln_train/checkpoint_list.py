@@ -137,7 +137,7 @@ def _earlier(folder: Path, step: int) -> Path:
 
 def _earlier_files(folder: Path) -> list[Path]:
     """checkpoint-<step>.pt, the newest first."""
-    steps = {file: int(match[1]) for file in folder.iterdir() if (match := _EARLIER.fullmatch(file.name))}
+    steps = {file: int(match[1]) for file in folder.glob("checkpoint-*.pt") if (match := _EARLIER.fullmatch(file.name))}
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 

@@ -79,6 +79,7 @@ def evaluate_on(
     preprocess: Preprocess,
     device: torch.device,
     images: ImageSet,
+    *,
     stop_asked: Callable[[], bool] = never,
 ) -> Evaluation:
     """Loss and accuracy of the network on images as the recipe evaluates them."""

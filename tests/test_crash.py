@@ -655,8 +655,10 @@ def test_a_run_folder_has_one_process(straight, worker, tmp_path):
     """The second process is refused with the first one's id; reading is not; after a SIGKILL the folder is free again."""
     folder = tmp_path / "run"
     pid = worker.start(folder)
-    worker.process.stdout.readline()
+    assert worker.process.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
     while not checkpoint_files(folder):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(pid, signal.SIGSTOP)
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".tmp"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bln_train.data import DataSet, epoch_order
+from bln_train.data import DataSet, ImageSet, epoch_order
 from bln_train.errors import CheckpointError, DivergedError, first_line
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
@@ -31,7 +31,7 @@ class Trainer:
         step: takes one optimizer step.
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
-        evaluate: gives loss and accuracy on an ImageSet of the network as it is; takes `stop_asked`, see `evaluate`.
+        evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `step.stop_asked` says yes.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
@@ -42,7 +42,7 @@ class Trainer:
         step: AccumulationStep,
         data: DataSet,
         schedule: Schedule,
-        evaluate: Callable[..., Evaluation],
+        evaluate: Callable[[ImageSet], Evaluation],
         *,
         epochs: int,
         effective_batch_size: int,
@@ -59,7 +59,6 @@ class Trainer:
         self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
         self.step = 0
         self._epoch_sums = _EpochSums()
-        self._stop_asked = never
 
     def steps(self, stop_asked: Callable[[], bool] = never) -> Iterator[Record]:
         """Train to the end, yielding a record after each step, epoch and memory measurement.
@@ -73,7 +72,7 @@ class Trainer:
             DivergedError: the loss, the gradient norm or the update norm is not finite.
         """
         self.meter.start()
-        self.take_step.stop_asked = self._stop_asked = stop_asked
+        self.take_step.stop_asked = stop_asked
         first_step = self.step
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
@@ -149,9 +148,9 @@ class Trainer:
             self.meter.stop()
             began = time.perf_counter()
             if self.data.validation is not None:
-                on_validation = self.evaluate(self.data.validation, stop_asked=self._stop_asked)
+                on_validation = self.evaluate(self.data.validation)
             if self.data.validation is None or last:
-                on_test = self.evaluate(self.data.test, stop_asked=self._stop_asked)
+                on_test = self.evaluate(self.data.test)
             seconds = time.perf_counter() - began
             self.meter.start()
         self._epoch_sums = _EpochSums()  # not before: an evaluation that is stopped begins anew

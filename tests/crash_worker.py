@@ -108,9 +108,23 @@ def child(task):
     return 0
 
 
+def warm_up(folder):
+    task = json.loads(sys.stdin.readline())
+    recipe = Recipe.model_validate(task["recipe"])
+    run(
+        recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 2})}),
+        RunFolder(folder),
+        name="warm",
+    )
+    print("warm", flush=True)
+
+
 def main():
     torch.set_num_threads(1)
     for line in sys.stdin:
+        if not line.startswith("{"):  # a folder for a run in this process: what it imports its forks need not
+            warm_up(Path(line.strip()))
+            continue
         pid = os.fork()
         if pid == 0:
             code = 99

@@ -68,11 +68,14 @@ def straight(tmp_path_factory):
 class Worker:
     """crash_worker.py, which runs recipes in forked processes."""
 
-    def __init__(self):
+    def __init__(self, warm):
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("crash_worker.py")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self.process.stdin.write(f"{warm}\n{json.dumps({'recipe': RECIPE.model_dump(mode='json')})}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "warm\n"
 
     def start(self, folder, **task):
         """Begin a run, or go on with it; returns its process id."""
@@ -94,8 +97,8 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def worker():
-    worker = Worker()
+def worker(tmp_path_factory):
+    worker = Worker(tmp_path_factory.mktemp("warm") / "run")
     yield worker
     _, stderr = worker.process.communicate()
     assert "Traceback" not in stderr, stderr

@@ -128,23 +128,26 @@ def check_end(folder, straight):
 def test_fifty_kills_at_random_moments(worker, straight, tmp_path):
     """A chain of SIGKILLs, before the first step, in a step, in a save: every resume is on the undisturbed trajectory."""
     draw, num_kills, number = random.Random(0), 0, 0
+    folder = tmp_path / "run-0"
     while num_kills < 50:
-        folder = tmp_path / f"run-{number}"
-        number += 1
-        while True:
-            pid = worker.start(folder)
-            early = draw.random() < 0.2
-            if not early and worker.process.stdout.readline() != "ready\n":
-                pytest.fail("the run ended before its first step")
-            time.sleep(draw.uniform(0, 0.3))
-            os.kill(pid, signal.SIGKILL)
-            code = worker.wait()
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL
-            num_kills += 1
-            check_killed(folder, straight[1])
-        check_end(folder, straight)
+        pid = worker.start(folder)
+        early = draw.random() < 0.2
+        if not early:
+            assert worker.process.stdout.readline() == "ready\n"
+        time.sleep(draw.uniform(0, 0.5))
+        os.kill(pid, signal.SIGKILL)
+        code = worker.wait()
+        if code == 0:
+            check_end(folder, straight)
+            number += 1
+            folder = tmp_path / f"run-{number}"
+            continue
+        assert code == -signal.SIGKILL
+        num_kills += 1
+        check_killed(folder, straight[1])
+    assert worker.run(folder) == 0
+    check_end(folder, straight)
+    number += 1
     print(f"{num_kills} kills over {number} runs")
 
 

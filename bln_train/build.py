@@ -141,7 +141,7 @@ def assemble(
         step,
         data,
         _schedule(recipe, len(data.train)),
-        partial(evaluate_on, recipe, model, preprocess, device),
+        partial(evaluate_on, recipe, model, preprocess, device, stop_asked=lambda: step.stop_asked()),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
         seed=recipe.train.seed,

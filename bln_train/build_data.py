@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from bln_train.data import DataSet, ImageSet, channel_moments, hold_out, load_da
 from bln_train.errors import UsageError
 from bln_train.recipe import Recipe
 from bln_train.records import InputSpec
+from bln_train.signals import never
 from bln_train.train.evaluate import Evaluation, evaluate
 
 _LARGEST_AUTO_EVAL_BATCH = 256
@@ -73,7 +75,13 @@ def eval_batch_size(recipe: Recipe) -> int:
 
 
 def evaluate_on(
-    recipe: Recipe, model: nn.Module, preprocess: Preprocess, device: torch.device, images: ImageSet
+    recipe: Recipe,
+    model: nn.Module,
+    preprocess: Preprocess,
+    device: torch.device,
+    images: ImageSet,
+    *,
+    stop_asked: Callable[[], bool] = never,
 ) -> Evaluation:
     """Loss and accuracy of the network on images as the recipe evaluates them."""
     return evaluate(
@@ -83,4 +91,5 @@ def evaluate_on(
         device=device,
         batch_size=eval_batch_size(recipe),
         autocast=partial(runtime.autocast, device, recipe.train.precision),
+        stop_asked=stop_asked,
     )

@@ -186,7 +186,7 @@ def evaluate(
     from bln_train import console
     from bln_train.run import evaluate_checkpoint
 
-    recipe, found, step = evaluate_checkpoint(source, device, layers=layers)
+    recipe, found, step = evaluate_checkpoint(source, device, layers=layers, notify=console.note)
     if json_:
         console.print_json({"step": step, "model": recipe.model.name, "norm": recipe.norm.name, **found._asdict()})
     else:
@@ -217,7 +217,7 @@ def export(
     from bln_train import console, console_tables
     from bln_train.export import export as export_network
 
-    result = export_network(source, out, batch=number, force=force)
+    result = export_network(source, out, batch=number, force=force, notify=console.note)
     if json_:
         console.print_json(result)
     else:

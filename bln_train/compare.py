@@ -22,12 +22,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from bln_train.atomic import write_atomically
 from bln_train.errors import BlnError, InterruptedRunError, RecipeError, RunFolderError, UsageError
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.recipe_norms import NORM_NAMES
 from bln_train.records import EpochRecord, Record, StepRecord
-from bln_train.report.runlog import RunFolder, json_text, write_atomically
+from bln_train.report.runlog import RunFolder, json_text
 from bln_train.signals import stop_requests
 
 MicroBatch = int | Literal["full"]

@@ -46,6 +46,11 @@ def say(text: str) -> None:
     talk.print(text, soft_wrap=True, markup=False)
 
 
+def note(text: str) -> None:
+    """Something the user should know, on stderr, as it is."""
+    say(f"note: {text}")
+
+
 def format_percent(fraction: float | None) -> str:
     """A fraction as percent, `-` where there is none."""
     return "-" if fraction is None else f"{100 * fraction:.2f} %"

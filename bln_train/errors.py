@@ -70,3 +70,9 @@ class InterruptedRunError(BlnError):
     """Ctrl-C or SIGTERM, after the state was saved: exit code 130."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, at most 200 characters of it; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,9 @@ from bln_train import runtime
 from bln_train.augment import Preprocess
 from bln_train.build import build_network
 from bln_train.build_data import build_preprocess, input_spec, load
-from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError
+from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError, first_line
 from bln_train.export_formats import (
     Runner,
-    first_line,
     open_onnx,
     open_pt2,
     require,
@@ -87,7 +87,14 @@ class _Trained:
     """Whether those are the run's test images, not random ones."""
 
 
-def export(source: Path, out: Path, *, batch: int | None = None, force: bool = False) -> dict[str, Any]:
+def export(
+    source: Path,
+    out: Path,
+    *,
+    batch: int | None = None,
+    force: bool = False,
+    notify: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Write the network of a run folder or checkpoint to `out`, whose suffix says how: .onnx, .pt2 or .safetensors.
 
     The file appears only after its outputs on the run's test images (random ones where those are not there) were compared
@@ -96,6 +103,7 @@ def export(source: Path, out: Path, *, batch: int | None = None, force: bool = F
     Args:
         batch: images at once; None for any number. .safetensors has none.
         force: replace an existing `out`.
+        notify: see `run.read_checkpoint`.
 
     Returns: what was written and how it compares, JSON-ready.
 
@@ -106,7 +114,7 @@ def export(source: Path, out: Path, *, batch: int | None = None, force: bool = F
         ExportError: `out` exists or cannot be written, the network cannot be exported, or the file computes something else.
     """
     _check_request(out, batch, force)
-    trained = _open(source)
+    trained = _open(source, notify)
     network = copy.deepcopy(trained.network).double()  # merged exactly, rounded once
     norms = merge_norms(network)
     classifier = ImageClassifier(network.float(), trained.spec).eval()
@@ -182,9 +190,9 @@ def _write(classifier: ImageClassifier, file: Path, batch: int | None, metadata:
     return open_(file)
 
 
-def _open(source: Path) -> _Trained:
+def _open(source: Path, notify: Callable[[str], None]) -> _Trained:
     """Read a checkpoint, on the CPU; its images are test images if they can be had without a download, else random."""
-    recipe, state = read_checkpoint(source)
+    recipe, state = read_checkpoint(source, notify=notify)
     if recipe.runtime.num_threads is not None:
         torch.set_num_threads(recipe.runtime.num_threads)
     model, stored = state.get("model"), state.get("input")

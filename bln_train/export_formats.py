@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bln_train.errors import BlnError, ExportError, UsageError
+from bln_train.errors import BlnError, ExportError, UsageError, first_line
 
 METADATA_FILE = "bln_train.json"
 """Name of the metadata among a .pt2's extra files."""
@@ -115,8 +115,3 @@ def _program(network: nn.Module, shape: tuple[int, ...], batch: int | None) -> t
     hint = "" if batch else "If the number of images is what it needs to know, try --batch 1."
     with _explained("the network's forward cannot be captured", hint):
         return torch.export.export(network, (example,), dynamic_shapes=dynamic)
-
-
-def first_line(error: Exception) -> str:
-    """An error's first line, its class where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

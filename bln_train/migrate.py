@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bln_train.build_statistics import calibration_sample
+from bln_train.checkpoint_list import CHECKPOINT, has_checkpoint
 from bln_train.errors import BlnError, CheckpointError, RecipeError, UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
@@ -31,8 +32,7 @@ from bln_train.norm.standardize import standardize_weight
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import parse_recipe
 from bln_train.recipe_norms import BatchlessNormSection
-from bln_train.report.runlog import CHECKPOINT
-from bln_train.train.checkpoint import FORMAT_KEY, load_checkpoint
+from bln_train.train.checkpoint import FORMAT_KEY, Found, find_checkpoint, load_checkpoint
 
 DEFAULT_EPS = 1e-5
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -146,23 +146,24 @@ def _read(source: str) -> _Source:
             raise UsageError(f"{source}: {error}") from error
         return _Source(dict(network.state_dict()), network)
     path = Path(source).expanduser()
-    if path.is_dir() and not (path / CHECKPOINT).is_file():
-        raise CheckpointError(f"{source} is no run folder: it has no {CHECKPOINT}")
+    if path.is_dir():
+        if not has_checkpoint(path):
+            raise CheckpointError(f"{source} is no run folder: it has no {CHECKPOINT}")
+        return _from_run(find_checkpoint(path))
     if not path.exists():
         raise UsageError(
             f"{source} does not exist",
             "Give a run folder, a checkpoint, a state dict (.pt, .pth, .safetensors), torchvision:<name> or timm:<name>.",
         )
-    path = path / CHECKPOINT if path.is_dir() else path
     content = read_state_file(path)
     if FORMAT_KEY in content:
-        return _from_run(path)
+        return _from_run(Found(path, load_checkpoint(path), []))
     return _Source(state_dict_in(content, path))
 
 
-def _from_run(file: Path) -> _Source:
+def _from_run(found: Found) -> _Source:
     """A checkpoint of ours: its recipe says what the weights stand for; here they come to stand for themselves."""
-    content = load_checkpoint(file)
+    file, content = found.file, found.state
     try:
         recipe = parse_recipe(str(content.get("recipe")), origin=f"{file} (recipe)")
     except RecipeError as error:
@@ -190,7 +191,7 @@ def _from_run(file: Path) -> _Source:
         if norm.parametrization != "log" or norm.share != "channel":
             before = f"batchless, {norm.parametrization}, per {norm.share}"
             changes += [LayerChange(c.layer, before, "batchless", *c[1:]) for c in done]
-    return _Source(state, network, tuple(changes), is_run=True)
+    return _Source(state, network, tuple(changes), tuple(found.notices), is_run=True)
 
 
 def _network(recipe: Recipe, state: dict[str, Tensor]) -> nn.Module:

@@ -253,6 +253,8 @@ class Runtime(Section):
     log_every_steps: Positive = 10
     checkpoint_every_steps: Positive | None = None
     """Besides the checkpoint at the end of each epoch."""
+    keep_checkpoints: Positive = 2
+    """How many there are at a time, the latest included: if that is damaged, a run resumes from the one before it."""
 
 
 def _check_device(device: str) -> str:

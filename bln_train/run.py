@@ -13,6 +13,7 @@ from typing import Any
 
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
+from bln_train.checkpoint_list import has_checkpoint, settle
 from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
@@ -20,13 +21,15 @@ from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
-from bln_train.report.runlog import CHECKPOINT, RECIPE, RunFolder
-from bln_train.signals import stop_requests
-from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.report.runlog import METRICS, RECIPE, RunFolder
+from bln_train.run_lock import locked
+from bln_train.signals import StopRequested, stop_requests
+from bln_train.train.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.recovery import does_not_fit, explain, is_out_of_memory
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
+_STOPPING = "stopping; the last whole step's state will be saved. Ctrl-C again leaves at once"
 
 
 def run(
@@ -51,68 +54,101 @@ def run(
         BlnError: of the kind that says what is wrong; on InterruptedRunError the state has been saved.
     """
     folder.check_usable(recipe, resume=resume)
-    state = load_checkpoint(folder.checkpoint) if resume and folder.checkpoint.exists() else None
+    with locked(folder.path):
+        folder.check_usable(recipe, resume=resume)  # another process may have been here in between
+        return _run(recipe, folder, name, resume, listen, announce)
+
+
+def _run(
+    recipe: Recipe,
+    folder: RunFolder,
+    name: str,
+    resume: bool,
+    listen: Callable[[Record], None],
+    announce: Callable[[Experiment], None],
+) -> dict[str, Any]:
+    found = find_checkpoint(folder.path) if resume and has_checkpoint(folder.path) else None
     with explained_failures(recipe):
-        experiment = build_experiment(recipe, initialize=state is None)
+        experiment = build_experiment(recipe, initialize=found is None)
     trainer = experiment.trainer
-    if state is not None:
-        trainer.load_state_dict(state)
-        name = str(state.get("name", name))
+    news: list[str] = []
+    if found is not None:
+        trainer.load_state_dict(found.state)
+        name = str(found.state.get("name", name))
         summary = folder.summary()
         if summary is not None and trainer.step == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
-        folder.cut_back(trainer.step)
-        folder.keep_recipe(recipe)
+        news = _go_on(recipe, folder, found, epoch_is_open=trainer.epoch_is_open)
     else:
         folder.create(recipe, runtime.environment(experiment.device))
-        folder.cut_back(0)
+    resumed = found is not None
+    del found  # or its tensors would stay beside the network's
     fixed = {"recipe": dump_recipe(recipe), "name": name, "input": asdict(experiment.input)}
-    recipe_file = shlex.quote(str(folder.path / RECIPE))
 
-    saved_step = trainer.step if state is not None else None
+    saved_step = trainer.step if resumed else None
 
     def save() -> None:
         nonlocal saved_step
-        save_checkpoint(folder.checkpoint, {**fixed, **trainer.state_dict()})
+        folder.sync()
+        keep_checkpoint(folder.path, {**fixed, **trainer.state_dict()}, recipe.runtime.keep_checkpoints)
         saved_step = trainer.step
 
     announce(experiment)
-    for text in experiment.notices:
+    for text in [*experiment.notices, *news]:
         listen(NoticeRecord(text))
-        if state is None:
+        if not resumed:
             folder.append(NoticeRecord(text))
-    epochs, memory = [r for r in folder.records() if isinstance(r, EpochRecord)], trainer.memory_record()
+    epochs = [r for r in folder.records() if isinstance(r, EpochRecord)]
+    memory = folder.last_memory() or trainer.memory_record()
     last_saved = began = time.monotonic()
-    with stop_requests() as stop_asked, explained_failures(recipe), kept_state(folder, lambda: saved_step):
-        for record in trainer.steps():
-            if isinstance(record, StepRecord):
-                if record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0:
+    with stop_requests(_STOPPING) as stop_asked, explained_failures(recipe), kept_state(folder, lambda: saved_step):
+        try:
+            for record in trainer.steps(stop_asked):
+                if isinstance(record, MemoryRecord):
+                    if record.peak_bytes is None and memory.peak_bytes is not None:
+                        continue  # resumed after the last step: there was nothing to measure
+                    memory = record
+                if not isinstance(record, StepRecord) or (
+                    record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0
+                ):
                     folder.append(record)
-            else:
-                folder.append(record)
-            listen(record)
-            if isinstance(record, MemoryRecord):
-                memory = record
-            elif isinstance(record, EpochRecord):
-                epochs.append(record)
-            if stop_asked():
-                save()
-                raise InterruptedRunError(
-                    f"stopped after step {trainer.step} of {trainer.num_steps}; the state is saved",
-                    # The folder's recipe, not `name`: it holds every override of this run.
-                    f"Go on with: bln-train run {recipe_file} --out {shlex.quote(str(folder.path))} --resume",
+                listen(record)
+                if isinstance(record, EpochRecord):
+                    epochs.append(record)
+                every = recipe.runtime.checkpoint_every_steps
+                due = isinstance(record, StepRecord) and (
+                    (every is not None and record.step % every == 0)
+                    or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
                 )
-            every = recipe.runtime.checkpoint_every_steps
-            due = isinstance(record, StepRecord) and (
-                (every is not None and record.step % every == 0)
-                or time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS
-            )
-            if due or isinstance(record, EpochRecord):
-                save()
-                last_saved = time.monotonic()
+                if due or isinstance(record, EpochRecord):
+                    save()
+                    last_saved = time.monotonic()
+                if stop_asked():
+                    raise StopRequested
+        except StopRequested:
+            save()
+            # The folder's recipe, not `name`: it holds every override of this run.
+            command = ["bln-train", "run", str(folder.path / RECIPE), "--out", str(folder.path), "--resume"]
+            raise InterruptedRunError(
+                f"stopped after step {trainer.step} of {trainer.num_steps}; the state is saved",
+                f"Go on with: {shlex.join(command)}",
+            ) from None
     summary = _summary(recipe, name, experiment, epochs, memory, time.monotonic() - began)
     folder.finish(summary)
     return summary
+
+
+def _go_on(recipe: Recipe, folder: RunFolder, found: Found, *, epoch_is_open: bool) -> list[str]:
+    """Bring the folder back to the checkpoint that was found; returns what has to be said about that."""
+    news = list(found.notices)
+    step = found.state["step"]
+    folder.reopen()
+    num_damaged = folder.cut_back(step, epoch_is_open=epoch_is_open)
+    if num_damaged:
+        news.append(f"{folder.path / METRICS} had {num_damaged} damaged lines before step {step}, which are gone")
+    folder.keep_recipe(recipe)
+    settle(folder.path, found.file, step)
+    return news
 
 
 def _summary(
@@ -182,14 +218,21 @@ def kept_state(folder: RunFolder, saved_step: Callable[[], int | None]) -> Itera
         raise DivergedError(error.problem, f"{error.hint}\n{kept}") from error
 
 
-def read_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, dict[str, Any]]:
+def read_checkpoint(
+    path: Path, device: str | None = None, notify: Callable[[str], None] = lambda text: None
+) -> tuple[Recipe, dict[str, Any]]:
     """A run folder's or a file's checkpoint with its recipe, on `device` if one is named; executes nothing from the file.
+
+    Args:
+        notify: is told of damaged checkpoints of a folder, and which one is taken in their place.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    file = path / CHECKPOINT if path.is_dir() else path
-    state = load_checkpoint(file)
+    found = find_checkpoint(path) if path.is_dir() else Found(path, load_checkpoint(path), [])
+    file, state = found.file, found.state
+    for notice in found.notices:
+        notify(notice)
     text = state.get("recipe")
     if not isinstance(text, str):
         raise CheckpointError(f"{file} carries no recipe")
@@ -202,12 +245,17 @@ def read_checkpoint(path: Path, device: str | None = None) -> tuple[Recipe, dict
 
 
 def evaluate_checkpoint(
-    path: Path, device: str | None = None, *, layers: bool = False
+    path: Path,
+    device: str | None = None,
+    *,
+    layers: bool = False,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> tuple[Recipe, Evaluation, int]:
     """Evaluate a run folder's or a file's checkpoint on its recipe's test images; executes nothing from the file.
 
     Args:
         layers: take each batchless layer's likelihood too, in a second evaluation, not folded.
+        notify: see `read_checkpoint`.
 
     Returns: the recipe, the evaluation, and the step of the checkpoint.
 
@@ -215,7 +263,7 @@ def evaluate_checkpoint(
         CheckpointError: there is none, or it is damaged.
         UsageError: `layers` of a network whose norms have no likelihood.
     """
-    recipe, state = read_checkpoint(path, device)
+    recipe, state = read_checkpoint(path, device, notify)
     if layers and not isinstance(recipe.norm, BatchlessNormSection):
         raise UsageError(f"--layers: norm {recipe.norm.name} has no likelihood; batchless norms have", "Leave it out.")
     experiment = build_experiment(recipe, initialize=False)

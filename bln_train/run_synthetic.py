@@ -10,8 +10,9 @@ from datetime import date
 from typing import Any
 
 from bln_train import runtime
+from bln_train.atomic import write_atomically
 from bln_train.report.error_plots import plot_errors
-from bln_train.report.runlog import RunFolder, write_atomically
+from bln_train.report.runlog import RunFolder
 from bln_train.synthetic import measure
 from bln_train.synthetic_recipe import JumpStream, SyntheticRecipe, cells_of, label_of
 

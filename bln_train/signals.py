@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,20 +11,35 @@ from types import FrameType
 from typing import Any
 
 
+class StopRequested(Exception):  # noqa: N818  # no error: it was asked for
+    """Raised between two micro-steps, or while evaluating, by work that was asked to stop; the last whole step's state stands."""
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Note the first SIGINT or SIGTERM and yield a function that tells of it; the second acts at once, as usual.
+def stop_requests(answer: str = "") -> Iterator[Callable[[], bool]]:
+    """Note the first SIGINT or SIGTERM and yield a function that tells of it; at the second of either, KeyboardInterrupt.
 
     Outside the main thread, where Python delivers no signals, the answer is always no.
+
+    Args:
+        answer: a line for stderr when the first one comes.
     """
     asked = False
     previous: dict[int, Any] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
         asked = True
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        if answer:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{answer}\n".encode())  # no print: what was interrupted may be one
 
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):

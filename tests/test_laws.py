@@ -281,7 +281,18 @@ def test_law_8_help_needs_no_torch():
 
 
 LAYERS = [
-    {"errors", "units", "sizes", "records", "rng", "signals", "__init__"},
+    {
+        "errors",
+        "units",
+        "sizes",
+        "records",
+        "rng",
+        "signals",
+        "atomic",
+        "checkpoint_list",
+        "run_lock",
+        "__init__",
+    },
     {
         "strict_yaml",
         "recipe",
@@ -340,6 +351,7 @@ LAYERS = [
         "train.step",
         "train.recovery",
         "train.diagnose",
+        "train.fit",
         "train.health",
         "train.trainer",
         "train.checkpoint",

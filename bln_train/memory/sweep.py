@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from bln_train import runtime
+from bln_train.atomic import write_atomically
 from bln_train.build import Experiment, build_experiment
 from bln_train.compare import Cell, plan_cells
 from bln_train.data import DataSet, ImageSet
 from bln_train.errors import BlnError, RunFolderError
 from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
 from bln_train.recipe import Recipe
-from bln_train.report.runlog import json_text, write_atomically
+from bln_train.report.runlog import json_text
 from bln_train.run import explained_failures
 from bln_train.train.step import AccumulationStep
 

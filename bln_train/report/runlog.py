@@ -3,15 +3,15 @@
 recipe.yaml       the resolved recipe, every default written out
 environment.json  versions, device, threads
 metrics.jsonl     one record per line (records.py), each with its `kind`
-checkpoint.pt     the latest state (train/checkpoint.py)
+checkpoint.pt     the latest state (train/checkpoint.py); those before it and checkpoints.json: checkpoint_list.py
 summary.json      the end result; there only when the run finished
+run.lock          there while a process trains here (run_lock.py)
 
 A synthetic experiment leaves errors.csv, recoveries.csv and plots in the place of metrics and checkpoint.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import math
@@ -21,30 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bln_train.atomic import TEMPORARY, write_atomically
+from bln_train.checkpoint_list import CHECKPOINT
 from bln_train.errors import RunFolderError
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, load_any_recipe, load_recipe
-from bln_train.records import Record, record_from_dict, record_to_dict
+from bln_train.records import EpochRecord, MemoryRecord, Record, record_from_dict, record_to_dict
+from bln_train.run_lock import LOCK
 from bln_train.synthetic_recipe import SyntheticRecipe
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
-CHECKPOINT, SUMMARY = "checkpoint.pt", "summary.json"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) whole or not at all; raises RunFolderError where that is impossible."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunFolderError(f"cannot write {path}: {error.strerror or error}", "Choose another --out.") from error
-    finally:  # after a failure or Ctrl-C; a file written whole has moved
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+SUMMARY = "summary.json"
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
@@ -119,7 +106,7 @@ class RunFolder:
                 raise RunFolderError(
                     f"{self.path} already holds this run", f"{go_on} another --out. Nothing was changed."
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name != LOCK and p.suffix != TEMPORARY for p in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path} is not empty and holds no run", "Choose another --out. Nothing was changed."
             )
@@ -130,13 +117,14 @@ class RunFolder:
             raise RunFolderError(f"{parent} cannot be written", "Choose another --out.")
 
     def create(self, recipe: Recipe | SyntheticRecipe, environment: dict[str, Any]) -> None:
-        """Begin a run: folder, recipe, environment; raises RunFolderError where that is impossible."""
+        """Begin a run: folder, recipe, environment, no metrics; raises RunFolderError where that is impossible."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot create {self.path}: {error.strerror}", "Choose another --out.") from error
+        self.keep_recipe(recipe)  # first: with it alone the folder is a run's, which --resume begins anew
         write_atomically(self.path / ENVIRONMENT, json_text(environment, indent=2))
-        self.keep_recipe(recipe)
+        (self.path / METRICS).unlink(missing_ok=True)
 
     def keep_recipe(self, recipe: Recipe | SyntheticRecipe) -> None:
         """Write the recipe; a resumed run may be sliced differently, or go on for longer, than the one begun."""
@@ -149,28 +137,64 @@ class RunFolder:
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
+            raise RunFolderError(
+                f"cannot write {self.path / METRICS}: {error.strerror}",
+                "Free some space, then go on with --resume; the last checkpoint is intact.",
+            ) from error
+
+    def sync(self) -> None:
+        """Make the metrics survive a power cut; before a checkpoint is saved, or it might be of steps that they lack."""
+        try:
+            with open(self.path / METRICS, "ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
             raise RunFolderError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
 
     def records(self) -> Iterator[Record]:
-        """The metrics so far; a torn last line (a run that was killed) is left out."""
+        """The metrics so far, without lines that are torn or damaged (a run that was killed, a power cut)."""
+        return (record for record in self._read_metrics() if record is not None)
+
+    def _read_metrics(self) -> Iterator[Record | None]:
+        """The records line by line, None for a line that holds none."""
         try:
-            lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+            lines = (self.path / METRICS).read_bytes().split(b"\n")
         except OSError:
             return
-        for line in lines:
+        for line in lines[:-1] if lines[-1] == b"" else lines:
             try:
                 yield record_from_dict(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                return
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                yield None
 
-    def cut_back(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, which a resumed run will write again."""
-        kept = []
-        for record in self.records():
-            if getattr(record, "step", 0) > step:
+    def cut_back(self, step: int, *, epoch_is_open: bool) -> int:
+        """Drop the metrics after a checkpoint, which the resumed run will write again.
+
+        Args:
+            step: of the checkpoint.
+            epoch_is_open: whether the end of the epoch of that step is still to come.
+
+        Returns: the number of damaged lines among the rest, which go too; a torn last line is not counted.
+        """
+        records, kept, num_damaged = list(self._read_metrics()), list[str](), 0
+        for n, record in enumerate(records):
+            at = getattr(record, "step", 0)
+            if at > step or (epoch_is_open and isinstance(record, EpochRecord) and at == step):
                 break
-            kept.append(json_text(record_to_dict(record)))
+            if record is not None:
+                kept.append(json_text(record_to_dict(record)))
+            elif n < len(records) - 1:
+                num_damaged += 1
         write_atomically(self.path / METRICS, "".join(kept))
+        return num_damaged
+
+    def last_memory(self) -> MemoryRecord | None:
+        """The last peak that was measured, None before."""
+        measured = [r for r in self.records() if isinstance(r, MemoryRecord) and r.peak_bytes is not None]
+        return measured[-1] if measured else None
+
+    def reopen(self) -> None:
+        """Take back the end result: the run goes on."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the end result."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
+from bln_train.signals import StopRequested, never
 from bln_train.train.recovery import attempt, does_not_fit, free_memory
 
 
@@ -37,6 +38,7 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[object]],
+    stop_asked: Callable[[], bool] = never,
 ) -> Evaluation:
     """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation.
 
@@ -44,6 +46,7 @@ def evaluate(
 
     Raises:
         DoesNotFitError: one image is too many.
+        StopRequested: `stop_asked` said yes before a batch.
     """
     was_training, asked, reason = model.training, batch_size, ""
     model.eval()
@@ -62,6 +65,9 @@ def evaluate(
 
     start = 0
     while start < len(images):
+        if stop_asked():
+            model.train(was_training)
+            raise StopRequested
         number = min(batch_size, len(images) - start)
         outcome = attempt(partial(add, slice(start, start + number)))
         if outcome is None:

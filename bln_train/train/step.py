@@ -22,6 +22,7 @@ from bln_train.norm.fused import fold_once
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.rng import instance_seeds
+from bln_train.signals import StopRequested, never
 
 _BLOCK_IMAGES = 128
 _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
@@ -78,6 +79,8 @@ class AccumulationStep:
     Attributes:
         reduced: whether gradients of the step under way have been added up over processes: from there on no process can take the
             step again by itself (train/recovery.py).
+        stop_asked: asked between micro-steps; at yes the step is given up, undone, and raises StopRequested. A step whose
+            gradients gather in the momentum is finished instead: to undo it would take the memory that this saves.
 
     Raises:
         ValueError: clip_norm or a scaler with an optimizer that gathers gradients in its momentum.
@@ -111,8 +114,9 @@ class AccumulationStep:
         inside = {layer.linear for layer in self.folded}
         self.standardized = [m for m in model.modules() if isinstance(m, StandardizedConv2d) and m not in inside]
         self.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self.running_statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        batchnorms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.running = [buffer for m in batchnorms for buffer in m.buffers()]  # what a forward alone changes
+        self.stop_asked: Callable[[], bool] = never
 
     def __call__(
         self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
@@ -125,9 +129,13 @@ class AccumulationStep:
                 if isinstance(layer.linear, StandardizedConv2d):
                     centre_filters(layer.linear.weight)
             self.into_momentum.begin()  # from here on the weights' gradients are their momentum
-        running_before = [buffer.clone() for buffer in self.running_statistics]
         self.statistics.watch(self.probe_images)
-        loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
+        before = torch.get_rng_state(), [buffer.clone() for buffer in self.running]
+        try:
+            loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
+        except StopRequested:
+            self._give_up(*before)
+            raise
         if self.scaler is not None:
             self._unscale()
         grad_norm = None
@@ -135,9 +143,10 @@ class AccumulationStep:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         is_finite = self._is_finite(loss_sum, grad_norm)
         if not is_finite and (self.scaler is None or not torch.isfinite(loss_sum)):
-            for buffer, before in zip(self.running_statistics, running_before, strict=True):
-                buffer.copy_(before)
+            for buffer, value in zip(self.running, before[1], strict=True):
+                buffer.copy_(value)
             return StepTotals(loss_sum, correct, grad_norm, None, None, is_finite=False)
+        del before
         if not is_finite:
             # fp16 overflowed: the scaler lowers its scale and skips the step; statistics and correction skip it as well.
             nll = None
@@ -200,7 +209,9 @@ class AccumulationStep:
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         with standardize_once(self.standardized):
             with fold_once(self.folded):
-                for batch in self._micro_batches(images, index, seed, epoch):
+                for num_done, batch in enumerate(self._micro_batches(images, index, seed, epoch)):
+                    if num_done and self.into_momentum is None and self.stop_asked():
+                        raise StopRequested
                     logits = self._forward(batch)
                     losses = F.cross_entropy(
                         logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing
@@ -212,6 +223,15 @@ class AccumulationStep:
                     del batch, logits, losses, mean_loss  # or they would be alive beside their successors
             gradients_ready()
         return loss_sum, correct
+
+    def _give_up(self, rng_state: Tensor, running: list[Tensor]) -> None:
+        """Undo a step that ended between micro-steps: afterwards all is as it was, but for filters that were centred."""
+        torch.set_rng_state(rng_state)
+        for buffer, value in zip(self.running, running, strict=True):
+            buffer.copy_(value)
+        self.statistics.discard()
+        self.model.zero_grad(set_to_none=True)
+        set_instance_seeds(self.dropouts, None)
 
     def live_bytes(self, images: ImageSet, num_images: int, *, gradients: bool) -> int:
         """Peak of tensors alive in one forward on the first images, and backward with `gradients`, beside weights and gradients.

@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 
 from bln_train.data import DataSet, ImageSet, epoch_order
-from bln_train.errors import CheckpointError, DivergedError
+from bln_train.errors import CheckpointError, DivergedError, first_line
 from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
+from bln_train.signals import never
 from bln_train.train.diagnose import find_fault
 from bln_train.train.evaluate import Evaluation
+from bln_train.train.fit import check_network, check_numbers, check_optimizer, check_rng, check_sums
 from bln_train.train.health import HealthWatch
 from bln_train.train.recovery import RecoveringStep
 from bln_train.train.step import AccumulationStep, StepTotals
@@ -35,7 +37,7 @@ class Trainer:
         step: takes one optimizer step.
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
-        evaluate: gives loss and accuracy of the network as it is.
+        evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `step.stop_asked` says yes.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
@@ -72,17 +74,20 @@ class Trainer:
         self._notices: list[str] = []  # until the next record is out
         self._measured_from = 0  # the step at which the meter began
 
-    def steps(self) -> Iterator[Record]:
+    def steps(self, stop_asked: Callable[[], bool] = never) -> Iterator[Record]:
         """Train to the end, yielding a record after each step, epoch and memory measurement.
 
         Whenever a record is out, the state is that of a whole step and may be saved. A run that was resumed yields what it
         would have yielded from there.
 
         Raises:
+            StopRequested: `stop_asked` said yes between two micro-steps or while evaluating; the state is that of the last whole
+                step and may be saved, the gradients of the step under way are gone.
             DivergedError: the loss, the gradient norm or the update norm is not finite, with the first layer at fault. Unless it
                 is the update norm, the state is that of before the step.
         """
         self.meter.start()
+        self.take_step.stop_asked = stop_asked
         self._measured_from = self.step
         yield from self._take_notices()
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
@@ -202,8 +207,7 @@ class Trainer:
             yield NoticeRecord(f"step {self.step}: {text}", self.step)
 
     def _end_epoch(self, epoch: int) -> EpochRecord:
-        sums, self._epoch_sums = self._epoch_sums, _EpochSums()
-        last = self.step == self.num_steps
+        sums, last = self._epoch_sums, self.step == self.num_steps
         on_validation, on_test, seconds = None, None, None
         if last or (epoch + 1) % self.eval_every_epochs == 0:
             self.meter.stop()
@@ -216,6 +220,7 @@ class Trainer:
             for found in (on_validation, on_test):
                 self._notices += found.notices if found else ()
             self.meter.start()
+        self._epoch_sums = _EpochSums()  # not before: an evaluation that is stopped begins anew
         return EpochRecord(
             step=self.step,
             epoch=epoch + 1,
@@ -238,6 +243,11 @@ class Trainer:
             min(self.effective_batch_size, len(self.data.train)),
             min(self.take_step.micro_batch_size, len(self.data.train)),
         )
+
+    @property
+    def epoch_is_open(self) -> bool:
+        """Whether steps were taken of an epoch whose end is still to come."""
+        return self._epoch_sums.is_open
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load_state_dict` goes on bit for bit.
@@ -282,18 +292,27 @@ class Trainer:
         """Restore what `state_dict` gave.
 
         Raises:
-            CheckpointError: the state is of another network or optimizer.
+            CheckpointError: the state is of another network, optimizer or length of run, or it is none; nothing was taken of it.
         """
+        step = self.take_step
         try:
-            self.take_step.model.load_state_dict(state["model"])
-            self.take_step.optimizer.load_state_dict(state["optimizer"])
-            if self.take_step.scaler is not None:
-                self.take_step.scaler.load_state_dict(state["scaler"])
+            check_network(step.model.state_dict(), state["model"])
+            check_optimizer(step.optimizer, state["optimizer"])
+            check_sums(state["epoch_sums"], len(self.data.train))
+            if step.scaler is not None:
+                check_numbers("its loss scale", state["scaler"])
+            check_rng(torch.get_rng_state(), state["torch_rng"])
+            if type(state["step"]) is not int or not 0 <= state["step"] <= self.num_steps:
+                raise ValueError(f"its step is not one of the run's {self.num_steps}")
+            epoch_sums = _EpochSums(**state["epoch_sums"])
+            step.model.load_state_dict(state["model"])
+            step.optimizer.load_state_dict(state["optimizer"])
+            if step.scaler is not None:
+                step.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_rng"])
-            self.step = int(state["step"])
-            self._epoch_sums = _EpochSums(**state["epoch_sums"])
+            self.step, self._epoch_sums = state["step"], epoch_sums
             found, asked = state.get("micro_batch_size"), state.get("asked_micro_batch_size")  # older states have none
-            if found is not None and asked == self.take_step.micro_batch_size != found:
+            if found is not None and asked == step.micro_batch_size != found:
                 self.recovering_step.go_on_with(int(found))
                 self._notices.append(
                     f"goes on with micro-batch {found}, not {asked}, for which memory ran out; another "
@@ -304,8 +323,10 @@ class Trainer:
                 self.health.load_state_dict(state["health"])
             else:  # of an earlier version
                 self.health.restart()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this recipe: {error}") from error
+        except KeyError as error:
+            raise CheckpointError(f"the checkpoint does not fit this recipe: it lacks {error}") from error
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this recipe: {first_line(error)}") from error
 
 
 class _EpochSums:

@@ -21,6 +21,7 @@ from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
+from bln_train.parallel import ALONE, World
 from bln_train.recipe import Recipe
 from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
@@ -44,12 +45,14 @@ class Experiment:
     """What the user should know before it runs."""
 
 
-def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None) -> Experiment:
+def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None, world: World = ALONE
+) -> Experiment:
     """Turn a recipe into data, network, optimizer and trainer.
 
     Args:
         initialize: take the norms' statistics from data, or all weights from model.init; pass False where a checkpoint brings them.
         data: in place of the recipe's.
+        world: the processes that train together.
 
     Raises:
         UsageError: the recipe asks for what this machine or its data cannot do.
@@ -68,16 +71,17 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
     autocast = partial(runtime.autocast, device, recipe.train.precision)
     autocast()  # says at once if the device cannot do the precision
 
-    data = load(recipe) if data is None else data
-    preprocess = build_preprocess(recipe, data)
-    images = input_spec(data, preprocess)
-    model, model_notices = build_network(
-        recipe, num_classes=len(images.class_names), image_size=images.image_size, initialize=initialize
-    )
+    with world.first_rank_first():
+        data = load(recipe) if data is None else data
+        preprocess = build_preprocess(recipe, data)
+        images = input_spec(data, preprocess)
+        model, model_notices = build_network(
+            recipe, num_classes=len(images.class_names), image_size=images.image_size, initialize=initialize
+        )
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    notices = [*_notices(recipe, data), *model_notices]
+    notices = [*_notices(recipe, data, world), *model_notices]
     if initialize and recipe.model.init is None:
         notices += build_statistics.initialize(recipe, model, data, preprocess, device)
     elif initialize:  # trained weights bring their statistics
@@ -101,13 +105,14 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         clip_norm=recipe.clip_norm,
         autocast=autocast,
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
+        world=world,
     )
     step.probe_images = probe_images(recipe, step, data)
     trainer = Trainer(
         step,
         data,
         _schedule(recipe, len(data.train)),
-        partial(evaluate_on, recipe, model, preprocess, device),
+        partial(evaluate_on, recipe, model, preprocess, device, world),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
         seed=recipe.train.seed,
@@ -214,13 +219,14 @@ def build_network(
     return model.to(dtype), notices
 
 
-def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
-    micro = recipe.train.micro_batch_size
+def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
     effective = min(recipe.train.effective_batch_size, len(data.train))
+    micro = min(recipe.train.micro_batch_size, -(-effective // world.size))
     if recipe.norm.name == "batch" and micro < effective:
         yield (
             f"BatchNorm sees {micro} image{'s' * (micro > 1)} at a time, not the effective batch of {effective}: this trains, "
-            "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size."
+            "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size"
+            f"{' and number of processes' * (world.size > 1)}."
         )
     if recipe.train.effective_batch_size > len(data.train):
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."

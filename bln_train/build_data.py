@@ -11,6 +11,7 @@ from bln_train import runtime
 from bln_train.augment import Preprocess
 from bln_train.data import DataSet, ImageSet, channel_moments, hold_out, load_dataset
 from bln_train.errors import UsageError
+from bln_train.parallel import World
 from bln_train.recipe import Recipe
 from bln_train.records import InputSpec
 from bln_train.train.evaluate import Evaluation, evaluate
@@ -72,7 +73,7 @@ def eval_batch_size(recipe: Recipe) -> int:
 
 
 def evaluate_on(
-    recipe: Recipe, model: nn.Module, preprocess: Preprocess, device: torch.device, images: ImageSet
+    recipe: Recipe, model: nn.Module, preprocess: Preprocess, device: torch.device, world: World, images: ImageSet
 ) -> Evaluation:
     """Loss and accuracy of the network on images as the recipe evaluates them."""
     return evaluate(
@@ -82,4 +83,5 @@ def evaluate_on(
         device=device,
         batch_size=eval_batch_size(recipe),
         autocast=partial(runtime.autocast, device, recipe.train.precision),
+        world=world,
     )

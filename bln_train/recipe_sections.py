@@ -250,6 +250,8 @@ class Runtime(Section):
     log_every_steps: Positive = 10
     checkpoint_every_steps: Positive | None = None
     """Besides the checkpoint at the end of each epoch."""
+    process_timeout_seconds: Positive = 600
+    """Under torchrun: how long one process waits for another, a download or a whole evaluation included, before all end."""
 
 
 def _check_device(device: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from bln_train.build import Experiment, build_experiment
 from bln_train.errors import CheckpointError, DoesNotFitError, InterruptedRunError, RecipeError, UsageError
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
+from bln_train.parallel import World, fingerprint, joined
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.recipe_norms import BatchlessNormSection
@@ -51,49 +53,76 @@ def run(
     Raises:
         BlnError: of the kind that says what is wrong; on InterruptedRunError the state has been saved.
     """
-    folder.check_usable(recipe, resume=resume)
+    with joined(runtime.resolve_device(recipe.runtime.device), recipe.runtime.process_timeout_seconds) as world:
+        if world.rank:
+            return _run(world, recipe, folder, name, resume, lambda record: None, lambda experiment: None)
+        return _run(world, recipe, folder, name, resume, listen, announce)
+
+
+def _run(
+    world: World,
+    recipe: Recipe,
+    folder: RunFolder,
+    name: str,
+    resume: bool,
+    listen: Callable[[Record], None],
+    announce: Callable[[Experiment], None],
+) -> dict[str, Any]:
+    """`run` in one of the processes that share it; rank 0 alone writes."""
+    writes = world.rank == 0
+    if writes:
+        folder.check_usable(recipe, resume=resume)
+    world.wait()  # a folder that rank 0 refuses is not read
     state = load_checkpoint(folder.checkpoint) if resume and folder.checkpoint.exists() else None
     with explained_failures(recipe):
-        experiment = build_experiment(recipe, initialize=state is None)
+        experiment = build_experiment(recipe, initialize=state is None, world=world)
     trainer = experiment.trainer
     if state is not None:
         trainer.load_state_dict(state)
+        _check_same_batchnorm(recipe, state, world)
         name = str(state.get("name", name))
         summary = folder.summary()
         if summary is not None and trainer.step == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
+    begin_together(world, recipe, experiment)
+    if writes and state is not None:
         folder.cut_back(trainer.step)
         folder.keep_recipe(recipe)
-    else:
+    elif writes:
         folder.create(recipe, runtime.environment(experiment.device))
         folder.cut_back(0)
-    fixed = {"recipe": dump_recipe(recipe), "name": name, "input": asdict(experiment.input)}
+    fixed = {
+        "recipe": dump_recipe(recipe),
+        "name": name,
+        "input": asdict(experiment.input),
+        "world_size": world.size,
+    }
     recipe_file = shlex.quote(str(folder.path / RECIPE))
 
     def save() -> None:
-        save_checkpoint(folder.checkpoint, {**fixed, **trainer.state_dict()})
+        if writes:
+            save_checkpoint(folder.checkpoint, {**fixed, **trainer.state_dict()})
 
     announce(experiment)
     for text in experiment.notices:
         listen(NoticeRecord(text))
-        if state is None:
+        if writes and state is None:
             folder.append(NoticeRecord(text))
     epochs, memory = [r for r in folder.records() if isinstance(r, EpochRecord)], trainer.memory_record()
     last_saved = began = time.monotonic()
-    with stop_requests() as stop_asked, explained_failures(recipe):
+    with stop_requests() as world.stop_asked, explained_failures(recipe):
         for record in trainer.steps():
-            if isinstance(record, StepRecord):
-                if record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0:
-                    folder.append(record)
-            else:
+            rare = not isinstance(record, StepRecord) or record.nll_by_layer is not None
+            if writes and (rare or record.step % recipe.runtime.log_every_steps == 0):
                 folder.append(record)
             listen(record)
             if isinstance(record, MemoryRecord):
                 memory = record
             elif isinstance(record, EpochRecord):
                 epochs.append(record)
-            if stop_asked():
+            if world.should_stop:
                 save()
+                world.wait()  # or torchrun, seeing a process end, would end the one that saves
                 raise InterruptedRunError(
                     f"stopped after step {trainer.step} of {trainer.num_steps}; the state is saved",
                     # The folder's recipe, not `name`: it holds every override of this run.
@@ -108,8 +137,41 @@ def run(
                 save()
                 last_saved = time.monotonic()
     summary = _summary(recipe, name, experiment, epochs, memory, time.monotonic() - began)
-    folder.finish(summary)
+    if writes:
+        folder.finish(summary)
     return summary
+
+
+def begin_together(world: World, recipe: Recipe, experiment: Experiment) -> None:
+    """Let every process begin from rank 0's tensors.
+
+    Raises:
+        UsageError: the processes do not have the same recipe, images or state.
+    """
+    if world.size == 1:
+        return
+    step, train = experiment.trainer.take_step, experiment.data.train
+    world.check_equal(
+        {
+            "recipe": zlib.crc32(recipe.model_dump_json(exclude={"runtime"}).encode()),
+            "training images": fingerprint([train.images, train.labels]),
+            "steps in their checkpoint": experiment.trainer.step,
+            "images in the probe (norm.probe_images)": step.probe_images,
+        }
+    )
+    optimizer = [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    tensors = [*step.model.parameters(), *step.model.buffers(), *optimizer]
+    world.take_from_first(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def _check_same_batchnorm(recipe: Recipe, state: dict[str, Any], world: World) -> None:
+    """Raises UsageError where a resumed BatchNorm would see other images at once than before."""
+    before = state.get("world_size", 1)
+    if recipe.norm.name == "batch" and before != world.size:
+        raise UsageError(
+            f"this run was begun with {before} process{'es' * (before > 1)}, and BatchNorm's result depends on their number",
+            f"Go on with torchrun --nproc-per-node {before}." if before > 1 else "Go on without torchrun.",
+        )
 
 
 def _summary(

@@ -281,7 +281,7 @@ def test_law_8_help_needs_no_torch():
 
 
 LAYERS = [
-    {"errors", "units", "sizes", "records", "rng", "signals", "__init__"},
+    {"errors", "units", "sizes", "records", "rng", "signals", "launch", "__init__"},
     {
         "strict_yaml",
         "recipe",
@@ -295,6 +295,8 @@ LAYERS = [
     },
     {
         "runtime",
+        "parallel",
+        "norm.accounts",
         "norm.functional",
         "norm.probe",
         "norm.update",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
+from bln_train.parallel import ALONE, World
 
 
 class Evaluation(NamedTuple):
@@ -33,14 +34,21 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[object]],
+    world: World = ALONE,
 ) -> Evaluation:
-    """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation."""
+    """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation.
+
+    Several processes share the images and have the same result. All evaluate rank 0's buffers: of a BatchNorm each process has
+    seen other images.
+    """
     was_training = model.training
     model.eval()
+    world.take_from_first(buffer for buffer in model.buffers() if buffer.is_floating_point())
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
+    share = world.share(range(len(images)))
+    for start in share[::batch_size]:
+        part = slice(start, min(start + batch_size, share.stop))
         labels = images.labels[part].to(device)
         with autocast():
             logits = model(preprocess.test(images.images[part].to(device, non_blocking=True)))
@@ -48,4 +56,5 @@ def evaluate(
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     model.train(was_training)
+    world.add_up([loss_sum, correct])
     return Evaluation(float(loss_sum) / len(images), int(correct) / len(images), len(images))

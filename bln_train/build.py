@@ -45,7 +45,8 @@ class Experiment:
     """What the user should know before it runs."""
 
 
-def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None, world: World = ALONE
+def build_experiment(
+    recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None, world: World = ALONE
 ) -> Experiment:
     """Turn a recipe into data, network, optimizer and trainer.
 

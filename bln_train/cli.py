@@ -50,7 +50,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 
 @app.callback()
-def before_any_command(context: typer.Context) -> None:
+def before_any_command(context: typer.Context) -> None:  # noqa: D103  # a docstring would replace the help text
     if context.invoked_subcommand != "run":
         refuse_several_processes(f"bln-train {context.invoked_subcommand}")
 

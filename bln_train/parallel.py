@@ -80,7 +80,8 @@ class World:
         for parts in _pieces(tensors, PIECE_BYTES // dtype.itemsize):
             buffer = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=self.device)
             places = [
-                place.view(part.shape) for place, part in zip(buffer.split([p.numel() for p in parts]), parts, strict=True)
+                place.view(part.shape)
+                for place, part in zip(buffer.split([p.numel() for p in parts]), parts, strict=True)
             ]
             torch._foreach_copy_(places, parts)
             self._all_reduce(buffer)
@@ -236,5 +237,5 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     """CRC-32 of CPU tensors, for `World.check_equal`."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().numpy(), value)
+        value = zlib.crc32(tensor.contiguous().numpy().data, value)
     return value

@@ -112,8 +112,8 @@ def _run(
     last_saved = began = time.monotonic()
     with stop_requests() as world.stop_asked, explained_failures(recipe):
         for record in trainer.steps():
-            rare = not isinstance(record, StepRecord) or record.nll_by_layer is not None
-            if writes and (rare or record.step % recipe.runtime.log_every_steps == 0):
+            often = isinstance(record, StepRecord) and record.nll_by_layer is None
+            if writes and not (often and trainer.step % recipe.runtime.log_every_steps):
                 folder.append(record)
             listen(record)
             if isinstance(record, MemoryRecord):

@@ -35,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
         if device.index is not None and device.index >= count:
             raise UsageError(f"runtime.device is {name}, but there are only {count} CUDA devices (from cuda:0)")
         own = launch()
-        if own.size > 1 and (device.index is not None or own.local_rank >= count):
+        if own.size > 1 and (":" in name or own.local_rank >= count):
             raise UsageError(
                 f"process {own.local_rank} of this machine has no GPU of its own: runtime.device is {name}, "
                 f"and there are {count} CUDA devices",

@@ -59,8 +59,8 @@ class AccumulationStep:
         gradient = 1/N * sum over micro-batches of d/dw [ sum of task losses + sum of likelihoods ]
 
     The sums are divided by the true number of images N, so ragged micro-batches and a short last batch are exact. The
-    order is: accumulate; add up over the processes; update statistics, which read the gradients; clip; step; drop gradients; let the statistics follow
-    the new weights on the batch's first images, the probe.
+    order is: accumulate; add up over the processes; update statistics, which read the gradients; clip; step; drop gradients;
+    let the statistics follow the new weights on the batch's first images, the probe.
 
     Args:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.

@@ -1,5 +1,6 @@
 """Several processes, one answer (docstrings are laws). Fast tests run the ranks as threads; slow ones run real processes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def trained(recipe, world=None, *, num_steps=None, resume=None, change=lambda tr
         experiment = build_experiment(recipe, initialize=resume is None)
     trainer = experiment.trainer
     if resume is not None:
-        trainer.load_state_dict(resume)
+        trainer.load_state_dict(copy.deepcopy(resume))  # an optimizer keeps the tensors it is given
     if world is not None:
         trainer.take_step.world = world
         begin_together(world, recipe, experiment)

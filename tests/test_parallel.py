@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from helpers import advance, largest_difference, state, tiny_recipe
 from bln_train.build import build_experiment
 from bln_train.errors import UsageError
 from bln_train.launch import Launch, launch
-from bln_train.parallel import PIECE_BYTES, World, _pieces
+from bln_train.parallel import ALONE, PIECE_BYTES, World, _pieces
 from bln_train.recipe_file import dump_recipe
 from bln_train.records import EpochRecord, StepRecord
-from bln_train.run import begin_together
+from bln_train.run import _check_same_batchnorm, begin_together
 from bln_train.train.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,9 @@ class ThreadWorld(World):
     def __init__(self, rank, size, slots, barrier):
         super().__init__(rank, size)
         self.slots, self.barrier = slots, barrier
+
+    def first_rank_first(self):
+        return nullcontext()  # BUILDING has the threads build one after the other
 
     def _all_reduce(self, buffer):
         self.slots[self.rank] = buffer.clone()
@@ -78,13 +82,12 @@ BUILDING = threading.Lock()  # torch.manual_seed is of the whole process
 
 
 def trained(recipe, world=None, *, num_steps=None, resume=None, change=lambda trainer: None):
-    with BUILDING:  # without the world's own order, which locks
-        experiment = build_experiment(recipe, initialize=resume is None)
+    with BUILDING:
+        experiment = build_experiment(recipe, initialize=resume is None, world=world or ALONE)
     trainer = experiment.trainer
     if resume is not None:
         trainer.load_state_dict(copy.deepcopy(resume))  # an optimizer keeps the tensors it is given
     if world is not None:
-        trainer.take_step.world = world
         begin_together(world, recipe, experiment)
     change(trainer)
     records = advance(trainer, num_steps)
@@ -214,16 +217,19 @@ def test_all_stop_after_the_same_step():
     recipe = tiny_recipe(**RAGGED)
 
     def work(world):
-        steps = []
+        seen = []
 
         def ask(trainer):
             world.stop_asked = lambda: world.rank == 1 and trainer.step == 1
 
-        _, records = trained(recipe, world, num_steps=2, change=ask)
-        steps.append((world.should_stop, len([r for r in records if isinstance(r, StepRecord)])))
-        return steps
+            seen.extend(
+                world.should_stop for record in trainer.steps() if isinstance(record, StepRecord) and trainer.step < 3
+            )
 
-    assert in_ranks(3, work) == [[(True, 2)]] * 3
+        trained(recipe, world, change=ask)
+        return seen
+
+    assert in_ranks(3, work) == [[False, True]] * 3
 
 
 def test_a_parameter_nobody_reaches_keeps_no_gradient():
@@ -236,6 +242,41 @@ def test_a_parameter_nobody_reaches_keeps_no_gradient():
 
     for trainer, _ in in_ranks(2, lambda world: trained(recipe, world, num_steps=1, change=freeze)):
         assert torch.equal(trainer.take_step.model.fc.weight, trainer.before)
+
+
+def test_statistics_are_those_of_the_first_process():
+    """The probe runs in every process; where its last bits differ, as they may on GPUs, the next step's sum ends the difference."""
+    recipe = tiny_recipe(**RAGGED)
+
+    def work(world):
+        def disturb(trainer):
+            if world.rank == 1:
+                for layer in trainer.take_step.statistics.layers.values():
+                    layer.mean.data += 1e-9
+                    layer.raw_std.data += 1e-9
+
+        return trained(recipe, world, num_steps=1, change=disturb)[0]
+
+    first, second = in_ranks(2, work)
+    for name, layer in first.take_step.statistics.layers.items():
+        other = second.take_step.statistics.layers[name]
+        assert torch.equal(layer.mean, other.mean)
+        assert torch.equal(layer.raw_std, other.raw_std)
+
+
+def test_batchnorm_is_evaluated_and_resumed_as_it_was_trained():
+    """Every process evaluates the network that rank 0 saves; with other processes BatchNorm is another run, so it is refused."""
+    recipe = tiny_recipe(**RAGGED | {"norm": {"name": "batch"}})
+    with BUILDING:
+        saved = build_experiment(recipe, initialize=False).trainer
+    ranks = in_ranks(2, lambda world: trained(recipe, world))
+    losses = {records[-2].test_loss for _, records in ranks}
+    assert len(losses) == 1
+    saved.load_state_dict(ranks[0][0].state_dict())
+    assert losses.pop() == pytest.approx(saved.evaluate(saved.data.test).loss, rel=1e-10)
+    _check_same_batchnorm(recipe, {"world_size": 2}, World(0, 2))
+    with pytest.raises(UsageError, match="begun with 2 processes"):
+        _check_same_batchnorm(recipe, {"world_size": 2}, World())
 
 
 def test_shares_are_contiguous_and_differ_by_one():
@@ -370,7 +411,9 @@ def test_torchrun_ends_where_one_process_does(tmp_path):
     """Real processes: one folder, one summary on stdout, and the weights of one process; a run of 3 goes on as 2."""
     recipe = recipe_file(tmp_path)
     whole = trained(tiny_recipe(**RAGGED))[0]
-    code, out, err = ended(torchrun(3, "run", recipe, "--set", "train.max_steps=2", "--out", "r", "--json", cwd=tmp_path))
+    code, out, err = ended(
+        torchrun(3, "run", recipe, "--set", "train.max_steps=2", "--out", "r", "--json", cwd=tmp_path)
+    )
     assert code == 0, err
     assert json.loads(out)["environment"]["world_size"] == 3
     code, out, err = ended(torchrun(2, "run", recipe, "--out", "r", "--resume", "--json", cwd=tmp_path))

@@ -96,7 +96,7 @@ def synchronized(model_name, world, micro):
     plain = build_model(model_name, 10, norm=norm_factory("batch"), image_size=32)
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     torch.manual_seed(0)
-    model = build_model(model_name, 10, norm=lambda channels, num_axes: SyncBatchNorm(channels), image_size=32)
+    model = build_model(model_name, 10, norm=SyncBatchNorm, image_size=32)
     model.load_state_dict(plain.state_dict())
     share = world.share(torch.arange(BATCH))
     with Collectives() as counted:
@@ -127,7 +127,11 @@ def batchless(model_name, world, micro):
     begin_together(world, recipe, experiment)
     with Collectives() as counted:
         experiment.trainer.take_step(experiment.data.train, torch.arange(BATCH), 0, 0)
-    return counted, sum(p.numel() for p in experiment.model.parameters()), len(experiment.trainer.take_step.statistics.layers)
+    return (
+        counted,
+        sum(p.numel() for p in experiment.model.parameters()),
+        len(experiment.trainer.take_step.statistics.layers),
+    )
 
 
 def work():
@@ -140,8 +144,12 @@ def work():
                 theirs = synchronized(name, world, micro)
                 for norm, found in (("batchless", ours), ("SyncBatchNorm", theirs)):
                     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(found.number.items()))
-                    lines.append(f"{name:10}{micro:>11}  {norm:14}{found.number.total():>11}{found.bytes:>12,}  {kinds}")
-            lines.append(f"{'':10}({num_norms} norms; {num_parameters:,} parameters, {4 * num_parameters:,} bytes of gradients)")
+                    lines.append(
+                        f"{name:10}{micro:>11}  {norm:14}{found.number.total():>11}{found.bytes:>12,}  {kinds}"
+                    )
+            lines.append(
+                f"{'':10}({num_norms} norms; {num_parameters:,} parameters, {4 * num_parameters:,} bytes of gradients)"
+            )
         if world.rank == 0:
             print(f"one optimizer step, effective batch {BATCH}, {PROCESSES} processes (gloo, fp32), seen by rank 0")
             print(f"{'network':10}{'micro-batch':>11}  {'norm':14}{'collectives':>11}{'bytes':>12}  of which")

@@ -29,7 +29,12 @@ def recipe(micro_batch_size):
             "data": {"name": "shapes", "num_train": 43, "num_test": 10},
             "model": {"name": "resnet8"},
             "norm": {"name": "batchless", "probe_images": 6, "init_images": 10},
-            "train": {"epochs": 4, "effective_batch_size": 10, "micro_batch_size": micro_batch_size, "precision": "fp64"},
+            "train": {
+                "epochs": 4,
+                "effective_batch_size": 10,
+                "micro_batch_size": micro_batch_size,
+                "precision": "fp64",
+            },
             "optimizer": {"name": "sgd", "lr": 0.1, "nesterov": True},
             "schedule": {"name": "cosine", "warmup_epochs": 0.5},
             "runtime": {"device": "cpu"},
@@ -54,12 +59,16 @@ def main():
     """Run every cell and print the table."""
     with tempfile.TemporaryDirectory() as name:
         for size in PROCESSES:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
+            launcher = (
+                ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
+            )
             command = [sys.executable, *launcher, __file__, "--worker", name]
             subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         whole = torch.load(Path(name) / "1-10.pt", weights_only=True)
         worst = 0.0
-        print(f"largest |difference| of any weight or statistic from 1 process, micro-batch 10, after {NUM_STEPS} steps")
+        print(
+            f"largest |difference| of any weight or statistic from 1 process, micro-batch 10, after {NUM_STEPS} steps"
+        )
         print("processes  " + "".join(f"micro-batch {micro:<6}" for micro in MICRO_BATCHES))
         for size in PROCESSES:
             row = [torch.load(Path(name) / f"{size}-{micro}.pt", weights_only=True) for micro in MICRO_BATCHES]

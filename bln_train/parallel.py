@@ -25,8 +25,8 @@ from bln_train.norm.batchless import BatchlessStatistics
 
 Sliceable = TypeVar("Sliceable", Tensor, range)
 
-# Larger gradients go in pieces, so that the buffer's memory is bounded; a network of up to 8 million fp32 weights goes in one.
-PIECE_BYTES = 32 * 2**20
+# Larger gradients go in pieces, so that the buffer's memory is bounded; a network of up to 4 million fp32 weights goes in one.
+PIECE_BYTES = 16 * 2**20
 _DIGIT = 4096  # a count as two digits: each digit's sum is exact in fp32, and so is a count below 2^36
 
 
@@ -91,7 +91,7 @@ class World:
         try:
             dist.all_reduce(buffer)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].split(". This is")[0]  # gloo goes on with advice of its own
             late = "timed out" in reason.lower() or "timeout" in reason.lower()
             raise ProcessError(
                 f"process {self.rank} of {self.size}: another process "

@@ -301,7 +301,7 @@ def test_the_buffer_is_bounded():
     for piece in pieces:
         torch._foreach_mul_(piece, 2)
     assert all(torch.equal(t.flatten().sort()[0], 2.0 * torch.arange(t.numel())) for t in tensors)
-    assert PIECE_BYTES == 32 * 2**20
+    assert PIECE_BYTES == 16 * 2**20
 
 
 def test_processes_that_differ_are_named():

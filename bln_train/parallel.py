@@ -86,6 +86,7 @@ class World:
             torch._foreach_copy_(places, parts)
             self._all_reduce(buffer)
             torch._foreach_copy_(parts, places)
+            del buffer, places  # or it would be alive beside the next one
 
     def _all_reduce(self, buffer: Tensor) -> None:
         try:

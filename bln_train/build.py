@@ -22,6 +22,7 @@ from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
+from bln_train.parallel import ALONE, World
 from bln_train.recipe import Recipe
 from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
@@ -45,12 +46,15 @@ class Experiment:
     """What the user should know before it runs."""
 
 
-def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None) -> Experiment:
+def build_experiment(
+    recipe: Recipe, *, initialize: bool = True, data: DataSet | None = None, world: World = ALONE
+) -> Experiment:
     """Turn a recipe into data, network, optimizer and trainer.
 
     Args:
         initialize: take the norms' statistics from data, or all weights from model.init; pass False where a checkpoint brings them.
         data: in place of the recipe's.
+        world: the processes that train together.
 
     Raises:
         UsageError: the recipe asks for what this machine or its data cannot do.
@@ -67,10 +71,11 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         tf32=recipe.train.precision == "tf32",
     )
     runtime.autocast(device, recipe.train.precision)  # says at once if the device cannot do the precision
-    data = load(recipe) if data is None else data
-    preprocess = build_preprocess(recipe, data)
-    images = input_spec(data, preprocess)
-    model, notices = network_on(device, recipe, data, preprocess, images, initialize=initialize)
+    with world.first_rank_first():
+        data = load(recipe) if data is None else data
+        preprocess = build_preprocess(recipe, data)
+        images = input_spec(data, preprocess)
+    model, notices = network_on(device, recipe, data, preprocess, images, initialize=initialize, world=world)
     return assemble(
         recipe,
         model,
@@ -78,7 +83,8 @@ def build_experiment(recipe: Recipe, *, initialize: bool = True, data: DataSet |
         preprocess,
         images,
         device,
-        notices=(*runtime.memory_notices(device), *_notices(recipe, data), *notices),
+        notices=(*runtime.memory_notices(device), *_notices(recipe, data, world), *notices),
+        world=world,
     )
 
 
@@ -90,11 +96,13 @@ def network_on(
     images: InputSpec,
     *,
     initialize: bool,
+    world: World = ALONE,
 ) -> tuple[nn.Module, list[str]]:
     """The network on its device, with its statistics; see `build_network`."""
-    model, notices = build_network(
-        recipe, num_classes=len(images.class_names), image_size=images.image_size, initialize=initialize
-    )
+    with world.first_rank_first():
+        model, notices = build_network(
+            recipe, num_classes=len(images.class_names), image_size=images.image_size, initialize=initialize
+        )
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -114,6 +122,7 @@ def assemble(
     device: torch.device,
     *,
     notices: Sequence[str] = (),
+    world: World = ALONE,
 ) -> Experiment:
     """What trains a network that is there: folded layers, optimizer, step and trainer."""
     notices = list(notices)
@@ -135,13 +144,14 @@ def assemble(
         clip_norm=recipe.clip_norm,
         autocast=partial(runtime.autocast, device, recipe.train.precision),
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
+        world=world,
     )
     step.probe_images = probe_images(recipe, step, data)
     trainer = Trainer(
         step,
         data,
         _schedule(recipe, len(data.train)),
-        partial(evaluate_on, recipe, model, preprocess, device, stop_asked=lambda: step.stop_asked()),
+        partial(evaluate_on, recipe, model, preprocess, device, world, stop_asked=lambda: step.stop_asked()),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
         seed=recipe.train.seed,
@@ -249,13 +259,14 @@ def build_network(
     return model.to(dtype), notices
 
 
-def _notices(recipe: Recipe, data: DataSet) -> Iterator[str]:
-    micro = recipe.train.micro_batch_size
+def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
     effective = min(recipe.train.effective_batch_size, len(data.train))
+    micro = min(recipe.train.micro_batch_size, -(-effective // world.size))
     if recipe.norm.name == "batch" and micro < effective:
         yield (
             f"BatchNorm sees {micro} image{'s' * (micro > 1)} at a time, not the effective batch of {effective}: this trains, "
-            "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size."
+            "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size"
+            f"{' and number of processes' * (world.size > 1)}."
         )
     if recipe.train.effective_batch_size > len(data.train):
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."

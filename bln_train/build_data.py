@@ -12,6 +12,7 @@ from bln_train import runtime
 from bln_train.augment import Preprocess
 from bln_train.data import DataSet, ImageSet, channel_moments, hold_out, load_dataset
 from bln_train.errors import UsageError
+from bln_train.parallel import World
 from bln_train.recipe import Recipe
 from bln_train.records import InputSpec
 from bln_train.signals import never
@@ -79,6 +80,7 @@ def evaluate_on(
     model: nn.Module,
     preprocess: Preprocess,
     device: torch.device,
+    world: World,
     images: ImageSet,
     *,
     stop_asked: Callable[[], bool] = never,
@@ -91,5 +93,6 @@ def evaluate_on(
         device=device,
         batch_size=eval_batch_size(recipe),
         autocast=partial(runtime.autocast, device, recipe.train.precision),
+        world=world,
         stop_asked=stop_asked,
     )

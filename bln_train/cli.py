@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,15 @@ from bln_train.cli_doctor import doctor
 from bln_train.cli_memory import memory, plan
 from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
 from bln_train.cli_recipes import recipes_app
-from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, UsageError
+from bln_train.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    BlnError,
+    DivergedError,
+    InterruptedRunError,
+    UsageError,
+)
+from bln_train.launch import launch, refuse_several_processes
 from bln_train.sizes import expand_dots, parse_size
 
 if TYPE_CHECKING:
@@ -30,6 +39,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
+
+_FIRST_WORD_SECONDS = 2.0
+
+
+@app.callback()
+def before_any_command(context: typer.Context) -> None:  # noqa: D103  # a docstring would replace the help text
+    if context.invoked_subcommand != "run":
+        refuse_several_processes(f"bln-train {context.invoked_subcommand}")
 
 
 @app.command()
@@ -57,7 +74,8 @@ def run(
     if out is None:
         out = (latest_folder(base) or base) if resume else free_folder(base)
     folder = RunFolder(out)
-    folder.check_usable(loaded, resume=resume)
+    if launch().rank == 0:
+        folder.check_usable(loaded, resume=resume)
 
     from bln_train.run import run as run_recipe  # torch, from here on
 
@@ -70,7 +88,8 @@ def run(
             console.say(
                 f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch "
                 f"{loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size}, "
-                f"{trainer.num_steps} steps on {experiment.device}; {experiment.data.source}"
+                f"{trainer.num_steps} steps on {experiment.device}"
+                f"{f' in {launch().size} processes' if launch().size > 1 else ''}; {experiment.data.source}"
             )
             if trainer.step:
                 console.say(f"resumed at step {trainer.step}")
@@ -79,6 +98,8 @@ def run(
         summary = run_recipe(
             loaded, folder, name=recipe, resume=resume, announce=announce, listen=lambda record: listen(record)
         )
+    if launch().rank:
+        return  # rank 0 speaks for all
     if json_:
         console.print_json({**summary, "folder": str(out)})
     else:
@@ -88,6 +109,7 @@ def run(
 def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, resume: bool, json_: bool) -> None:
     from bln_train import console
 
+    refuse_several_processes("a synthetic experiment")
     if resume:
         raise UsageError(
             "--resume: a synthetic experiment keeps no state to go on from",
@@ -296,6 +318,10 @@ def main() -> None:
     except BlnError as error:
         if debug:
             raise
+        if launch().rank:  # rank 0 has the word: where it failed too, torchrun ends this process meanwhile
+            time.sleep(_FIRST_WORD_SECONDS)
+            if isinstance(error, InterruptedRunError | DivergedError):  # so did every process
+                sys.exit(error.exit_code)
         from bln_train.console import print_error
 
         print_error(error)

@@ -56,7 +56,9 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
     for what, value in memory_rows(memory):
         table.add_row(what, value)
     out.print(table)
-    print_line(f"device: {memory['device']}")
+    world_size = summary["environment"].get("world_size", 1)
+    processes = f"; {world_size} processes, memory of the first" if world_size > 1 else ""
+    print_line(f"device: {memory['device']}{processes}")
     print_line(f"data:   {summary['data']}")
     print_line(f"run:    {folder}")
 

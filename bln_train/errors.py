@@ -60,6 +60,10 @@ class DivergedError(BlnError):
     """Loss or gradient stopped being finite: exit code 1."""
 
 
+class ProcessError(BlnError):
+    """Another process of the same run ended or did not answer: exit code 1."""
+
+
 class DoesNotFitError(BlnError):
     """Training does not fit in memory: exit code 3."""
 

@@ -114,8 +114,11 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
         return buffer
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def begin(self, *, from_zero: bool = False) -> None:
         """Scale the momentum, add the weight decay, and let gradients gather there; call it before the step's forwards.
+
+        Args:
+            from_zero: gather from zero, in a process that gets the sum over all of them before `step`; one of them keeps the rest.
 
         Raises:
             RuntimeError: a step is under way already, or a weight still has a gradient, which would be lost.
@@ -129,9 +132,11 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
             raise RuntimeError("a weight has a gradient already: set gradients to None before begin()")
         for group, weights in zip(self.param_groups, groups, strict=True):
             buffers = [self._buffer(p) for p in weights]
-            if weights:
+            if weights and from_zero:
+                torch._foreach_zero_(buffers)
+            elif weights:
                 torch._foreach_mul_(buffers, group["momentum"])
-            if weights and group["weight_decay"]:
+            if weights and group["weight_decay"] and not from_zero:
                 torch._foreach_add_(buffers, weights, alpha=group["weight_decay"])
             for p, buffer in zip(weights, buffers, strict=True):
                 p.grad = buffer

@@ -255,6 +255,8 @@ class Runtime(Section):
     """Besides the checkpoint at the end of each epoch."""
     keep_checkpoints: Positive = 2
     """How many there are at a time, the latest included: if that is damaged, a run resumes from the one before it."""
+    process_timeout_seconds: Positive = 600
+    """Under torchrun: how long one process waits for another, a download or a whole evaluation included, before all end."""
 
 
 def _check_device(device: str) -> str:

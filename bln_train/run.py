@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,19 +12,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
 from bln_train.checkpoint_list import has_checkpoint, settle
 from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
+from bln_train.parallel import World, fingerprint, joined
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.runlog import METRICS, RECIPE, RunFolder
 from bln_train.run_lock import locked
-from bln_train.signals import StopRequested, stop_requests
+from bln_train.signals import StopRequested, never, stop_requests
 from bln_train.train.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.recovery import does_not_fit, explain, is_out_of_memory
@@ -53,13 +57,17 @@ def run(
     Raises:
         BlnError: of the kind that says what is wrong; on InterruptedRunError the state has been saved.
     """
-    folder.check_usable(recipe, resume=resume)
-    with locked(folder.path):
-        folder.check_usable(recipe, resume=resume)  # another process may have been here in between
-        return _run(recipe, folder, name, resume, listen, announce)
+    with joined(runtime.resolve_device(recipe.runtime.device), recipe.runtime.process_timeout_seconds) as world:
+        if world.rank:
+            return _run(world, recipe, folder, name, resume, lambda record: None, lambda experiment: None)
+        folder.check_usable(recipe, resume=resume)
+        with locked(folder.path):
+            folder.check_usable(recipe, resume=resume)  # another process may have been here in between
+            return _run(world, recipe, folder, name, resume, listen, announce)
 
 
 def _run(
+    world: World,
     recipe: Recipe,
     folder: RunFolder,
     name: str,
@@ -67,50 +75,65 @@ def _run(
     listen: Callable[[Record], None],
     announce: Callable[[Experiment], None],
 ) -> dict[str, Any]:
+    """`run` in one of the processes that share it; rank 0 alone writes."""
+    writes = world.rank == 0
+    world.wait()  # a folder that rank 0 refuses is not read
     found = find_checkpoint(folder.path) if resume and has_checkpoint(folder.path) else None
     with explained_failures(recipe):
-        experiment = build_experiment(recipe, initialize=found is None)
+        experiment = build_experiment(recipe, initialize=found is None, world=world)
     trainer = experiment.trainer
     news: list[str] = []
     if found is not None:
         trainer.load_state_dict(found.state)
+        _check_same_batchnorm(recipe, found.state, world)
         name = str(found.state.get("name", name))
         summary = folder.summary()
         if summary is not None and trainer.step == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
+    begin_together(world, recipe, experiment)
+    if writes and found is not None:
         news = _go_on(recipe, folder, found, epoch_is_open=trainer.epoch_is_open)
-    else:
+    elif writes:
         folder.create(recipe, runtime.environment(experiment.device))
     resumed = found is not None
     del found  # or its tensors would stay beside the network's
-    fixed = {"recipe": dump_recipe(recipe), "name": name, "input": asdict(experiment.input)}
+    fixed = {
+        "recipe": dump_recipe(recipe),
+        "name": name,
+        "input": asdict(experiment.input),
+        "world_size": world.size,
+    }
 
     saved_step = trainer.step if resumed else None
 
     def save() -> None:
         nonlocal saved_step
-        folder.sync()
-        keep_checkpoint(folder.path, {**fixed, **trainer.state_dict()}, recipe.runtime.keep_checkpoints)
+        if writes:
+            folder.sync()
+            keep_checkpoint(folder.path, {**fixed, **trainer.state_dict()}, recipe.runtime.keep_checkpoints)
         saved_step = trainer.step
 
     announce(experiment)
     for text in [*experiment.notices, *news]:
         listen(NoticeRecord(text))
-        if not resumed:
+        if writes and not resumed:
             folder.append(NoticeRecord(text))
     epochs = [r for r in folder.records() if isinstance(r, EpochRecord)]
     memory = folder.last_memory() or trainer.memory_record()
     last_saved = began = time.monotonic()
-    with stop_requests(_STOPPING) as stop_asked, explained_failures(recipe), kept_state(folder, lambda: saved_step):
+    with (
+        stop_requests(_STOPPING) as world.stop_asked,
+        explained_failures(recipe),
+        kept_state(folder, lambda: saved_step),
+    ):
         try:
-            for record in trainer.steps(stop_asked):
+            for record in trainer.steps(world.stop_asked if world.size == 1 else never):
                 if isinstance(record, MemoryRecord):
                     if record.peak_bytes is None and memory.peak_bytes is not None:
                         continue  # resumed after the last step: there was nothing to measure
                     memory = record
-                if not isinstance(record, StepRecord) or (
-                    record.nll_by_layer is not None or record.step % recipe.runtime.log_every_steps == 0
-                ):
+                often = isinstance(record, StepRecord) and record.nll_by_layer is None
+                if writes and not (often and trainer.step % recipe.runtime.log_every_steps):
                     folder.append(record)
                 listen(record)
                 if isinstance(record, EpochRecord):
@@ -123,10 +146,11 @@ def _run(
                 if due or isinstance(record, EpochRecord):
                     save()
                     last_saved = time.monotonic()
-                if stop_asked():
+                if world.should_stop:
                     raise StopRequested
         except StopRequested:
             save()
+            world.wait()  # or torchrun, seeing a process end, would end the one that saves
             # The folder's recipe, not `name`: it holds every override of this run.
             command = ["bln-train", "run", str(folder.path / RECIPE), "--out", str(folder.path), "--resume"]
             raise InterruptedRunError(
@@ -134,7 +158,8 @@ def _run(
                 f"Go on with: {shlex.join(command)}",
             ) from None
     summary = _summary(recipe, name, experiment, epochs, memory, time.monotonic() - began)
-    folder.finish(summary)
+    if writes:
+        folder.finish(summary)
     return summary
 
 
@@ -149,6 +174,38 @@ def _go_on(recipe: Recipe, folder: RunFolder, found: Found, *, epoch_is_open: bo
     folder.keep_recipe(recipe)
     settle(folder.path, found.file, step)
     return news
+
+
+def begin_together(world: World, recipe: Recipe, experiment: Experiment) -> None:
+    """Let every process begin from rank 0's tensors.
+
+    Raises:
+        UsageError: the processes do not have the same recipe, images or state.
+    """
+    if world.size == 1:
+        return
+    step, train = experiment.trainer.take_step, experiment.data.train
+    world.check_equal(
+        {
+            "recipe": zlib.crc32(recipe.model_dump_json(exclude={"runtime"}).encode()),
+            "training images": fingerprint([train.images, train.labels]),
+            "steps in their checkpoint": experiment.trainer.step,
+            "images in the probe (norm.probe_images)": step.probe_images,
+        }
+    )
+    optimizer = [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    tensors = [*step.model.parameters(), *step.model.buffers(), *optimizer]
+    world.take_from_first(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def _check_same_batchnorm(recipe: Recipe, state: dict[str, Any], world: World) -> None:
+    """Raises UsageError where a resumed BatchNorm would see other images at once than before."""
+    before = state.get("world_size", 1)
+    if recipe.norm.name == "batch" and before != world.size:
+        raise UsageError(
+            f"this run was begun with {before} process{'es' * (before > 1)}, and BatchNorm's result depends on their number",
+            f"Go on with torchrun --nproc-per-node {before}." if before > 1 else "Go on without torchrun.",
+        )
 
 
 def _summary(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bln_train.errors import UsageError
+from bln_train.launch import launch
 from bln_train.norm.compiled import use_compiled, uses_compiled
 from bln_train.units import format_bytes
 
@@ -20,10 +21,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:<index>` into a device.
+    """Turn `auto`, `cpu`, `cuda` or `cuda:<index>` into a device; under torchrun each process has a GPU of its own.
 
     Raises:
-        UsageError: CUDA is asked for and absent, or the index does not exist.
+        UsageError: CUDA is asked for and absent, or the index does not exist, or several processes would share a GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +38,15 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if device.index is not None and device.index >= count:
             raise UsageError(f"runtime.device is {name}, but there are only {count} CUDA devices (from cuda:0)")
+        own = launch()
+        if own.size > 1 and (":" in name or own.local_rank >= count):
+            raise UsageError(
+                f"process {own.local_rank} of this machine has no GPU of its own: runtime.device is {name}, "
+                f"and there are {count} CUDA devices",
+                "Use --device cuda and at most that many processes for each machine, or --device cpu.",
+            )
+        if own.size > 1:
+            return torch.device("cuda", own.local_rank)
     return device
 
 
@@ -209,6 +219,7 @@ def environment(device: torch.device) -> dict[str, str | int | bool | None]:
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "num_threads": torch.get_num_threads(),
+        "world_size": launch().size,
         "compiled": None if cuda else uses_compiled(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

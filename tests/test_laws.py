@@ -290,6 +290,7 @@ LAYERS = [
         "signals",
         "atomic",
         "checkpoint_list",
+        "launch",
         "run_lock",
         "__init__",
     },
@@ -306,6 +307,8 @@ LAYERS = [
     },
     {
         "runtime",
+        "parallel",
+        "norm.accounts",
         "norm.functional",
         "norm.probe",
         "norm.update",

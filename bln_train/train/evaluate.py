@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
+from bln_train.parallel import ALONE, World
 from bln_train.signals import StopRequested, never
 from bln_train.train.recovery import attempt, does_not_fit, free_memory
 
@@ -38,11 +39,13 @@ def evaluate(
     device: torch.device,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[object]],
+    world: World = ALONE,
     stop_asked: Callable[[], bool] = never,
 ) -> Evaluation:
     """Mean cross-entropy (nats) and accuracy of `model` in eval mode; its mode is restored; one synchronisation.
 
-    Where memory runs out it goes on with half as many images at a time.
+    Several processes share the images and have the same result. All evaluate rank 0's buffers: of a BatchNorm each process has
+    seen other images. Where memory runs out it goes on with half as many images at a time.
 
     Raises:
         DoesNotFitError: one image is too many.
@@ -50,6 +53,7 @@ def evaluate(
     """
     was_training, asked, reason = model.training, batch_size, ""
     model.eval()
+    world.take_from_first(buffer for buffer in model.buffers() if buffer.is_floating_point())
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
 
@@ -63,12 +67,13 @@ def evaluate(
         loss_sum.add_(loss)  # both at the end, where nothing is allocated any more: no image counts twice
         correct.add_(right)
 
-    start = 0
-    while start < len(images):
+    share = world.share(range(len(images)))
+    start = share.start
+    while start < share.stop:
         if stop_asked():
             model.train(was_training)
             raise StopRequested
-        number = min(batch_size, len(images) - start)
+        number = min(batch_size, share.stop - start)
         outcome = attempt(partial(add, slice(start, start + number)))
         if outcome is None:
             start += number
@@ -78,6 +83,7 @@ def evaluate(
             raise does_not_fit("one image in evaluation", outcome.reason)
         batch_size, reason = number // 2, reason or outcome.reason
     model.train(was_training)
+    world.add_up([loss_sum, correct])
     notices = (
         (f"evaluation: out of memory at {asked} images ({reason}); it went on with {batch_size} at a time.",)
         if reason

@@ -21,6 +21,7 @@ from bln_train.norm.fuse import folded_layers
 from bln_train.norm.fused import fold_once
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
 from bln_train.optim import MomentumAccumulatingSGD
+from bln_train.parallel import ALONE, World, reduce_step
 from bln_train.rng import instance_seeds
 from bln_train.signals import StopRequested, never
 
@@ -64,8 +65,9 @@ class AccumulationStep:
         gradient = 1/N * sum over micro-batches of d/dw [ sum of task losses + sum of likelihoods ]
 
     The sums are divided by the true number of images N, so ragged micro-batches and a short last batch are exact. The
-    order is: accumulate; update statistics, which read the gradients; clip; step; drop gradients; let the statistics follow
-    the new weights on the batch's first images, the probe. Where loss or gradient is not finite nothing follows; see `give_up`.
+    order is: accumulate; add up over the processes; update statistics, which read the gradients; clip; step; drop gradients;
+    let the statistics follow the new weights on the batch's first images, the probe. Where loss or gradient is not finite nothing
+    follows the sums; see `give_up`.
 
     Args:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.
@@ -75,6 +77,7 @@ class AccumulationStep:
         clip_norm: bound on the global gradient norm, None for none.
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
+        world: the processes that share each effective batch; all take every step together.
 
     Attributes:
         reduced: whether gradients of the step under way have been added up over processes: from there on no process can take the
@@ -100,16 +103,18 @@ class AccumulationStep:
         clip_norm: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]],
         scaler: torch.amp.GradScaler | None = None,
+        world: World = ALONE,
     ) -> None:
         self.model, self.optimizer, self.statistics, self.preprocess = model, optimizer, statistics, preprocess
         self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
         self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
-        self.autocast, self.scaler = autocast, scaler
+        self.autocast, self.scaler, self.world = autocast, scaler, world
         self.reduced = False
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
         if self.into_momentum is not None and (clip_norm is not None or scaler is not None):
             raise ValueError("gradients that gather in the momentum can be neither clipped nor loss-scaled")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.all_parameters = [*self.parameters, *statistics.natural_parameters]
         self.folded = folded_layers(model)
         inside = {layer.linear for layer in self.folded}
         self.standardized = [m for m in model.modules() if isinstance(m, StandardizedConv2d) and m not in inside]
@@ -128,14 +133,17 @@ class AccumulationStep:
             for layer in self.folded:  # as accumulate does, but the weight decay has to see the same weights
                 if isinstance(layer.linear, StandardizedConv2d):
                     centre_filters(layer.linear.weight)
-            self.into_momentum.begin()  # from here on the weights' gradients are their momentum
-        self.statistics.watch(self.probe_images)
+            # From here on the weights' gradients are their momentum; it enters the sum over the processes once.
+            self.into_momentum.begin(from_zero=self.world.rank > 0)
+        self.statistics.watch(max(0, self.probe_images - self.world.begin_of_share(num_images)))
         before = torch.get_rng_state(), [buffer.clone() for buffer in self.running]
         try:
             loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
         except StopRequested:
             self._give_up(*before)
             raise
+        self.reduced = self.world.size > 1
+        reduce_step(self.world, self.all_parameters, self.statistics, (loss_sum, correct))
         if self.scaler is not None:
             self._unscale()
         grad_norm = None
@@ -203,13 +211,17 @@ class AccumulationStep:
     def accumulate(
         self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
     ) -> tuple[Tensor, Tensor]:
-        """Add the effective batch's gradient to every parameter's; returns the sums () of loss and of right answers."""
+        """Add the effective batch's gradient, or this process's share of it, to every parameter's; returns the sums () of
+        loss and of right answers.
+        """
         num_images = len(index)
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        if self.scaler is not None:
+            self.scaler.scale(loss_sum)  # makes its scale, which no backward does where this process has no image
         with standardize_once(self.standardized):
             with fold_once(self.folded):
-                for num_done, batch in enumerate(self._micro_batches(images, index, seed, epoch)):
+                for num_done, batch in enumerate(self._micro_batches(images, self.world.share(index), seed, epoch)):
                     if num_done and self.into_momentum is None and self.stop_asked():
                         raise StopRequested
                     logits = self._forward(batch)

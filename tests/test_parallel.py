@@ -1,0 +1,492 @@
+"""Several processes, one answer (docstrings are laws). Fast tests run the ranks as threads; slow ones run real processes."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import advance, largest_difference, state, tiny_recipe
+
+from bln_train.build import build_experiment
+from bln_train.errors import UsageError
+from bln_train.launch import Launch, launch
+from bln_train.parallel import ALONE, PIECE_BYTES, World, _pieces
+from bln_train.recipe_file import dump_recipe
+from bln_train.records import EpochRecord, StepRecord
+from bln_train.run import _check_same_batchnorm, begin_together
+from bln_train.train.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
+# Batches of 10, 10 and 3 images: with four processes the third batch leaves one of them without an image.
+RAGGED = {
+    "data__num_train": 23,
+    "train__effective_batch_size": 10,
+    "train__micro_batch_size": 3,
+    "train__epochs": 1,
+    "norm": {"name": "batchless", "probe_images": 6, "init_images": 4},
+}
+
+
+class ThreadWorld(World):
+    """A rank that is a thread of this process: the real code down to the one call that adds buffers up."""
+
+    def __init__(self, rank, size, slots, barrier):
+        super().__init__(rank, size)
+        self.slots, self.barrier = slots, barrier
+
+    def first_rank_first(self):
+        return nullcontext()  # BUILDING has the threads build one after the other
+
+    def _all_reduce(self, buffer):
+        self.slots[self.rank] = buffer.clone()
+        self.barrier.wait(60)
+        total = sum(self.slots[1:], self.slots[0])
+        self.barrier.wait(60)
+        buffer.copy_(total)
+        self.num_collectives += 1
+        self.num_bytes += buffer.nbytes
+
+
+def in_ranks(size, work):
+    """work(world) of each rank, at once; raises what the first rank that failed raised."""
+    slots, barrier, results = [None] * size, threading.Barrier(size), [None] * size
+
+    def one(rank):
+        try:
+            results[rank] = work(ThreadWorld(rank, size, slots, barrier))
+        except BaseException as error:
+            results[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed = [r for r in results if isinstance(r, BaseException)]
+    for error in sorted(failed, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return results
+
+
+BUILDING = threading.Lock()  # torch.manual_seed is of the whole process
+
+
+def trained(recipe, world=None, *, num_steps=None, resume=None, change=lambda trainer: None):
+    with BUILDING:
+        experiment = build_experiment(recipe, initialize=resume is None, world=world or ALONE)
+    trainer = experiment.trainer
+    if resume is not None:
+        trainer.load_state_dict(copy.deepcopy(resume))  # an optimizer keeps the tensors it is given
+    if world is not None:
+        begin_together(world, recipe, experiment)
+    change(trainer)
+    records = advance(trainer, num_steps)
+    return trainer, records
+
+
+VARIANTS = {
+    "sgd, clipped, nesterov, probe, correction": {},
+    "no clipping, no probe": {"norm__probe_images": 0, "optimizer": {**SGD, "clip_norm": None}},
+    "no correction, not folded": {"norm__correction_rate": 0.0, "norm__fold": False},
+    "into momentum, update clipped": {"optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05}},
+    "paper, adam": {"norm": {"name": "batchless-paper", "init_images": 4}, "optimizer": {"name": "adam", "lr": 1e-3}},
+    "group, adamw": {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_several_processes_end_where_one_does(variant):
+    """Law 2 over processes: every tensor of the state, for shares that are ragged and one that is empty; all ranks agree."""
+    recipe = tiny_recipe(**RAGGED | VARIANTS[variant])
+    alone, _ = trained(recipe)
+    ranks = in_ranks(4, lambda world: trained(recipe, world))
+    assert largest_difference(state(alone), state(ranks[0][0])) < 1e-10
+    for other, _ in ranks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(state(ranks[0][0]).values(), state(other).values(), strict=True))
+
+
+def test_resume_with_other_processes_and_micro_batches():
+    """A run that goes on with another number of processes and another micro-batch ends where one that never stopped ends."""
+    for variant in ({}, {"optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05}}):
+        recipe = tiny_recipe(**RAGGED | variant)
+        whole = state(trained(recipe)[0])
+        stopped = in_ranks(2, lambda world: trained(recipe, world, num_steps=2)[0].state_dict())[0]  # noqa: B023
+        finer = tiny_recipe(**RAGGED | variant | {"train__micro_batch_size": 1})
+        for work in (
+            lambda: in_ranks(3, lambda world: trained(finer, world, resume=stopped))[0],  # noqa: B023
+            lambda: trained(finer, resume=stopped),  # noqa: B023
+        ):
+            assert largest_difference(whole, state(work()[0])) < 1e-10
+
+
+def test_a_step_is_one_collective_of_the_gradients_size():
+    """A step sends one buffer whatever the micro-batch: gradients, and per norm channel at most 4 probe sums and 2 statistics."""
+    for micro in (1, 10):
+        recipe = tiny_recipe(**RAGGED | {"train__micro_batch_size": micro})
+        sent = []
+
+        def note(trainer, sent=sent):
+            world, take_step = trainer.take_step.world, trainer.take_step.__call__
+
+            def noting(*args):
+                before = world.num_collectives, world.num_bytes
+                found = take_step(*args)
+                sent.append((world.num_collectives - before[0], world.num_bytes - before[1]))
+                return found
+
+            trainer.take_step = Wrapped(trainer.take_step, noting)
+
+        trainer, _ = in_ranks(2, lambda world, note=note: trained(recipe, world, num_steps=2, change=note))[0]  # noqa: B023
+        layers = trainer.take_step.statistics.layers.values()
+        gradients = sum(p.numel() for p in trainer.take_step.model.parameters())
+        channels = sum(layer.num_features for layer in layers)
+        counts = 2 * (len(list(trainer.take_step.model.parameters())) + 4 * len(layers) + 1) + 2
+        assert {number for number, _ in sent} == {1}
+        assert {size for _, size in sent} == {8 * (gradients + 6 * channels + counts)}
+
+
+class Wrapped:
+    """A step whose call is another function."""
+
+    def __init__(self, step, call):
+        self.step, self.call = step, call
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.step, name)
+
+
+def test_records_are_those_of_one_process():
+    """Loss, accuracy, gradient norm, likelihoods and the evaluation in shares are what one process logs, in every rank."""
+    recipe = tiny_recipe(**RAGGED)
+    alone = trained(recipe)[1]
+    for _, records in in_ranks(3, lambda world: trained(recipe, world)):
+        for one, other in zip(alone, records, strict=True):
+            for key in (
+                "loss",
+                "accuracy",
+                "grad_norm",
+                "nll",
+                "num_images",
+                "train_loss",
+                "test_loss",
+                "test_accuracy",
+            ):
+                if isinstance(one, StepRecord | EpochRecord) and getattr(one, key, None) is not None:
+                    assert getattr(other, key) == pytest.approx(getattr(one, key), rel=1e-10), key
+
+
+def test_an_overflow_in_one_process_skips_the_step_in_all():
+    """fp16: where a gradient is infinite in one process, all skip the step and lower the loss scale, then go on alike."""
+    recipe = tiny_recipe(**RAGGED)
+
+    def scaled(trainer):
+        trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        if trainer.take_step.world.rank == 1:
+            plain, accumulate = trainer.take_step.accumulate, []
+
+            def overflowing(*args):
+                found = plain(*args)
+                if not accumulate:
+                    next(trainer.take_step.model.parameters()).grad.fill_(torch.inf)
+                accumulate.append(1)
+                return found
+
+            trainer.take_step.accumulate = overflowing
+
+    ranks = [trainer for trainer, _ in in_ranks(2, lambda world: trained(recipe, world, change=scaled))]
+    assert [trainer.take_step.scaler.get_scale() for trainer in ranks] == [8.0, 8.0]
+    assert largest_difference(state(ranks[0]), state(ranks[1])) == 0
+    assert all(tensor.isfinite().all() for tensor in state(ranks[0]).values())
+
+
+def test_all_stop_after_the_same_step():
+    """When one process is asked to stop, every process sees it after the same step, and no earlier."""
+    recipe = tiny_recipe(**RAGGED)
+
+    def work(world):
+        seen = []
+
+        def ask(trainer):
+            world.stop_asked = lambda: world.rank == 1 and trainer.step == 1
+
+            seen.extend(
+                world.should_stop for record in trainer.steps() if isinstance(record, StepRecord) and trainer.step < 3
+            )
+
+        trained(recipe, world, change=ask)
+        return seen
+
+    assert in_ranks(3, work) == [[False, True]] * 3
+
+
+def test_a_parameter_nobody_reaches_keeps_no_gradient():
+    """A weight that no image reaches in any process is left alone, as in one process; its decay would move it."""
+    recipe = tiny_recipe(**RAGGED | {"optimizer": {**SGD, "clip_norm": None}})
+
+    def freeze(trainer):
+        trainer.before = trainer.take_step.model.fc.weight.detach().clone()
+        trainer.take_step.model.fc.weight.requires_grad_(False)
+
+    for trainer, _ in in_ranks(2, lambda world: trained(recipe, world, num_steps=1, change=freeze)):
+        assert torch.equal(trainer.take_step.model.fc.weight, trainer.before)
+
+
+def test_statistics_are_those_of_the_first_process():
+    """The probe runs in every process; where its last bits differ, as they may on GPUs, the next step's sum ends the difference."""
+    recipe = tiny_recipe(**RAGGED)
+
+    def work(world):
+        def disturb(trainer):
+            if world.rank == 1:
+                for layer in trainer.take_step.statistics.layers.values():
+                    layer.mean.data += 1e-9
+                    layer.raw_std.data += 1e-9
+
+        return trained(recipe, world, num_steps=1, change=disturb)[0]
+
+    first, second = in_ranks(2, work)
+    for name, layer in first.take_step.statistics.layers.items():
+        other = second.take_step.statistics.layers[name]
+        assert torch.equal(layer.mean, other.mean)
+        assert torch.equal(layer.raw_std, other.raw_std)
+
+
+def test_batchnorm_is_evaluated_and_resumed_as_it_was_trained():
+    """Every process evaluates the network that rank 0 saves; with other processes BatchNorm is another run, so it is refused."""
+    recipe = tiny_recipe(**RAGGED | {"norm": {"name": "batch"}})
+    with BUILDING:
+        saved = build_experiment(recipe, initialize=False).trainer
+    ranks = in_ranks(2, lambda world: trained(recipe, world))
+    losses = {records[-2].test_loss for _, records in ranks}
+    assert len(losses) == 1
+    saved.load_state_dict(ranks[0][0].state_dict())
+    assert losses.pop() == pytest.approx(saved.evaluate(saved.data.test).loss, rel=1e-10)
+    _check_same_batchnorm(recipe, {"world_size": 2}, World(0, 2))
+    with pytest.raises(UsageError, match="begun with 2 processes"):
+        _check_same_batchnorm(recipe, {"world_size": 2}, World())
+
+
+def test_shares_are_contiguous_and_differ_by_one():
+    """Shares of any number of items, in rank order, are the items; the first has one where any has, and none has two more."""
+    for size in (1, 2, 3, 4, 7):
+        for num in range(20):
+            shares = [World(rank, size).share(range(num)) for rank in range(size)]
+            assert [item for share in shares for item in share] == list(range(num))
+            assert len(shares[0]) - len(shares[-1]) in (0, 1)
+
+
+def test_the_buffer_is_bounded():
+    """Pieces cover every element once, and none is larger than the bound but where one row is."""
+    tensors = [
+        torch.arange(n, dtype=torch.float32).view(shape)
+        for n, shape in ((30, (10, 3)), (1, ()), (24, (2, 12)), (7, (7,)))
+    ]
+    tensors[0] = tensors[0].t()  # as it comes: not contiguous
+    pieces = list(_pieces(tensors, 10))
+    assert max(sum(p.numel() for p in piece) for piece in pieces) == 12
+    assert sum(p.numel() for piece in pieces for p in piece) == 62
+    for piece in pieces:
+        torch._foreach_mul_(piece, 2)
+    assert all(torch.equal(t.flatten().sort()[0], 2.0 * torch.arange(t.numel())) for t in tensors)
+    assert PIECE_BYTES == 16 * 2**20
+
+
+def test_processes_that_differ_are_named():
+    """Other data, recipe or checkpoint in one process is an error that names what and who, in every process."""
+    recipe, other = tiny_recipe(**RAGGED), tiny_recipe(**RAGGED | {"optimizer__lr": 0.2})
+    with pytest.raises(UsageError, match="processes 2 have other recipe than process 0"):
+        in_ranks(3, lambda world: trained(other if world.rank == 2 else recipe, world, num_steps=1))
+
+
+def test_one_process_sends_nothing():
+    """Without torchrun there is no process group, and RANK and WORLD_SIZE of a cluster's own are not torchrun's."""
+    code = """
+import torch.distributed, os
+from bln_train.parallel import joined
+with joined(torch.device("cpu"), 5) as world:
+    world.wait()
+    assert world.size == 1 and world.num_collectives == 0 and not torch.distributed.is_initialized()
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "RANK": "3", "WORLD_SIZE": "9"}, check=True
+    )
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+
+
+def test_torchrun_is_read_off_its_environment(monkeypatch):
+    """Rank and size are torchrun's; alone a process is the first of one."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert launch() == Launch(0, 1, 0)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert launch() == Launch(0, 2, 0)
+
+
+@pytest.mark.parametrize("command", [["compare"], ["memory"], ["check", "quickstart"], ["run", "paper_synthetic"]])
+def test_only_training_runs_take_several_processes(command, tmp_path):
+    """Other commands refuse torchrun, and say what it is for."""
+    run = [sys.executable, "-m", "bln_train", *command]
+    found = subprocess.run(run, cwd=tmp_path, env=environment() | TORCHRUN, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "is for one process, and torchrun started 2" in found.stderr
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(num_processes, *arguments, cwd):
+    """bln-train in several real processes, in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return subprocess.Popen(
+        [*command, "-m", "bln_train", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process, timeout=150):
+    """Exit code, stdout, stderr; the workers end with the test too."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for worker in children(process.pid):
+            os.kill(worker, signal.SIGKILL)
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def children(pid):
+    """Process ids by rank; torchrun starts them in that order."""
+    return sorted(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def until(condition, process, timeout=120):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def recipe_file(folder, **changes):
+    path = folder / "tiny.yaml"
+    path.write_text(dump_recipe(tiny_recipe(**RAGGED | {"runtime__log_every_steps": 1} | changes)), encoding="utf-8")
+    return path
+
+
+LONG = {"train__epochs": 500, "runtime__process_timeout_seconds": 6}
+
+
+def training_for_long(tmp_path, num_processes=2):
+    """A run of real processes that is under way and has saved a checkpoint."""
+    process = torchrun(num_processes, "run", recipe_file(tmp_path, **LONG), "--out", "long", cwd=tmp_path)
+    until((tmp_path / "long" / "checkpoint.pt").exists, process)
+    return process
+
+
+@pytest.mark.slow
+def test_torchrun_ends_where_one_process_does(tmp_path):
+    """Real processes: one folder, one summary on stdout, and the weights of one process; a run of 3 goes on as 2."""
+    recipe = recipe_file(tmp_path)
+    whole = trained(tiny_recipe(**RAGGED))[0]
+    code, out, err = ended(
+        torchrun(3, "run", recipe, "--set", "train.max_steps=2", "--out", "r", "--json", cwd=tmp_path)
+    )
+    assert code == 0, err
+    assert json.loads(out)["environment"]["world_size"] == 3
+    code, out, err = ended(torchrun(2, "run", recipe, "--out", "r", "--resume", "--json", cwd=tmp_path))
+    assert code == 0, err
+    assert err.count("resumed at step 2") == 1
+    assert json.loads(out)["steps"] == whole.step
+    saved = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["model"]
+    assert largest_difference(whole.take_step.model.state_dict(), saved) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_all(tmp_path, victim):
+    """A process that dies ends all of them at once, with a code that is not 0; the last checkpoint is whole."""
+    process = training_for_long(tmp_path)
+    workers, began = children(process.pid), time.monotonic()
+    os.kill(workers[victim], signal.SIGKILL)
+    code, _, err = ended(process)
+    assert code != 0
+    assert time.monotonic() - began < 30
+    assert "another process has ended" in err or "SIGKILL" in err or "Signal 9" in err
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert load_checkpoint(tmp_path / "long" / "checkpoint.pt")["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_hung_process_ends_all_within_the_timeout(tmp_path):
+    """A process that stops answering ends all of them after runtime.process_timeout_seconds, and the message names that."""
+    process = training_for_long(tmp_path)
+    workers, began = children(process.pid), time.monotonic()
+    os.kill(workers[1], signal.SIGSTOP)
+    until(lambda: not Path(f"/proc/{workers[0]}").exists() or "Z" in state_of(workers[0]), process, timeout=60)
+    assert time.monotonic() - began < 6 + 20
+    code, _, err = ended(process)
+    assert code != 0
+    assert "another process did not answer in time" in err
+    assert "runtime.process_timeout_seconds" in err
+
+
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(tmp_path):
+    """SIGTERM to torchrun stops every process after the same step with code 130, saved once; one process goes on from there."""
+    process = training_for_long(tmp_path, num_processes=3)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code != 0
+    assert err.count("the state is saved") == 1
+    step = load_checkpoint(tmp_path / "long" / "checkpoint.pt")["step"]
+    assert f"stopped after step {step} of" in err
+    lines = (tmp_path / "long" / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["step"] for line in lines if "step" in json.loads(line)) == step
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(tmp_path):
+    """A mistake that every process sees is reported by the first, and torchrun's code is not 0."""
+    code, out, err = ended(torchrun(3, "run", recipe_file(tmp_path), "--set", "train.epoch=3", cwd=tmp_path))
+    assert code != 0
+    assert out == ""
+    assert err.count("did you mean `epochs`") == 1
+
+
+@pytest.mark.slow
+def test_the_process_grid():
+    """Law 2 over 1, 2, 3, 4 real processes by micro-batch 1, 3, 8: below 1e-10 after 20 steps; prints the table."""
+    script = ROOT / "tests" / "benchmarks" / "process_grid.py"
+    found = subprocess.run([sys.executable, script], env=environment(), stdout=subprocess.PIPE, text=True)
+    print(found.stdout)
+    assert found.returncode == 0

@@ -139,7 +139,7 @@ def assemble(
         statistics,
         preprocess,
         device=device,
-        micro_batch_size=recipe.train.micro_batch_size,
+        micro_batch_size=recipe.first_micro_batch_size,
         label_smoothing=recipe.train.label_smoothing,
         clip_norm=recipe.clip_norm,
         autocast=partial(runtime.autocast, device, recipe.train.precision),
@@ -151,7 +151,7 @@ def assemble(
         step,
         data,
         _schedule(recipe, len(data.train)),
-        partial(evaluate_on, recipe, model, preprocess, device, world, stop_asked=lambda: step.stop_asked()),
+        partial(evaluate_on, recipe, step),
         epochs=recipe.train.epochs,
         effective_batch_size=recipe.train.effective_batch_size,
         seed=recipe.train.seed,
@@ -261,8 +261,8 @@ def build_network(
 
 def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
     effective = min(recipe.train.effective_batch_size, len(data.train))
-    micro = min(recipe.train.micro_batch_size, -(-effective // world.size))
-    if recipe.norm.name == "batch" and micro < effective:
+    micro = min(recipe.first_micro_batch_size, -(-effective // world.size))
+    if recipe.norm.name == "batch" and recipe.train.micro_batch_size != "auto" and micro < effective:
         yield (
             f"BatchNorm sees {micro} image{'s' * (micro > 1)} at a time, not the effective batch of {effective}: this trains, "
             "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from torch import nn
 
 from bln_train import runtime
 from bln_train.augment import Preprocess
 from bln_train.data import DataSet, ImageSet, channel_moments, hold_out, load_dataset
 from bln_train.errors import UsageError
-from bln_train.parallel import World
 from bln_train.recipe import Recipe
 from bln_train.records import InputSpec
-from bln_train.signals import never
 from bln_train.train.evaluate import Evaluation, evaluate
+from bln_train.train.step import AccumulationStep
 
 _LARGEST_AUTO_EVAL_BATCH = 256
 
@@ -69,30 +64,25 @@ def input_spec(data: DataSet, preprocess: Preprocess) -> InputSpec:
     return InputSpec(data.train.images.shape[-1], tuple(mean), tuple(std), data.class_names)
 
 
-def eval_batch_size(recipe: Recipe) -> int:
+def eval_batch_size(recipe: Recipe, micro_batch_size: int) -> int:
     """Images evaluated at once. Auto: four images without gradients need less than one in training does."""
     stated = recipe.train.eval_batch_size
-    return min(4 * recipe.train.micro_batch_size, _LARGEST_AUTO_EVAL_BATCH) if stated == "auto" else stated
+    return min(4 * micro_batch_size, _LARGEST_AUTO_EVAL_BATCH) if stated == "auto" else stated
 
 
 def evaluate_on(
     recipe: Recipe,
-    model: nn.Module,
-    preprocess: Preprocess,
-    device: torch.device,
-    world: World,
+    step: AccumulationStep,
     images: ImageSet,
-    *,
-    stop_asked: Callable[[], bool] = never,
 ) -> Evaluation:
-    """Loss and accuracy of the network on images as the recipe evaluates them."""
+    """Loss and accuracy of a step's network on images as the recipe evaluates them."""
     return evaluate(
-        model,
+        step.model,
         images,
-        preprocess,
-        device=device,
-        batch_size=eval_batch_size(recipe),
-        autocast=partial(runtime.autocast, device, recipe.train.precision),
-        world=world,
-        stop_asked=stop_asked,
+        step.preprocess,
+        device=step.device,
+        batch_size=eval_batch_size(recipe, step.micro_batch_size),
+        autocast=step.autocast,
+        world=step.world,
+        stop_asked=step.stop_asked,
     )

@@ -82,5 +82,5 @@ def _sample(
 ) -> Iterator[Tensor]:
     """The first training images of a seeded order that no epoch has."""
     index = epoch_order(len(data.train), seed=recipe.train.seed, epoch=recipe.train.epochs)[:num_images]
-    for part in index.split(eval_batch_size(recipe)):
+    for part in index.split(eval_batch_size(recipe, recipe.first_micro_batch_size)):
         yield preprocess.test(data.train.images[part].to(device))

@@ -87,7 +87,7 @@ def run(
             trainer = experiment.trainer
             console.say(
                 f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch "
-                f"{loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size}, "
+                f"{loaded.train.effective_batch_size}, micro-batch {trainer.take_step.micro_batch_size}, "
                 f"{trainer.num_steps} steps on {experiment.device}"
                 f"{f' in {launch().size} processes' if launch().size > 1 else ''}; {experiment.data.source}"
             )

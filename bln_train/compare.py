@@ -76,8 +76,15 @@ def plan_cells(
         raise UsageError("name at least one norm and one seed")
     train = recipe.train
     effective_batches = effective_batches or (train.effective_batch_size,)
-    whole = train.micro_batch_size == train.effective_batch_size
-    micro_batches = micro_batches or (("full",) if whole else (train.micro_batch_size, "full"))
+    stated = train.micro_batch_size
+    if stated == "auto" and not micro_batches:
+        raise UsageError(
+            "train.micro_batch_size is auto, and a comparison puts stated sizes side by side",
+            "Add --micro-batch 1,full",
+        )
+    if not micro_batches:
+        whole = stated == "auto" or stated == train.effective_batch_size
+        micro_batches = ("full",) if whole else (train.micro_batch_size, "full")  # type: ignore[assignment]
     seeds = range(train.seed, train.seed + num_seeds)
     cells: dict[Path, Cell] = {}
     for norm, effective, micro, seed in itertools.product(norms, effective_batches, micro_batches, seeds):

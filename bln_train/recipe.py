@@ -119,6 +119,12 @@ class Recipe(Section):
         return DEFAULT_INIT_IMAGES if setting == "auto" else int(setting)
 
     @property
+    def first_micro_batch_size(self) -> int:
+        """The micro-batch to build with: that which is stated, 1 for `auto`, which is resolved before the first step."""
+        stated = self.train.micro_batch_size
+        return 1 if stated == "auto" else stated
+
+    @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return self.data.image_size or 32
@@ -142,6 +148,12 @@ class Recipe(Section):
             return None
         setting = self.optimizer.clip_update
         return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
+
+    def with_images(self, image_size: int, num_classes: int) -> Recipe:
+        """The recipe as a plan needs it, for images of such a size and as many classes; it is not one to run."""
+        model = self.model.model_copy(update={"num_classes": num_classes})
+        data = self.data.model_copy(update={"name": "folder", "root": "unused", "image_size": image_size})
+        return self.model_copy(update={"model": model, "data": data})
 
     def untrained(self) -> Recipe:
         """The same network from drawn weights, for any norm: without model.init, and with standardisation as that has it."""

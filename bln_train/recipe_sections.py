@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import AfterValidator
 
+from bln_train.units import parse_bytes
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -209,8 +211,12 @@ class Train(Section):
     """Stop after this many optimizer steps even if epochs are left; the schedule still spans all epochs."""
     effective_batch_size: Positive = 128
     """Images behind one optimizer step."""
-    micro_batch_size: Positive
-    """Images in memory at once; down to 1, at most the effective batch."""
+    micro_batch_size: Positive | Literal["auto"]
+    """Images in memory at once; down to 1, at most the effective batch. `auto`: of those that fit the memory budget the fastest,
+    found out before the first step; only with `norm: batch` does it change the result."""
+    memory_budget: Annotated[str, AfterValidator(lambda text: _check_bytes(text))] | None = None
+    """Memory that training may take of the device, as in `4GiB`, CUDA's context included; more is refused before the first step,
+    and on CUDA never allocated. Default with `auto`: what is free, less a tenth and at least 256 MiB."""
     eval_batch_size: Positive | Literal["auto"] = "auto"
     """Images evaluated at once; auto is four times the micro-batch, at most 256: less memory than training takes."""
     eval_every_epochs: Positive = 1
@@ -226,7 +232,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Train:
-        if self.micro_batch_size > self.effective_batch_size:
+        if self.micro_batch_size != "auto" and self.micro_batch_size > self.effective_batch_size:
             raise ValueError(
                 f"micro_batch_size: {self.micro_batch_size} is above effective_batch_size {self.effective_batch_size}"
             )
@@ -257,6 +263,11 @@ class Runtime(Section):
     """How many there are at a time, the latest included: if that is damaged, a run resumes from the one before it."""
     process_timeout_seconds: Positive = 600
     """Under torchrun: how long one process waits for another, a download or a whole evaluation included, before all end."""
+
+
+def _check_bytes(text: str) -> str:
+    parse_bytes(text)
+    return text
 
 
 def _check_device(device: str) -> str:

@@ -18,6 +18,7 @@ from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
 from bln_train.checkpoint_list import has_checkpoint, settle
 from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
+from bln_train.micro_batch import settle_micro_batch
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.parallel import World, fingerprint, joined
@@ -90,6 +91,8 @@ def _run(
         summary = folder.summary()
         if summary is not None and trainer.step == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
+    with explained_failures(recipe):
+        notices = (*experiment.notices, *_settle(recipe, experiment, None if found is None else found.state))
     begin_together(world, recipe, experiment)
     if writes and found is not None:
         news = _go_on(recipe, folder, found, epoch_is_open=trainer.epoch_is_open)
@@ -114,7 +117,7 @@ def _run(
         saved_step = trainer.step
 
     announce(experiment)
-    for text in [*experiment.notices, *news]:
+    for text in [*notices, *news]:
         listen(NoticeRecord(text))
         if writes and not resumed:
             folder.append(NoticeRecord(text))
@@ -174,6 +177,22 @@ def _go_on(recipe: Recipe, folder: RunFolder, found: Found, *, epoch_is_open: bo
     folder.keep_recipe(recipe)
     settle(folder.path, found.file, step)
     return news
+
+
+def _settle(recipe: Recipe, experiment: Experiment, state: dict[str, Any] | None) -> list[str]:
+    """Resolve an automatic micro-batch, for a run that goes on with what it found out before; what has to be said about it."""
+    used, asked = (
+        (None, None) if state is None else (state.get("micro_batch_size"), state.get("asked_micro_batch_size"))
+    )
+    is_auto = recipe.train.micro_batch_size == "auto"
+    if is_auto and used is not None and recipe.norm.name == "batch":  # another one would be another result
+        experiment.trainer.take_step.micro_batch_size = int(used)
+        return [f"micro-batch {used}, as before: BatchNorm's result depends on it."]
+    ran_out = used is not None and asked is not None and used < asked
+    text = settle_micro_batch(
+        recipe, experiment, at_most=int(used) if is_auto and used is not None and ran_out else None
+    )
+    return [text] if text else []
 
 
 def begin_together(world: World, recipe: Recipe, experiment: Experiment) -> None:
@@ -247,7 +266,7 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        size = recipe.train.micro_batch_size
+        size = recipe.first_micro_batch_size
         raise does_not_fit(f"micro-batch {size}", explain(error), smaller=size != 1) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

@@ -88,6 +88,12 @@ def free_budget(device: torch.device) -> Budget:
     return Budget(max(1, free - headroom), f"{what}, less {headroom / 2**20:.0f} MiB")
 
 
+def limit_memory(device: torch.device, num_bytes: int) -> None:
+    """Let this process' allocator take no more of a CUDA device than so many bytes; above them it runs out of memory."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, num_bytes / total)), device)
+
+
 def _available_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:

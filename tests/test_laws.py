@@ -370,6 +370,7 @@ LAYERS = [
         "export_formats",
         "compare",
         "memory.planner",
+        "micro_batch",
         "memory.predict",
         "memory.sweep",
         "report.runlog",

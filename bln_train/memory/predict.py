@@ -83,7 +83,7 @@ def plan_memory(
     """
     effective = recipe.train.effective_batch_size
     rest = {size: effective - size for size in micro_batch_sizes if size < effective < 2 * size}
-    with _kernels(wanted=recipe.runtime.compiled and not cuda):
+    with _kernels(wanted=recipe.runtime.compiled and not cuda), torch.random.fork_rng(devices=[]):
         traces, twins = _traces(_on_cpu(recipe), [*micro_batch_sizes, *rest.values()])
     context = context_bytes if cuda else None
     rows = []

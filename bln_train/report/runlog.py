@@ -54,7 +54,7 @@ def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe
 
     def essence(recipe: Recipe) -> dict[str, Any]:
         data = recipe.model_dump(mode="json", exclude={"runtime"})
-        free = ["max_steps", "eval_batch_size", "eval_every_epochs", "on_nonfinite"]
+        free = ["memory_budget", "max_steps", "eval_batch_size", "eval_every_epochs", "on_nonfinite"]
         if recipe.norm.name != "batch":  # with BatchNorm the micro-batch changes the result
             free.append("micro_batch_size")
         data["train"] = {key: value for key, value in data["train"].items() if key not in free}

@@ -1,0 +1,164 @@
+"""`train.micro_batch_size: auto` and `train.memory_budget`: what is chosen fits, and choosing it changes nothing else."""
+
+import copy
+
+import pytest
+import torch
+from failing_allocator import FailingAllocator
+
+from bln_train import micro_batch, runtime
+from bln_train.build import build_experiment
+from bln_train.errors import DoesNotFitError, UsageError
+from bln_train.memory.predict import plan_memory
+from bln_train.micro_batch import settle_micro_batch
+from bln_train.recipe_file import load_recipe
+from bln_train.records import NoticeRecord
+from bln_train.report.runlog import RunFolder
+from bln_train.run import run
+from bln_train.train.checkpoint import load_checkpoint
+
+SMALL = [
+    "data={name: shapes, num_train: 40, num_test: 10}",
+    "model.name=resnet8",
+    "train.effective_batch_size=20",
+    "train.epochs=1",
+    "train.precision=fp64",
+    "schedule={name: constant}",
+    "runtime.device=cpu",
+]
+
+
+def recipe(*overrides):
+    """A short run."""
+    return load_recipe("quickstart", [*SMALL, *overrides])
+
+
+def state_of(experiment):
+    """Everything that training goes on from."""
+    return experiment.trainer.state_dict()
+
+
+def assert_equal(a, b):
+    """Bit for bit, whatever is inside what."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("norm", ["batch", "batchless"])
+@pytest.mark.parametrize("into", ["gradient", "momentum"])
+def test_choosing_changes_nothing(norm, into):
+    """Weights, buffers, optimizer, random numbers, the place in the data: the state after the choice is that before, but for
+    the micro-batch, in the middle of a run too."""
+    experiment = build_experiment(
+        recipe("train.micro_batch_size=4", f"optimizer.accumulate_into={into}").with_norm(norm)
+    )
+    steps = experiment.trainer.steps()
+    next(steps)
+    copied = copy.deepcopy(state_of(experiment))
+    said = settle_micro_batch(
+        recipe("train.micro_batch_size=auto", f"optimizer.accumulate_into={into}").with_norm(norm), experiment
+    )
+    after = state_of(experiment)
+    assert "images/s" in said
+    for state in (copied, after):
+        state.pop("micro_batch_size"), state.pop("asked_micro_batch_size")
+    assert_equal(copied, after)
+    assert all(p.grad is None for p in experiment.model.parameters())
+
+
+def test_the_fastest_of_the_largest_is_taken(monkeypatch):
+    """Three candidates are timed; the plan's largest is not taken where a smaller one is faster."""
+    asked = []
+
+    def speeds(experiment, sizes, effective):
+        asked.extend(sizes)
+        return {20: 10.0, 16: 30.0, 8: 20.0}
+
+    monkeypatch.setattr(micro_batch, "_try", speeds)
+    experiment = build_experiment(recipe("train.micro_batch_size=auto"))
+    said = settle_micro_batch(recipe("train.micro_batch_size=auto"), experiment)
+    assert asked == [20, 16, 8]
+    assert experiment.trainer.take_step.micro_batch_size == 16
+    assert said.startswith("micro-batch 16 of 20: the largest that fits")
+
+
+def test_the_budget_bounds_the_choice():
+    """With a budget between two predictions the smaller micro-batch is the largest tried."""
+    of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
+    of_data = of.with_images(32, 10)
+    totals = [row.total_bytes for row in plan_memory(of_data, [1, 2, 4, 8], cuda=False)]
+    bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "runtime.compiled=false")
+    experiment = build_experiment(bounded)
+    said = settle_micro_batch(bounded, experiment)
+    assert experiment.trainer.take_step.micro_batch_size <= 4
+    assert "is 4, predicted" in said
+
+
+def test_what_runs_out_of_memory_is_not_taken():
+    """A candidate at which memory runs out when it is tried is dropped, and the state is still what it was."""
+    of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
+    experiment = build_experiment(of)
+    step = experiment.trainer.take_step
+    with FailingAllocator([*step.model.parameters(), *step.model.buffers()]) as allocator:
+        allocator.set(limit_bytes=plan_memory(of.with_images(32, 10), [4], cuda=False)[0].total_bytes)
+        before = state_of(experiment)["model"]
+        speeds = micro_batch._try(experiment, [20, 8, 2], 20)
+    assert list(speeds) == [2]
+    assert_equal(before, state_of(experiment)["model"])
+
+
+def test_a_run_with_auto_is_the_run_with_any_number(tmp_path):
+    """Law 2: the weights of `auto` are those of micro-batch 1; the choice is in the log and in the checkpoint."""
+    finals = []
+    for size in ("auto", "1"):
+        folder, said = RunFolder(tmp_path / size), []
+        run(recipe(f"train.micro_batch_size={size}"), folder, name=size, listen=said.append)
+        finals.append(load_checkpoint(folder.checkpoint)["model"])
+        if size == "auto":
+            notices = [record.text for record in said if isinstance(record, NoticeRecord)]
+            assert sum("the largest that fits" in text for text in notices) == 1
+            assert any("the largest that fits" in getattr(r, "text", "") for r in folder.records())
+    for key, value in finals[0].items():
+        torch.testing.assert_close(value, finals[1][key], rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_fits(tmp_path):
+    """Exit 3 before the first step, with the largest parts; no run folder is left."""
+    folder = RunFolder(tmp_path / "run")
+    for size in ("auto", "4"):
+        with pytest.raises(DoesNotFitError, match="the budget is") as error:
+            run(recipe(f"train.micro_batch_size={size}", "train.memory_budget=100KiB"), folder, name="x")
+        assert error.value.exit_code == 3
+        assert not folder.checkpoint.exists()
+
+
+def test_a_stated_micro_batch_within_the_budget_says_what_is_predicted(tmp_path):
+    """The budget is not ignored where the micro-batch is stated."""
+    of = recipe("train.micro_batch_size=4", "train.memory_budget=1GiB")
+    assert "at micro-batch 4" in settle_micro_batch(of, build_experiment(of))
+    assert settle_micro_batch(recipe("train.micro_batch_size=4"), build_experiment(of)) == ""
+
+
+@pytest.mark.parametrize("budget", ["much", "0", "-1GiB", "4 gigs"])
+def test_a_budget_is_a_size(budget):
+    """Anything else is an error in the recipe."""
+    with pytest.raises(UsageError, match="memory_budget"):
+        recipe(f"train.memory_budget='{budget}'")
+
+
+def test_free_memory_leaves_a_headroom(monkeypatch):
+    """A tenth, and at least 256 MiB."""
+    monkeypatch.setattr(runtime, "_available_memory", lambda: 10 * 2**30)
+    assert runtime.free_budget(torch.device("cpu")).num_bytes == 9 * 2**30
+    monkeypatch.setattr(runtime, "_available_memory", lambda: 2**30)
+    assert runtime.free_budget(torch.device("cpu")).num_bytes == 3 * 2**28

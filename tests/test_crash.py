@@ -258,7 +258,7 @@ def test_a_stop_between_micro_steps_loses_nothing(changes):
             moved = [key for key in before if not torch.equal(before[key], whole[key])]
             assert all(key.endswith("weight") and before[key].dim() == 4 for key in moved), moved  # filters are centred
             assert all(p.grad is None for p in trainer.take_step.parameters)
-    assert num_stops >= 3
+    assert num_stops >= (1 if trainer.take_step.into_momentum else 3)  # that one stops while evaluating only
     assert equal(straight, state(trainer))
 
 

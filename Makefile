@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo compare memory test check format bench clean
+.PHONY: demo compare memory plan-accuracy test check format bench clean
 
 demo: $(READY)          ## train the quickstart recipe: about two minutes on two CPU cores
 	$(BIN)/bln-train run recipes/quickstart.yaml
@@ -20,6 +20,9 @@ memory: $(READY)        ## the README's memory tables
 	$(BIN)/bln-train memory cifar10_mb1 --set model.name=torchvision:resnet50 \
 	  --set "data={name: folder, root: unused, image_size: 224}" --micro-batch 1,8 --effective-batch 1,8 \
 	  --repeats 3 --out memory/resnet50
+
+plan-accuracy: $(READY) ## predicted against measured peaks over networks, norms, micro-batches and precisions: some 20 minutes
+	$(BIN)/python tests/benchmarks/plan_accuracy.py --out memory/plan_accuracy.csv
 
 test: $(READY)          ## all tests; those marked gpu skip without a CUDA device
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@ import csv
 import itertools
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,12 @@ MODELS = (
     "torchvision:mobilenet_v2",
     "torchvision:densenet121",
 )
+
+
+def with_effective_batch(recipe, effective_batch_size):
+    """The recipe with another effective batch."""
+    train = recipe.train.model_copy(update={"effective_batch_size": effective_batch_size})
+    return recipe.model_copy(update={"train": train})
 
 
 def measured(recipe, micro_batch_size):
@@ -66,13 +73,13 @@ def main():
                 f"model.name={model}",
                 f"data={{name: folder, root: unused, image_size: {side}}}",
                 f"train.precision={precision}",
-                f"train.effective_batch_size={2 * max(sizes)}",
                 f"runtime.device={options.device}",
             ],
         )
         for norm in options.norms.split(","):
-            recipe = base.with_norm(norm)
-            for row in plan_memory(recipe, sizes, cuda=cuda):
+            for size in sizes:
+                recipe = with_effective_batch(base.with_norm(norm), max(8, 2 * size))
+                row = plan_memory(recipe, [size], cuda=cuda)[0]
                 truth = measured(recipe, row.micro_batch_size)
                 predicted = row.tensor_bytes + ((row.workspace_bytes or 0) if cuda else 0)
                 error = 100 * (predicted / truth - 1)
@@ -99,6 +106,7 @@ def main():
         f"{len(rows)} cells on {device}, torch {torch.__version__}: error from {min(errors):+.3f} to {max(errors):+.3f} %"
     )
     if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         with open(options.out, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()

@@ -92,8 +92,11 @@ def _run(
         if summary is not None and trainer.step == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
     with explained_failures(recipe):
-        notices = (*experiment.notices, *_settle(recipe, experiment, None if found is None else found.state))
+        notices = [*experiment.notices, *_settle(recipe, experiment, None if found is None else found.state)]
     begin_together(world, recipe, experiment)
+    if found is None and recipe.model.init is not None:
+        with explained_failures(recipe):
+            notices.append(_as_it_begins(experiment))
     if writes and found is not None:
         news = _go_on(recipe, folder, found, epoch_is_open=trainer.epoch_is_open)
     elif writes:
@@ -193,6 +196,17 @@ def _settle(recipe: Recipe, experiment: Experiment, state: dict[str, Any] | None
         recipe, experiment, at_most=int(used) if is_auto and used is not None and ran_out else None
     )
     return [text] if text else []
+
+
+def _as_it_begins(experiment: Experiment) -> str:
+    """What trained weights are worth before the first step: a fine-tuning run has that to keep."""
+    data = experiment.data
+    name, images = ("test", data.test) if data.validation is None else ("validation", data.validation)
+    found = experiment.trainer.evaluate(images)
+    return (
+        f"With the weights of model.init, before the first step: {name} loss {found.loss:.4f}, "
+        f"accuracy {100 * found.accuracy:.2f} % over {found.num_images} images."
+    )
 
 
 def begin_together(world: World, recipe: Recipe, experiment: Experiment) -> None:

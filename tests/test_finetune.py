@@ -1,0 +1,39 @@
+"""Fine-tuning from a trained BatchNorm network by the commands alone: migrate, run."""
+
+import json
+import re
+
+from bln_train.migrate import migrate
+from bln_train.recipe_file import load_recipe
+from bln_train.report.runlog import RunFolder
+from bln_train.run import evaluate_checkpoint, run
+
+SMALL = [
+    "data={name: shapes, num_train: 40, num_test: 30}",
+    "model={name: resnet8}",
+    "train={epochs: 1, effective_batch_size: 20, micro_batch_size: 20, precision: fp64}",
+    "schedule={name: constant}",
+    "runtime.device=cpu",
+]
+
+
+def test_a_fine_tuning_run_begins_with_what_its_weights_are_worth(tmp_path):
+    """Loss and accuracy before the first step, in log and notices, are those of the BatchNorm run that was migrated."""
+    trained = RunFolder(tmp_path / "trained")
+    run(load_recipe("quickstart", [*SMALL, "norm={name: batch}"]), trained, name="trained")
+    _, found, _ = evaluate_checkpoint(trained.path)
+    migrate(str(trained.path), tmp_path / "batchless.pt", to="batchless")
+
+    for norm, init in (("batchless", "batchless.pt"), ("batch", None)):
+        init = tmp_path / init if init else tmp_path / "batch.pt"
+        if norm == "batch":
+            migrate(str(tmp_path / "batchless.pt"), init, to="batch")
+        tuned, records = RunFolder(tmp_path / norm), []
+        of = [*SMALL, f"norm={{name: {norm}}}", f"model={{name: resnet8, init: '{init}'}}", "train.micro_batch_size=4"]
+        run(load_recipe("quickstart", of), tuned, name="tuned", listen=records.append)
+        lines = [json.loads(line) for line in (tuned.path / "metrics.jsonl").read_text().splitlines()]
+        said = [line["text"] for line in lines if "before the first step" in line.get("text", "")]
+        assert len(said) == 1
+        loss, accuracy, num = re.search(r"test loss ([\d.]+), accuracy ([\d.]+) % over (\d+) images", said[0]).groups()
+        assert (loss, accuracy, num) == (f"{found.loss:.4f}", f"{100 * found.accuracy:.2f}", "30")
+        assert said[0] in [getattr(record, "text", "") for record in records]

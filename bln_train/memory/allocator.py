@@ -2,7 +2,9 @@
 
 Requests are rounded up to 512 B. Those up to 1 MiB share segments of 2 MiB, those below 10 MiB segments of 20 MiB, larger ones have
 segments of their own, rounded up to 2 MiB. A request takes the smallest free block of its pool that is large enough, and splits
-it where enough is left; freed neighbours become one block again; segments stay.
+it where enough is left; freed neighbours become one block again. Segments stay for later requests, until the device is full: then
+those that are wholly free are given back before one more is taken. Here the device always counts as full, so that the largest sum
+of segments is what training cannot do without.
 
 Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch, default settings.
 """
@@ -27,17 +29,20 @@ class Block:
     before: Block | None = None
     after: Block | None = None
     free: bool = False
+    serial: int = 0
+    """Of its entry among the free blocks."""
 
 
 class CachingAllocator:
     """Hands out blocks that have sizes and no memory.
 
     Attributes:
-        reserved_bytes: of all segments; it only grows, as it does on a device with room.
+        reserved_bytes: of all segments now.
+        peak_reserved_bytes: the largest that it was.
     """
 
     def __init__(self) -> None:
-        self.reserved_bytes = 0
+        self.reserved_bytes = self.peak_reserved_bytes = 0
         # For each pool the free blocks by size, the serial number only to order equal ones.
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
         self._serial = 0
@@ -64,7 +69,8 @@ class CachingAllocator:
         for neighbour in (block.before, block.after):
             if neighbour is None or not neighbour.free:
                 continue
-            self._free[block.is_small].remove(next(e for e in self._free[block.is_small] if e[2] is neighbour))
+            pool = self._free[block.is_small]
+            pool.pop(bisect_left(pool, (neighbour.size, neighbour.serial)))
             if neighbour is block.before:
                 block.before = neighbour.before
                 if block.before is not None:
@@ -83,10 +89,16 @@ class CachingAllocator:
             num_bytes = _LARGE_SEGMENT
         else:
             num_bytes = -(-size // _OWN_ROUNDING) * _OWN_ROUNDING
+        for pool in self._free.values():
+            whole = [entry for entry in pool if entry[2].before is None and entry[2].after is None]
+            self.reserved_bytes -= sum(size for size, _, _ in whole)
+            pool[:] = [entry for entry in pool if entry[2].before is not None or entry[2].after is not None]
         self.reserved_bytes += num_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         return Block(num_bytes, is_small)
 
     def _keep(self, block: Block) -> None:
         block.free = True
         self._serial += 1
-        insort(self._free[block.is_small], (block.size, self._serial, block))
+        block.serial = self._serial
+        insort(self._free[block.is_small], (block.size, block.serial, block))

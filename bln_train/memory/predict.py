@@ -46,7 +46,7 @@ class PlanRow:
     workspace_bytes: int | None
     """Scratch of the libraries, assumed; None on the CPU, where it is not counted."""
     rounding_bytes: int | None
-    """What the allocator takes from the device beyond all that; None on the CPU."""
+    """What the allocator has to take from the device beyond all that; None on the CPU."""
     context_bytes: int | None
     """Assumed or given; None on the CPU."""
     total_bytes: int
@@ -136,27 +136,30 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     data = _no_images(recipe, recipe.train.effective_batch_size)
     preprocess = build_preprocess(recipe, data)
     images = input_spec(data, preprocess)
-    model, _ = network_on(device, recipe, data, preprocess, images, initialize=False)
     found: dict[int, Trace] = {}
     twins: dict[int, Trace] = {}
     with hollow_kernels():
         with HollowTracker([]):
+            model, _ = network_on(device, recipe, data, preprocess, images, initialize=False)
             step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
             _make_state(step, data)
-        # Below the number of its images the probe works in parts.
-        for alike in ([n for n in sizes if n < step.probe_images], [n for n in sizes if n >= step.probe_images]):
+        # Below the number of its images the probe works in parts; one image is in channels-first and channels-last order at once.
+        several = [size for size in sizes if size > 1]
+        for alike in (
+            [size for size in several if size < step.probe_images],
+            [size for size in several if size >= step.probe_images],
+        ):
             if not alike:
                 continue
             low = min(alike)
-            high = 2 * low
-            first, second = _trace(step, data, low), _trace(step, data, high)
+            found[low], second = _trace(step, data, low), _trace(step, data, 2 * low)
             for size in alike:
-                between, more = first.at(second, size), first.at(second, size + 1)
+                between, more = found[low].at(second, size), found[low].at(second, size + 1)
                 if between is not None and more is not None:
                     found[size], twins[size] = between, more
-            for size in alike:
-                if size not in found:
-                    found[size] = first if size == low else _trace(step, data, size)
+        for size in sizes:
+            if size not in found:
+                found[size] = _trace(step, data, size)
     return found, twins
 
 
@@ -254,7 +257,7 @@ def _row(trace: Trace, twin: Trace | None, *, whole_batch: bool, context_bytes: 
 
 
 def _reserved_bytes(trace: Trace, seen: Tensor) -> int:
-    """What CUDA's allocator has taken from the device when the step is done."""
+    """The most that CUDA's allocator has to take from the device during the step."""
     allocator = CachingAllocator()
     allocator.allocate(MATMUL_BYTES)
     births: dict[int, list[tuple[int, int]]] = {}
@@ -278,4 +281,4 @@ def _reserved_bytes(trace: Trace, seen: Tensor) -> int:
             block = blocks.pop(serial, None)
             if block is not None:
                 allocator.release(block)
-    return allocator.reserved_bytes
+    return allocator.peak_reserved_bytes

@@ -117,32 +117,39 @@ class HollowTracker(StorageTracker):
         super().__init__(existing)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if _is_view(func) or not (_has_large(args) or (kwargs and _has_large(tuple(kwargs.values())))):
+            out = func(*args, **kwargs)
+        else:
+            out = self._allocate(func, args, kwargs)
         self.num_events += 1  # what died while the operator ran was gone when it was done
-        for tensor in tensors_in(out):
-            self._add(tensor)
-        if func._schema.name in _CONVOLUTIONS:
-            tensors = [x for x in tensors_in((args, out)) if x.dim() > 2]
-            self.scratch[self.num_events] = sum(x.numel() * x.element_size() for x in tensors)
+        if isinstance(out, Tensor):
+            self._add(out)
+        else:
+            for tensor in tensors_in(out):
+                self._add(tensor)
         return out
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func.is_view or func in _KEEP_STORAGE:
-            return func(*args, **kwargs)
-        if all(tensor.numel() <= SMALL for tensor in tensors_in((args, tuple(kwargs.values())))):
-            return func(*args, **kwargs)
+    def _allocate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the operator returns, without its values."""
         places = _results_written(func)
         if places is not None:
             written = tuple(args[n] if n < len(args) else kwargs[func._schema.arguments[n].name] for n in places)
             return written if len(written) > 1 else (*written, None)[0]
+        is_convolution = func._schema.name in _CONVOLUTIONS
         key = (func, _signature(args), _signature(tuple(kwargs.items())))
         if key not in self._known:
             given = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
             out = func(*_on_meta(args), **_on_meta(given))
-            if func._schema.name in _CONVOLUTIONS:
+            if is_convolution:
                 out = tree_map_only(Tensor, functools.partial(_in_format, _convolution_format(func, args)), out)
             self._known[key] = tree_map_only(Tensor, _layout, out)
-        return tree_map_only(_Layout, _empty, self._known[key])
+        known = self._known[key]
+        out = _empty(known) if isinstance(known, _Layout) else tree_map_only(_Layout, _empty, known)
+        if is_convolution:
+            tensors = [x for x in tensors_in((args, out)) if x.dim() > 2]
+            self.scratch[self.num_events + 1] = sum(x.numel() * x.element_size() for x in tensors)
+        return out
 
     def _born(self, num_bytes: int) -> None:
         self.size.append(num_bytes)
@@ -223,6 +230,21 @@ def _signature(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.shape, argument.stride(), argument.dtype
     return tuple(_signature(x) for x in argument) if isinstance(argument, list | tuple) else argument
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    return bool(func.is_view) or func in _KEEP_STORAGE
+
+
+def _has_large(values: Any) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.numel() > SMALL:
+                return True
+        elif isinstance(value, list | tuple) and _has_large(value):
+            return True
+    return False
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from bln_train import runtime
 from bln_train.build import Experiment
 from bln_train.errors import DoesNotFitError
-from bln_train.memory.planner import Variant, make_plan, plan_sizes, why_nothing_fits
+from bln_train.memory.planner import Variant, make_plan, plan_sizes, remedies, why_nothing_fits
 from bln_train.memory.predict import CONTEXT_BYTES, PlanRow, plan_memory
 from bln_train.recipe import Recipe
 from bln_train.train.recovery import OutOfMemory, Snapshot, attempt, free_memory
@@ -86,6 +88,22 @@ def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
     if recipe.norm.name == "batch" and chosen < effective:
         text += "; BatchNorm's result depends on it: state the number to have the same one elsewhere"
     return f"micro-batch {chosen} of {effective}: the {text}."
+
+
+@contextmanager
+def planned_advice(recipe: Recipe, experiment: Experiment) -> Iterator[None]:
+    """Add to the error of a run that does not fit what the plan says of settings that would help."""
+    try:
+        yield
+    except DoesNotFitError as error:
+        of_data = recipe.with_images(experiment.input.image_size, len(experiment.input.class_names))
+        cuda = experiment.device.type == "cuda"
+        planned = attempt(partial(remedies, of_data, cuda=cuda, context_bytes=CONTEXT_BYTES))
+        lines = [] if isinstance(planned, OutOfMemory) else planned
+        advice = [f"  {format_bytes(remedy.total_bytes)} with --set {remedy.setting}" for remedy in lines]
+        if advice:
+            advice.insert(0, f"Predicted at micro-batch 1{', CUDA context included' if cuda else ''}:")
+        raise DoesNotFitError(error.problem, "\n".join([error.hint, *advice])) from error
 
 
 def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, float]:

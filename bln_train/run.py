@@ -18,7 +18,7 @@ from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
 from bln_train.checkpoint_list import has_checkpoint, settle
 from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
-from bln_train.micro_batch import settle_micro_batch
+from bln_train.micro_batch import planned_advice, settle_micro_batch
 from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.parallel import World, fingerprint, joined
@@ -129,6 +129,7 @@ def _run(
     last_saved = began = time.monotonic()
     with (
         stop_requests(_STOPPING) as world.stop_asked,
+        planned_advice(recipe, experiment),
         explained_failures(recipe),
         kept_state(folder, lambda: saved_step),
     ):

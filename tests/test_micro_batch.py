@@ -9,6 +9,7 @@ from failing_allocator import FailingAllocator
 from bln_train import micro_batch, runtime
 from bln_train.build import build_experiment
 from bln_train.errors import DoesNotFitError, UsageError
+from bln_train.memory.planner import Remedy, remedies
 from bln_train.memory.predict import plan_memory
 from bln_train.micro_batch import settle_micro_batch
 from bln_train.recipe_file import load_recipe
@@ -16,6 +17,7 @@ from bln_train.records import NoticeRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
 from bln_train.train.checkpoint import load_checkpoint
+from bln_train.train.step import AccumulationStep
 
 SMALL = [
     "data={name: shapes, num_train: 40, num_test: 10}",
@@ -162,3 +164,21 @@ def test_free_memory_leaves_a_headroom(monkeypatch):
     assert runtime.free_budget(torch.device("cpu")).num_bytes == 9 * 2**30
     monkeypatch.setattr(runtime, "_available_memory", lambda: 2**30)
     assert runtime.free_budget(torch.device("cpu")).num_bytes == 3 * 2**28
+
+
+def test_a_run_that_ends_for_want_of_memory_has_the_plans_advice(tmp_path, monkeypatch):
+    """At micro-batch 1: exit 3, with settings that would help and what each is predicted to take."""
+
+    def accumulate(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    of = recipe("train.micro_batch_size=1", "runtime.compiled=false", "train.precision=fp32")
+    proposed = [Remedy("train.precision=bf16", "", 3 * 2**20)]
+    with monkeypatch.context() as patch:
+        patch.setattr(AccumulationStep, "accumulate", accumulate)
+        patch.setattr(micro_batch, "remedies", lambda *of, **how: proposed)
+        with pytest.raises(DoesNotFitError, match="tried to allocate 2") as error:
+            run(of, RunFolder(tmp_path / "run"), name="x")
+    assert error.value.exit_code == 3
+    assert "Predicted at micro-batch 1:\n  3.00 MiB with --set train.precision=bf16" in error.value.hint
+    assert remedies(of.with_images(32, 10), cuda=False, context_bytes=0)  # as the run would have asked for them

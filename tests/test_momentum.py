@@ -257,11 +257,11 @@ def test_update_norm_and_gradient_norm_are_never_mixed():
 
 
 def test_divergence_of_the_update_is_named():
-    """An update norm that is not finite stops training and names the setting that bounds it."""
+    """Momentum that is not finite, where gradients gather, stops training and names the setting that bounds it."""
     trainer = build_experiment(tiny_recipe(optimizer=INTO_MOMENTUM)).trainer
     advance(trainer, 1)
     next(iter(trainer.take_step.optimizer.state.values()))["momentum_buffer"].fill_(torch.inf)
-    with pytest.raises(DivergedError, match=r"step 2: the update norm is (inf|nan)") as caught:
+    with pytest.raises(DivergedError, match="step 2: a gradient is not finite") as caught:
         advance(trainer, 2)
     assert "optimizer.clip_update=1.0" in caught.value.hint
 

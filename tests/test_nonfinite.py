@@ -181,9 +181,9 @@ def test_momentum_that_gathers_gradients_stops_too():
 def run_poisoned(tmp_path, monkeypatch, steps, **changes):
     steps_of = trainer_module.Trainer.steps
 
-    def poisoned_steps(self):
+    def poisoned_steps(self, *stop_asked):
         Poison(self, steps)
-        return steps_of(self)
+        return steps_of(self, *stop_asked)
 
     monkeypatch.setattr(trainer_module.Trainer, "steps", poisoned_steps)
     folder = RunFolder(tmp_path / "run")

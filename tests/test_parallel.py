@@ -136,7 +136,7 @@ def test_a_step_is_one_collective_of_the_gradients_size():
         sent = []
 
         def note(trainer, sent=sent):
-            world, take_step = trainer.take_step.world, trainer.take_step.__call__
+            world, take_step = trainer.take_step.world, trainer.recovering_step.__call__
 
             def noting(*args):
                 before = world.num_collectives, world.num_bytes
@@ -144,7 +144,7 @@ def test_a_step_is_one_collective_of_the_gradients_size():
                 sent.append((world.num_collectives - before[0], world.num_bytes - before[1]))
                 return found
 
-            trainer.take_step = Wrapped(trainer.take_step, noting)
+            trainer.recovering_step = Wrapped(trainer.recovering_step, noting)
 
         trainer, _ = in_ranks(2, lambda world, note=note: trained(recipe, world, num_steps=2, change=note))[0]  # noqa: B023
         layers = trainer.take_step.statistics.layers.values()

@@ -111,7 +111,7 @@ BAD_RECIPES = {
     "base 60": (text_of(train=TRAIN.replace("3", "1:30")), ["r.yaml:5: train.epochs: `1:30` is not"]),
     "micro-batch 0": (
         text_of(train=TRAIN.replace("4", "0")),
-        ["r.yaml:6: train.micro_batch_size:", "at least 1, got 0"],
+        ["r.yaml:6: train.micro_batch_size:", "at least 1, or `auto`, got 0"],
     ),
     "above the effective batch": (
         text_of(train=TRAIN + "  effective_batch_size: 2"),

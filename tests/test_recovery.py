@@ -349,7 +349,7 @@ def test_a_run_that_cannot_fit_keeps_its_checkpoint(tmp_path):
     folder, allocator = RunFolder(tmp_path / "run"), FailingAllocator([])
 
     def limit(record):
-        if isinstance(record, StepRecord) and record.step == 2:
+        if isinstance(record, MemoryRecord):  # after the checkpoint of step 2
             allocator.limit_bytes = allocator.live_bytes
 
     with allocator, pytest.raises(DoesNotFitError, match="out of memory at micro-batch 1") as caught:

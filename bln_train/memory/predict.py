@@ -88,10 +88,12 @@ def plan_memory(
     context = context_bytes if cuda else None
     rows = []
     for size in micro_batch_sizes:
-        single = size in rest or size == effective
-        row = _row(traces[size], twins.get(size), whole_batch=single, context_bytes=context)
+        trace, single = traces[size], size in rest or size == effective
+        seen = trace.all_but_second() if single else torch.ones(trace.num_events + 1, dtype=torch.bool)
+        row = _row(trace, twins.get(size), seen, context_bytes=context)
         if size in rest:  # gradients are there when the second and last micro-batch comes, which is smaller
-            second = _row(traces[rest[size]], twins.get(rest[size]), whole_batch=False, context_bytes=context)
+            smaller = traces[rest[size]]
+            second = _row(smaller, twins.get(rest[size]), smaller.second_micro_batch(), context_bytes=context)
             row = max(row, replace(second, micro_batch_size=size), key=lambda r: r.total_bytes)
         rows.append(row)
     return rows
@@ -136,11 +138,11 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     data = _no_images(recipe, recipe.train.effective_batch_size)
     preprocess = build_preprocess(recipe, data)
     images = input_spec(data, preprocess)
+    model, _ = network_on(device, recipe, data, preprocess, images, initialize=False)
     found: dict[int, Trace] = {}
     twins: dict[int, Trace] = {}
     with hollow_kernels():
         with HollowTracker([]):
-            model, _ = network_on(device, recipe, data, preprocess, images, initialize=False)
             step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
             _make_state(step, data)
         # Below the number of its images the probe works in parts; one image is in channels-first and channels-last order at once.
@@ -181,10 +183,11 @@ def _trace(step: AccumulationStep, data: DataSet, size: int) -> Trace:
     hook = model.register_forward_pre_hook(lambda *_: forwards.append(tracker.num_events))
     try:
         with _two_micro_batches(step), tracker:
-            step(data.train, torch.arange(num_images) % len(data.train), 0, 0, note_gradients)
+            totals = step(data.train, torch.arange(num_images) % len(data.train), 0, 0, note_gradients)
     finally:
         hook.remove()
         step.micro_batch_size = before
+    assert totals.is_finite, "a step that was not taken tells nothing"
     kinds = {
         "optimizer": tracker.births(_state(optimizer)),  # first: a gradient may be the momentum
         "parameter": tracker.births(model.parameters()),
@@ -223,15 +226,15 @@ def _two_micro_batches(step: AccumulationStep) -> Iterator[None]:
         del step._micro_batches
 
 
-def _row(trace: Trace, twin: Trace | None, *, whole_batch: bool, context_bytes: int | None) -> PlanRow:
+def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int | None) -> PlanRow:
     """The prediction that a trace gives; without a context that of the CPU.
 
     Args:
+        seen: (E + 1,) bool, the events that happen.
         twin: the same step with one image more, where there is one.
     """
     cuda = context_bytes is not None
     block = BLOCK_BYTES if cuda else 1
-    seen = trace.events(whole_batch=whole_batch)
     in_use = trace.live_bytes(block=block) + (trace.scratch if cuda else 0)
     peak = int(torch.where(seen, in_use, -1).argmax())
     parts = {kind: int(trace.live_bytes(mask, block=block)[peak]) for kind, mask in trace.kinds.items()}

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from bln_train.memory.peak import StorageTracker, tensors_in
 
-SMALL = 1 << 13
+SMALL_BYTES = 1 << 15
+_EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 _KEEP_STORAGE = {
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten._reshape_alias.default,
@@ -85,23 +86,23 @@ class Trace:
         change.index_add_(0, self.died + 1, -size)
         return change.cumsum(0)[:-1]
 
-    def events(self, *, whole_batch: bool) -> Tensor:
-        """The events of a step, (E + 1,) bool; with `whole_batch` those of a step with a single micro-batch.
-
-        In one micro-batch gradients come into being while activations go; every further one finds them all there.
-        """
+    def all_but_second(self) -> Tensor:
+        """The events of a step with a single micro-batch, (E + 1,) bool: in it gradients come into being while activations go."""
         event = torch.arange(self.num_events + 1)
-        if not whole_batch:
-            return torch.ones_like(event, dtype=torch.bool)
         return (event <= self.second_forward) | (event >= self.gradients_ready)
+
+    def second_micro_batch(self) -> Tensor:
+        """The events of the second micro-batch, (E + 1,) bool: it finds all gradients there, as every further one does."""
+        event = torch.arange(self.num_events + 1)
+        return (event > self.second_forward) & (event <= self.gradients_ready)
 
 
 class HollowTracker(StorageTracker):
     """Writes down when each storage is born and dies, and lets operators on large tensors do nothing but allocate.
 
-    Shapes and strides of their results are those that PyTorch gives for tensors on its meta device; small tensors, up to
-    `SMALL` entries, are computed with, and are 0 where they come from large ones. Views and shapes are real. So is
-    what Python decides by: values of large tensors must not matter to it.
+    Shapes and strides of their results are those that PyTorch gives on its meta device. Small tensors, with at most `SMALL_BYTES`
+    of memory behind them, are computed with, and are filled with 1 where they come from large ones. Views and shapes are real. So
+    what Python decides by is finite and repeats: nothing reads memory that nobody wrote.
 
     Args:
         existing: tensors alive before.
@@ -120,6 +121,8 @@ class HollowTracker(StorageTracker):
         kwargs = kwargs or {}
         if _is_view(func) or not (_has_large(args) or (kwargs and _has_large(tuple(kwargs.values())))):
             out = func(*args, **kwargs)
+            if func._schema.name in _EMPTY and out.untyped_storage().nbytes() <= SMALL_BYTES:
+                _fill(out)  # a kernel that does nothing leaves it as it is, and Python may look
         else:
             out = self._allocate(func, args, kwargs)
         self.num_events += 1  # what died while the operator ran was gone when it was done
@@ -198,7 +201,12 @@ def _layout(tensor: Tensor) -> _Layout:
 
 def _empty(layout: _Layout) -> Tensor:
     out = torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype)
-    return out.zero_() if out.numel() <= SMALL else out
+    return _fill(out) if out.untyped_storage().nbytes() <= SMALL_BYTES else out
+
+
+def _fill(tensor: Tensor) -> Tensor:
+    """1 is finite, and stays so as a divisor; 0 is an index."""
+    return tensor.fill_(1 if tensor.is_floating_point() else 0)
 
 
 def _on_meta(arguments: Any) -> Any:
@@ -240,7 +248,7 @@ def _is_view(func: Any) -> bool:
 def _has_large(values: Any) -> bool:
     for value in values:
         if isinstance(value, Tensor):
-            if value.numel() > SMALL:
+            if value.untyped_storage().nbytes() > SMALL_BYTES:
                 return True
         elif isinstance(value, list | tuple) and _has_large(value):
             return True

@@ -92,6 +92,7 @@ class Snapshot:
         self._tensors: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._entries: dict[Any, dict[str, Any]] = {}
+        self._unseen: list[Any] = []
         self._scaler: dict[str, Any] | None = None
         self._rng = torch.empty(0)
         self._device_rng: Tensor | None = None
@@ -113,6 +114,7 @@ class Snapshot:
             self._rng = torch.get_rng_state()
             self._device_rng = torch.cuda.get_rng_state(step.device) if cuda else None
         self._scaler = None if step.scaler is None else step.scaler.state_dict()
+        self._unseen = [layer for layer in step.statistics.layers.values() if layer.second_moment is None]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -123,6 +125,8 @@ class Snapshot:
         step.model.zero_grad(set_to_none=True)
         step.statistics.discard()
         set_instance_seeds(step.dropouts, None)
+        for layer in self._unseen:
+            layer.second_moment = None
         for p in [p for p in state if p not in self._entries]:
             del state[p]
         for p, entry in self._entries.items():

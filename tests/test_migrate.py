@@ -373,7 +373,7 @@ def write_sources(folder):
     (folder / "pickled.safetensors").write_bytes((folder / "evil.pt").read_bytes())
     torch.save({"a.weight": torch.ones(3)}, folder / "none.pt")
     torch.save({"a.mean": torch.zeros(1), "a.raw_std": torch.full((1,), -9.0)}, folder / "small.pt")
-    torch.save({"bln_train_format": 1, "recipe": "data: 3", "model": small}, folder / "run.pt")
+    torch.save({"bln_train_format": 1, "step": 0, "recipe": "data: 3", "model": small}, folder / "run.pt")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "empty").mkdir()
 

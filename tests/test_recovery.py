@@ -17,7 +17,7 @@ from bln_train.data import DataSet, ImageSet
 from bln_train.errors import DoesNotFitError
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.optim import MomentumAccumulatingSGD
-from bln_train.records import MemoryRecord, NoticeRecord, StepRecord
+from bln_train.records import MemoryRecord, NoticeRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
 from bln_train.runtime import may_spill, memory_notices, others_notice, spill_notice
@@ -364,7 +364,7 @@ def test_a_run_that_cannot_fit_keeps_its_checkpoint(tmp_path):
     recovered, allocator = RunFolder(tmp_path / "recovered"), FailingAllocator([])
 
     def fail_once(record):
-        if isinstance(record, StepRecord) and record.step == 1:
+        if isinstance(record, MemoryRecord) and allocator.num_failures == 0:  # before step 3
             allocator.set(fail_at=100)
 
     with allocator:

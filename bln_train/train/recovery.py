@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import traceback
@@ -68,6 +69,9 @@ def _let_go(error: BaseException) -> None:
 
 def free_memory(device: torch.device) -> None:
     """Give back what nothing refers to: cycles (a graph that did not come to its backward), and what the allocator keeps."""
+    # The thread's queue of a backward that failed still holds what was to come next; the following backward throws it away.
+    with contextlib.suppress(RuntimeError):
+        torch.ones((), requires_grad=True).backward()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

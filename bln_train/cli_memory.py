@@ -34,6 +34,8 @@ def memory(
     from bln_train.report.plots import plot_memory
 
     loaded = load_recipe(recipe, overrides(set_, device)).untrained()
+    if loaded.train.memory_budget is not None:
+        console.say("note: train.memory_budget bounds `run`; here every cell takes what it takes.")
     folder = out or Path("memory") / Path(recipe).stem
     cells = plan_cells(
         loaded,
@@ -63,7 +65,7 @@ def plan(
     budget: Annotated[
         str,
         typer.Option(
-            help="Memory of the device that training may take, e.g. 4GiB; default what is free on this one's."
+            help="Memory that training may take, e.g. 4GiB; default train.memory_budget, or what is free on this device."
         ),
     ] = "",
     norm: Annotated[str, typer.Option(help="Norms, comma-separated; default the recipe's.")] = "",
@@ -86,12 +88,14 @@ def plan(
     """Predict the memory of training, and which micro-batch fits a budget; needs no GPU, reads no data and trains nothing."""
     if device not in (None, "cuda", "cpu"):
         raise UsageError(f"--device: '{device}' is neither cuda nor cpu")
-    budget_bytes, context_bytes = _bytes(budget, "--budget"), _bytes(context, "--context")
+    _bytes(budget, "--budget")
+    context_bytes = _bytes(context, "--context")
     from bln_train.console import print_json
     from bln_train.console_plan import print_plan
     from bln_train.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
+    budget_bytes = _bytes(budget or loaded.train.memory_budget or "", "--budget")
     cuda = device == "cuda" or (device is None and loaded.runtime.device != "cpu")
     if context_bytes is not None and not cuda:
         raise UsageError("--context: there is no CUDA context on the CPU", "Leave it out.")

@@ -83,8 +83,8 @@ def plan_cells(
             "Add --micro-batch 1,full",
         )
     if not micro_batches:
-        whole = stated == "auto" or stated == train.effective_batch_size
-        micro_batches = ("full",) if whole else (train.micro_batch_size, "full")  # type: ignore[assignment]
+        whole = stated == train.effective_batch_size
+        micro_batches = ("full",) if whole else (recipe.first_micro_batch_size, "full")
     seeds = range(train.seed, train.seed + num_seeds)
     cells: dict[Path, Cell] = {}
     for norm, effective, micro, seed in itertools.product(norms, effective_batches, micro_batches, seeds):

@@ -98,10 +98,13 @@ def planned_advice(recipe: Recipe, experiment: Experiment) -> Iterator[None]:
     except DoesNotFitError as error:
         of_data = recipe.with_images(experiment.input.image_size, len(experiment.input.class_names))
         cuda = experiment.device.type == "cuda"
-        planned = attempt(partial(remedies, of_data, cuda=cuda, context_bytes=CONTEXT_BYTES))
-        lines = [] if isinstance(planned, OutOfMemory) else planned
-        advice = [f"  {format_bytes(remedy.total_bytes)} with --set {remedy.setting}" for remedy in lines]
-        if advice:
+        try:
+            planned = remedies(of_data, cuda=cuda, context_bytes=CONTEXT_BYTES)
+        except Exception as problem:  # advice must not take the place of what happened
+            planned, advice = [], [f"(No settings were planned: {problem})"]
+        else:
+            advice = [f"  {format_bytes(remedy.total_bytes)} with --set {remedy.setting}" for remedy in planned]
+        if planned:
             advice.insert(0, f"Predicted at micro-batch 1{', CUDA context included' if cuda else ''}:")
         raise DoesNotFitError(error.problem, "\n".join([error.hint, *advice])) from error
 

@@ -354,7 +354,7 @@ LAYERS = [
         "train.step",
         "train.recovery",
         "train.diagnose",
-        "train.fit",
+        "train.check_state",
         "train.health",
         "train.trainer",
         "train.checkpoint",

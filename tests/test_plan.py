@@ -15,7 +15,6 @@ from bln_train import cli
 from bln_train.errors import DoesNotFitError, UsageError
 from bln_train.memory import sweep
 from bln_train.memory.allocator import BLOCK_BYTES, MIB, CachingAllocator
-from bln_train.memory.peak import PeakMeter
 from bln_train.memory.planner import largest_fit, plan_sizes
 from bln_train.memory.predict import CONTEXT_BYTES, plan_memory
 from bln_train.memory.trace import HollowTracker
@@ -43,15 +42,8 @@ def recipe(*overrides, norm="batchless", effective=12):
 def measured(recipe, micro_batch_size):
     """The record of two real steps."""
     train = recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})
-    recipe = recipe.model_copy(update={"train": train})
-    experiment = sweep._build(recipe, sweep.random_data(recipe, train.effective_batch_size))
-    meter = experiment.trainer.meter
-    meter.start()
-    step = sweep._prepare_step(experiment, train.effective_batch_size)
-    for _ in range(PeakMeter.NUM_NOTED):
-        with meter.step() as gradients_ready:
-            step(gradients_ready)
-    return meter.record(train.effective_batch_size, micro_batch_size)
+    data = sweep.random_data(recipe, train.effective_batch_size)
+    return sweep.measure_peak(recipe.model_copy(update={"train": train}), data)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +55,7 @@ def measured(recipe, micro_batch_size):
         ("batchless", []),
         ("batchless", ["optimizer.accumulate_into=momentum"]),
         ("batchless", ["train.precision=bf16"]),
+        ("group", ["train.precision=bf16"]),
         ("batchless", ["runtime.compiled=false"]),
         ("batchless", ["model.zero_init_residual=true"]),
         ("batchless", ["optimizer={name: adamw, lr: 0.01}", "model.shortcut=B"]),
@@ -215,6 +208,15 @@ def test_json_names_what_fits():
     assert fits == [n for n in (1, 2, 8, 64) if n <= document["largest_fit"]["batchless"]]
     assert 0 < len(fits) < 4
     assert document["predicted_for"] == "cpu"
+
+
+def test_the_recipes_budget_is_the_plans():
+    """`train.memory_budget` is the budget where --budget names no other."""
+    for budget, arguments in ((3 * MIB, []), (4 * MIB, ["--budget", "4MiB"])):
+        result = invoke(
+            "cifar10_mb1", *SMALL, "--set", "train.memory_budget=3MiB", "--micro-batch", "1", "--json", *arguments
+        )
+        assert json.loads(result.stdout)["budget_bytes"] == budget
 
 
 def test_norms_and_settings_side_by_side():

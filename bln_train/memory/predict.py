@@ -219,7 +219,7 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _two_micro_batches(step: AccumulationStep) -> Iterator[None]:
     """Let a step see its first two micro-batches alone: all others take what the second does."""
     every = step._micro_batches
-    step._micro_batches = lambda *of: islice(every(*of), 2)  # type: ignore[method-assign]
+    step._micro_batches = lambda *of: islice(every(*of), 2)  # type: ignore[method-assign]  # of this step alone, and not for long
     try:
         yield
     finally:

@@ -31,6 +31,7 @@ from bln_train.data import DataSet, ImageSet
 from bln_train.errors import BlnError, RunFolderError
 from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
 from bln_train.recipe import Recipe
+from bln_train.records import MemoryRecord
 from bln_train.report.runlog import json_text
 from bln_train.run import explained_failures
 from bln_train.train.step import AccumulationStep
@@ -265,16 +266,26 @@ def measure_saved_bytes(step: AccumulationStep, images: ImageSet, num_images: in
     return sum(size for place, size in saved.items() if place not in apart)
 
 
-def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
+def measure_peak(recipe: Recipe, data: DataSet) -> MemoryRecord:
+    """The peak of two whole steps of a recipe, its effective batch at its micro-batch, on other data; learns nothing."""
+    return _measure_peak(_build(recipe, data), recipe.train.effective_batch_size)
+
+
+def _measure_peak(experiment: Experiment, effective_batch_size: int) -> MemoryRecord:
     meter, step = experiment.trainer.meter, experiment.trainer.take_step
     if step.device.type == "cuda":
         gc.collect()  # the allocator counts what is left of a cell that failed
     meter.start()
-    take_step = _prepare_step(experiment, row.effective_batch_size)
+    take_step = _prepare_step(experiment, effective_batch_size)
     for _ in range(PeakMeter.NUM_NOTED):
         with meter.step() as gradients_ready:
             take_step(gradients_ready)
-    record = meter.record(row.effective_batch_size, row.micro_batch_size)
+    return meter.record(effective_batch_size, step.micro_batch_size)
+
+
+def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
+    step = experiment.trainer.take_step
+    record = _measure_peak(experiment, row.effective_batch_size)
     saved = measure_saved_bytes(step, data.train, row.micro_batch_size)
     row.saved_bytes_per_image = saved / row.micro_batch_size
     for name in ("peak", "parameter", "gradient", "optimizer", "activation", "other", "reserved"):

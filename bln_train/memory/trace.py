@@ -26,6 +26,7 @@ _KEEP_STORAGE = {
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten._reshape_alias.default,
 }  # views whose schema hides it
+_GROUP_NORMS = {torch.ops.aten.native_group_norm.default, torch.ops.aten.native_group_norm_backward.default}
 _CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
 
 
@@ -144,7 +145,9 @@ class HollowTracker(StorageTracker):
         if key not in self._known:
             given = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
             out = func(*_on_meta(args), **_on_meta(given))
-            if is_convolution:
+            if func in _GROUP_NORMS:
+                out = _as_cpu_group_norm(func, args, out)
+            elif is_convolution:
                 out = tree_map_only(Tensor, functools.partial(_in_format, _convolution_format(func, args)), out)
             self._known[key] = tree_map_only(Tensor, _layout, out)
         known = self._known[key]
@@ -228,6 +231,18 @@ def _convolution_format(func: Any, args: Any) -> torch.memory_format:
         x, weight = x.unsqueeze(2), weight.unsqueeze(2)
     found: torch.memory_format = torch._C._conv_determine_backend_memory_format(x, weight, backend)
     return found
+
+
+def _as_cpu_group_norm(func: Any, args: Any, out: Any) -> Any:
+    """Results of group norm or its backward as the CPU makes them: the first like the input, those of a group in float32 at least.
+
+    The meta device gives them another memory format and, in low precision, other dtypes.
+    """
+    x = args[0] if func is torch.ops.aten.native_group_norm.default else args[1]
+    return (
+        torch.empty_like(x, device="meta"),
+        *(s.float() if s is not None and s.itemsize < 4 else s for s in out[1:]),
+    )
 
 
 def _in_format(memory_format: torch.memory_format, tensor: Tensor) -> Tensor:

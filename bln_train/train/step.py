@@ -136,11 +136,13 @@ class AccumulationStep:
             # From here on the weights' gradients are their momentum; it enters the sum over the processes once.
             self.into_momentum.begin(from_zero=self.world.rank > 0)
         self.statistics.watch(max(0, self.probe_images - self.world.begin_of_share(num_images)))
-        before = torch.get_rng_state(), [buffer.clone() for buffer in self.running]
+        random_state, running = torch.get_rng_state(), [buffer.clone() for buffer in self.running]
         try:
             loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
-        except StopRequested:
-            self._give_up(*before)
+        except StopRequested:  # all is as it was, but for filters that were centred
+            torch.set_rng_state(random_state)
+            self._restore_running(running)
+            self._drop()
             raise
         self.reduced = self.world.size > 1
         reduce_step(self.world, self.all_parameters, self.statistics, (loss_sum, correct))
@@ -151,10 +153,9 @@ class AccumulationStep:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         is_finite = self._is_finite(loss_sum, grad_norm)
         if not is_finite and (self.scaler is None or not torch.isfinite(loss_sum)):
-            for buffer, value in zip(self.running, before[1], strict=True):
-                buffer.copy_(value)
+            self._restore_running(running)
             return StepTotals(loss_sum, correct, grad_norm, None, None, is_finite=False)
-        del before
+        del running
         if not is_finite:
             # fp16 overflowed: the scaler lowers its scale and skips the step; statistics and correction skip it as well.
             nll = None
@@ -183,11 +184,19 @@ class AccumulationStep:
 
         Except a momentum that gradients gather in, which cannot be had back: the optimizer's state has to be loaded again.
         """
+        self._drop()
+        if self.scaler is not None:
+            self.scaler.update(self.scaler.get_scale())  # it was not the scale
+
+    def _drop(self) -> None:
+        """Forget what an effective batch has gathered so far."""
         self.statistics.discard()
         self.model.zero_grad(set_to_none=True)
         set_instance_seeds(self.dropouts, None)
-        if self.scaler is not None:
-            self.scaler.update(self.scaler.get_scale())  # it was not the scale
+
+    def _restore_running(self, values: list[Tensor]) -> None:
+        for buffer, value in zip(self.running, values, strict=True):
+            buffer.copy_(value)
 
     def replay(self, model: nn.Module, images: ImageSet, index: Tensor, seed: int, epoch: int) -> Iterator[Tensor]:
         """Run a step's forwards again through a copy of the network; yields the sum () of each micro-batch's task losses."""
@@ -236,15 +245,6 @@ class AccumulationStep:
             gradients_ready()
         return loss_sum, correct
 
-    def _give_up(self, rng_state: Tensor, running: list[Tensor]) -> None:
-        """Undo a step that ended between micro-steps: afterwards all is as it was, but for filters that were centred."""
-        torch.set_rng_state(rng_state)
-        for buffer, value in zip(self.running, running, strict=True):
-            buffer.copy_(value)
-        self.statistics.discard()
-        self.model.zero_grad(set_to_none=True)
-        set_instance_seeds(self.dropouts, None)
-
     def live_bytes(self, images: ImageSet, num_images: int, *, gradients: bool) -> int:
         """Peak of tensors alive in one forward on the first images, and backward with `gradients`, beside weights and gradients.
 
@@ -266,9 +266,7 @@ class AccumulationStep:
             before = tracker.live_bytes
             with tracker:
                 run()
-        self.statistics.discard()
-        self.model.zero_grad(set_to_none=True)
-        set_instance_seeds(self.dropouts, None)
+        self._drop()
         return tracker.peak_bytes - before
 
     def gradients(self) -> list[Tensor]:

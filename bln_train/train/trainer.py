@@ -16,9 +16,9 @@ from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.signals import never
+from bln_train.train.check_state import check_network, check_numbers, check_optimizer, check_rng, check_sums
 from bln_train.train.diagnose import find_fault
 from bln_train.train.evaluate import Evaluation
-from bln_train.train.fit import check_network, check_numbers, check_optimizer, check_rng, check_sums
 from bln_train.train.health import HealthWatch
 from bln_train.train.recovery import RecoveringStep
 from bln_train.train.step import AccumulationStep, StepTotals

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from bln_train.memory import sweep
-from bln_train.memory.peak import PeakMeter
 from bln_train.memory.predict import plan_memory
 from bln_train.recipe_file import load_recipe
 from bln_train.units import format_bytes
@@ -31,25 +30,9 @@ MODELS = (
 )
 
 
-def with_effective_batch(recipe, effective_batch_size):
-    """The recipe with another effective batch."""
-    train = recipe.train.model_copy(update={"effective_batch_size": effective_batch_size})
-    return recipe.model_copy(update={"train": train})
-
-
-def measured(recipe, micro_batch_size):
-    """Bytes at the peak of two whole steps."""
-    train = recipe.train.model_copy(update={"micro_batch_size": micro_batch_size})
-    recipe = recipe.model_copy(update={"train": train})
-    data = sweep.random_data(recipe, train.effective_batch_size)
-    experiment = sweep._build(recipe, data)
-    meter = experiment.trainer.meter
-    meter.start()
-    step = sweep._prepare_step(experiment, train.effective_batch_size)
-    for _ in range(PeakMeter.NUM_NOTED):
-        with meter.step() as gradients_ready:
-            step(gradients_ready)
-    return meter.record(train.effective_batch_size, micro_batch_size).peak_bytes
+def with_sizes(recipe, **sizes):
+    """The recipe with other batch sizes."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=sizes)})
 
 
 def main():
@@ -78,9 +61,10 @@ def main():
         )
         for norm in options.norms.split(","):
             for size in sizes:
-                recipe = with_effective_batch(base.with_norm(norm), max(8, 2 * size))
+                recipe = with_sizes(base.with_norm(norm), effective_batch_size=max(8, 2 * size), micro_batch_size=size)
                 row = plan_memory(recipe, [size], cuda=cuda)[0]
-                truth = measured(recipe, row.micro_batch_size)
+                data = sweep.random_data(recipe, recipe.train.effective_batch_size)
+                truth = sweep.measure_peak(recipe, data).peak_bytes
                 predicted = row.tensor_bytes + ((row.workspace_bytes or 0) if cuda else 0)
                 error = 100 * (predicted / truth - 1)
                 rows.append(

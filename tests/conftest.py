@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["crash_runs"]  # its fixtures, for two test files
+
 
 def pytest_configure(config):
     # Two test processes with two spinning threads each on two cores are many times slower than one thread each.

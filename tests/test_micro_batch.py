@@ -16,6 +16,7 @@ from bln_train.recipe_file import load_recipe
 from bln_train.records import NoticeRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
+from bln_train.runtime import may_spill, memory_notices, others_notice, spill_notice
 from bln_train.train.checkpoint import load_checkpoint
 from bln_train.train.step import AccumulationStep
 
@@ -182,3 +183,16 @@ def test_a_run_that_ends_for_want_of_memory_has_the_plans_advice(tmp_path, monke
     assert error.value.exit_code == 3
     assert "Predicted at micro-batch 1:\n  3.00 MiB with --set train.precision=bf16" in error.value.hint
     assert remedies(of.with_images(32, 10), cuda=False, context_bytes=0)  # as the run would have asked for them
+
+
+def test_the_cards_memory_is_looked_at():
+    """Windows and WSL may spill to system memory, Linux does not; others count from 500 MiB beyond what this process holds."""
+    assert may_spill("Windows", "10")
+    assert may_spill("Linux", "5.15.153.1-microsoft-standard-WSL2")
+    assert not may_spill("Linux", "6.8.0-45-generic")
+    assert "system memory" in spill_notice(True)
+    assert spill_notice(False) == ""
+    gib = 2**30
+    assert "3.00 GiB of the card's 8.00 GiB" in others_notice(4 * gib, gib, 8 * gib)
+    assert others_notice(4 * gib, 4 * gib - 500 * 2**20, 8 * gib) == ""
+    assert memory_notices(torch.device("cpu")) == []

@@ -20,7 +20,6 @@ from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.records import MemoryRecord, NoticeRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
-from bln_train.runtime import may_spill, memory_notices, others_notice, spill_notice
 from bln_train.train.checkpoint import load_checkpoint
 from bln_train.train.evaluate import Evaluation, evaluate
 from bln_train.train.recovery import Snapshot, is_out_of_memory
@@ -390,16 +389,3 @@ def test_the_command_line_says_what_to_do(tmp_path):
     assert isinstance(error, DoesNotFitError)
     assert error.exit_code == 3
     assert error.problem == "out of memory at micro-batch 1: tried to allocate 20.00 MiB"
-
-
-def test_the_cards_memory_is_looked_at():
-    """Windows and WSL may spill to system memory, Linux does not; others count from 500 MiB beyond what this process holds."""
-    assert may_spill("Windows", "10")
-    assert may_spill("Linux", "5.15.153.1-microsoft-standard-WSL2")
-    assert not may_spill("Linux", "6.8.0-45-generic")
-    assert "system memory" in spill_notice(True)
-    assert spill_notice(False) == ""
-    gib = 2**30
-    assert "3.00 GiB of the card's 8.00 GiB" in others_notice(4 * gib, gib, 8 * gib)
-    assert others_notice(4 * gib, 4 * gib - 500 * 2**20, 8 * gib) == ""
-    assert memory_notices(torch.device("cpu")) == []

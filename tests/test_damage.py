@@ -1,0 +1,361 @@
+"""Damaged run folders: nothing in a checkpoint is executed, no changed weight is taken, metrics are cut back to what is whole."""
+
+import pickle
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from crash_runs import NUM_STEPS, RECIPE, check_end, equal
+from helpers import state
+
+from bln_train.build import build_experiment
+from bln_train.checkpoint_list import checkpoint_files, read_list, settle
+from bln_train.errors import CheckpointError
+from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
+from bln_train.report.runlog import RunFolder
+from bln_train.run import evaluate_checkpoint, run
+from bln_train.train.checkpoint import find_checkpoint, keep_checkpoint, load_checkpoint
+
+# Damage
+
+
+class Trap:
+    """Creates a file when it is unpickled by a loader that executes what a file says."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def deflated(content, name):
+    """The checkpoint with compressed parts and a gigabyte of zeros."""
+    import io
+
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.namelist():
+            new.writestr(part, old.read(part) if part != name else bytes(1 << 27))
+    return out.getvalue()
+
+
+def resaved(change, path):
+    """The bytes of a whole file with changed content."""
+
+    def mutate(content, draw):
+        path.write_bytes(content)
+        found = torch.load(path, weights_only=True)
+        found = change(found, draw)
+        torch.save(found, path)
+        return path.read_bytes()
+
+    return mutate
+
+
+def with_(key, value):
+    return lambda found, draw: {**found, key: value}
+
+
+def in_model(change):
+    """Change one tensor of the network, drawn."""
+
+    def mutate(found, draw):
+        name = draw.choice(sorted(found["model"]))
+        found["model"][name] = change(found["model"][name])
+        return found
+
+    return mutate
+
+
+def renamed(found, draw):
+    name = draw.choice(sorted(found["model"]))
+    found["model"][name + "x"] = found["model"].pop(name)
+    return found
+
+
+def absurd(tensor):
+    return torch.zeros((), dtype=tensor.dtype).expand(1 << 40)
+
+
+def other_dtype(tensor):
+    return tensor.to(torch.float16 if tensor.dtype != torch.float16 else torch.float32)
+
+
+def momentum(change):
+    def mutate(found, draw):
+        values = found["optimizer"]["state"][draw.randrange(len(found["optimizer"]["state"]))]
+        values["momentum_buffer"] = change(values["momentum_buffer"])
+        return found
+
+    return mutate
+
+
+def cut(content, draw):
+    return content[: draw.randrange(len(content))]
+
+
+def flip(content, draw):
+    at, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+    return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
+
+
+def flip_in_pickle(content, draw):
+    at, bit = content.index(b"PK") + draw.randrange(6000), 1 << draw.randrange(8)
+    return content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
+
+
+def zeros(content, draw):
+    at = draw.randrange(len(content))
+    return content[:at] + bytes(len(content[at : at + 4096])) + content[at + 4096 :]
+
+
+def in_file_mutations(path):
+    """By name: what may happen to a file without its being a whole checkpoint of this run afterwards."""
+    saved = {
+        "step-nan": with_("step", float("nan")),
+        "step-float": with_("step", 3.0),
+        "step-true": with_("step", True),
+        "step-negative": with_("step", -1),
+        "step-beyond": with_("step", NUM_STEPS + 1),
+        "step-huge": with_("step", 10**400),
+        "step-text": with_("step", "3"),
+        "step-tensor": with_("step", torch.zeros(1 << 20)),
+        "format": with_("bln_train_format", 2),
+        "format-tensor": with_("bln_train_format", torch.ones(2)),
+        "no-model": lambda found, draw: {k: v for k, v in found.items() if k != "model"},
+        "no-optimizer": lambda found, draw: {k: v for k, v in found.items() if k != "optimizer"},
+        "no-rng": lambda found, draw: {k: v for k, v in found.items() if k != "torch_rng"},
+        "model-list": with_("model", [1, 2]),
+        "model-none": with_("model", None),
+        "sums-nan": with_("epoch_sums", {"images": 2, "loss": float("nan")}),
+        "sums-keys": with_("epoch_sums", {"images": 2, "lust": 1.0}),
+        "sums-many": with_("epoch_sums", {"images": 10**9}),
+        "rng-short": with_("torch_rng", torch.zeros(3, dtype=torch.uint8)),
+        "rng-absurd": with_("torch_rng", torch.zeros((), dtype=torch.uint8).expand(1 << 40)),
+        "rng-float": with_("torch_rng", torch.zeros(5056)),
+        "renamed": renamed,
+        "extra": lambda found, draw: {**found, "model": {**found["model"], "more": torch.ones(1)}},
+        "absurd": in_model(absurd),
+        "dtype": in_model(other_dtype),
+        "shape": in_model(lambda tensor: tensor[None]),
+        "sparse": in_model(lambda tensor: torch.eye(2).to_sparse()),
+        "number": in_model(lambda tensor: 1.0),
+        "momentum-absurd": momentum(absurd),
+        "momentum-dtype": momentum(other_dtype),
+        "momentum-shape": momentum(lambda tensor: tensor[..., None]),
+        "momentum-text": momentum(lambda tensor: "no"),
+        "list": lambda found, draw: [found],
+        "trap-in-torch": lambda found, draw: {**found, "recipe": Trap()},
+        "trap-in-model": lambda found, draw: {**found, "model": {**found["model"], "x": Trap()}},
+    }
+    plain = {
+        "empty": lambda content, draw: b"",
+        "text": lambda content, draw: b"not a checkpoint\n" * 99,
+        "pickle": lambda content, draw: pickle.dumps(Trap()),
+        "bomb": lambda content, draw: deflated(content, zipfile.ZipFile(path).namelist()[0]),
+        "nul": lambda content, draw: bytes(len(content)),
+        "longer": lambda content, draw: content + bytes(draw.randrange(1, 99999)),
+        "twice": lambda content, draw: content + content[len(content) // 2 :],
+    }
+    return {**{name: resaved(change, path) for name, change in saved.items()}, **plain}
+
+
+@pytest.fixture
+def three(straight, tmp_path, monkeypatch):
+    """A copy of the undisturbed run with three checkpoints; the working directory is apart."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(straight[0], tmp_path / "run")
+    assert [p.name for p in checkpoint_files(tmp_path / "run")] == [
+        "checkpoint.pt",
+        "checkpoint-23.pt",
+        "checkpoint-22.pt",
+    ]
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(three, straight):
+    """Whatever happens to newer files of a folder, its list knows: never other weights, never silence, nothing executed."""
+    draw, after = random.Random(2), straight[1]
+    whole = {file: file.read_bytes() for file in checkpoint_files(three)}
+    newest, *_ = whole
+    newest_content = whole[newest]
+    scratch = three.parent / "scratch.pt"
+    scratch.write_bytes(newest_content)
+    others = in_file_mutations(scratch)
+    others["other-weights"] = resaved(in_model(lambda tensor: tensor + 1), scratch)  # a whole file, of other weights
+    mutations = [*others.items(), *[(f.__name__, f) for f in (cut, flip, zeros, flip_in_pickle) for _ in range(15)]]
+    for number, (name, mutate) in enumerate(mutations):
+        damaged = list(whole)[: 1 + number % 2]
+        for file in damaged:
+            scratch.write_bytes(newest_content)
+            file.write_bytes(mutate(whole[file], draw))
+        found = find_checkpoint(three)
+        assert found.file == list(whole)[len(damaged)], name
+        assert equal(after[found.state["step"]], found.state["model"])
+        assert all(any(str(file) in notice for notice in found.notices) for file in damaged)
+        assert f"using {found.file}" in found.notices[-1]
+        with pytest.raises(CheckpointError, match="checkpoint"):
+            load_checkpoint(damaged[0])
+        for file in damaged:
+            file.write_bytes(whole[file])
+    assert len(mutations) >= 100
+    assert not Path("trapped").exists()
+
+
+def test_swapped_checkpoints_are_known_by_their_content(three, straight):
+    """Files that changed their names are what their content says: the weights of the step that is stated, always."""
+    first, second, third = checkpoint_files(three)
+    for one, other in ((first, second), (second, third), (first, third)):
+        contents = one.read_bytes(), other.read_bytes()
+        one.write_bytes(contents[1])
+        other.write_bytes(contents[0])
+        found = find_checkpoint(three)
+        assert equal(straight[1][found.state["step"]], found.state["model"])
+    run(RECIPE, RunFolder(three), name="crash", resume=True)
+    check_end(three, straight)
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_all(three):
+    """Where none is whole a resume is exit 1 with every name, and changes nothing."""
+    for file in checkpoint_files(three):
+        file.write_bytes(file.read_bytes()[:-5])
+    (three / "summary.json").unlink()
+    before = {p.name: p.read_bytes() for p in three.iterdir()}
+    with pytest.raises(CheckpointError) as error:
+        run(RECIPE, RunFolder(three), name="crash", resume=True)
+    assert all(str(file) in error.value.problem for file in checkpoint_files(three))
+    assert error.value.exit_code == 1
+    assert {p.name: p.read_bytes() for p in three.iterdir()} == before
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(three, straight):
+    """Resumed over a damaged checkpoint: said in a notice, metrics cut back, the same end; the damaged file is replaced."""
+    checkpoint = three / "checkpoint.pt"
+    checkpoint.write_bytes(flip(checkpoint.read_bytes(), random.Random(3)))
+    said = []
+    run(RECIPE, RunFolder(three), name="crash", resume=True, listen=said.append)
+    texts = [record.text for record in said if isinstance(record, NoticeRecord)]
+    assert any("checkpoint.pt is damaged" in text for text in texts)
+    assert any("checkpoint-23.pt, of step 23" in text for text in texts)
+    assert [record.step for record in said if isinstance(record, StepRecord)] == [24]
+    check_end(three, straight)
+    assert find_checkpoint(three).notices == []
+
+
+def test_a_damaged_list_is_told(three, straight):
+    """Without its list a folder is checked by the checksums of the files' parts, and that is said; a resume writes a new one."""
+    (three / "checkpoints.json").write_text('{"checkpoints": [{"step": ')
+    found = find_checkpoint(three)
+    assert "checkpoints.json is damaged" in found.notices[0]
+    assert equal(straight[1][NUM_STEPS], found.state["model"])
+    (three / "summary.json").unlink()
+    settle(three, found.file, NUM_STEPS)
+    assert find_checkpoint(three).notices == []
+
+
+def test_a_file_alone_is_whole_or_refused(straight, tmp_path, monkeypatch):
+    """A checkpoint outside a run folder: CheckpointError with a reason, or the very weights; nothing executed."""
+    monkeypatch.chdir(tmp_path)
+    draw, content = random.Random(4), (straight[0] / "checkpoint.pt").read_bytes()
+    scratch = tmp_path / "scratch.pt"
+    scratch.write_bytes(content)
+    random_ones = [(f.__name__, f) for f in (cut, flip, zeros, flip_in_pickle) for _ in range(20)]
+    mutations = [*in_file_mutations(scratch).items(), *random_ones]
+    trainer = build_experiment(RECIPE, initialize=False).trainer
+    trainer.load_state_dict(load_checkpoint(scratch))
+    expected = {key: value.clone() for key, value in state(trainer).items()}
+    refused = []
+    for name, mutate in mutations:
+        scratch.write_bytes(content)
+        scratch.write_bytes(mutate(content, draw))
+        try:
+            trainer.load_state_dict(load_checkpoint(scratch))
+        except CheckpointError as error:
+            refused.append(error.problem)
+        else:
+            assert name in ("flip", "flip_in_pickle", "zeros", "longer", "twice"), name
+            assert equal(expected, state(trainer)), name
+    assert all(len(problem) < 500 and "\n" not in problem for problem in refused)
+    print(f"{len(refused)} of {len(mutations)} refused, the others the very weights")
+    assert not Path("trapped").exists()
+
+
+def test_folders_of_earlier_versions(straight, tmp_path):
+    """A folder with checkpoint.pt alone evaluates and resumes as it did, and has a list from then on."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    for file in checkpoint_files(folder)[1:]:
+        shutil.copyfile(file, folder / "checkpoint.pt")
+        file.unlink()
+    (folder / "checkpoints.json").unlink()
+    (folder / "summary.json").unlink()
+    assert find_checkpoint(folder).notices == []
+    assert evaluate_checkpoint(folder)[2] == 22
+    run(RECIPE, RunFolder(folder), name="crash", resume=True)
+    check_end(folder, straight)
+    assert [entry.step for entry in read_list(folder)][:3] == [24, 23, 22]
+
+
+def test_keep_checkpoints(tmp_path):
+    """N are kept, of N steps, also where one step is saved twice; with 1 there is the latest alone."""
+    for num_kept in (1, 2, 4):
+        folder = tmp_path / str(num_kept)
+        folder.mkdir()
+        for step in (1, 2, 3, 3, 4, 6, 6, 6):
+            keep_checkpoint(folder, {"step": step, "x": torch.tensor(step)}, num_kept)
+        found = [int(load_checkpoint(file)["x"]) for file in checkpoint_files(folder)]
+        assert found == [6, 4, 3, 2][:num_kept]
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("tail", [b'{"kind": "step", "st', bytes(500), b"\xff\xfe\x00", b""])
+def test_metrics_are_cut_back(straight, tmp_path, tail):
+    """A torn last line, one of zeros or of no text goes without a word; a resumed run doubles and drops no line."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoint.pt").unlink()  # so it resumes after step 23, with the lines of step 24 and the epoch there
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    said = []
+    run(RECIPE, RunFolder(folder), name="crash", resume=True, listen=said.append)
+    assert not any("damaged lines" in r.text for r in said if isinstance(r, NoticeRecord))
+    check_end(folder, straight)
+
+
+def test_damaged_lines_in_between_are_told(straight, tmp_path):
+    """A line that was damaged is left out, the others stay, and their number is said."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(straight[0], folder.path)
+    lines = (folder.path / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[4], lines[7] = bytes(30), lines[7][:20]
+    (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert folder.cut_back(23, epoch_is_open=True) == 2
+    steps = [r.step for r in folder.records() if isinstance(r, StepRecord)]
+    assert len([*folder.records()]) == len((folder.path / "metrics.jsonl").read_text().splitlines())
+    assert len(steps) >= 21
+    assert max(steps) == 23
+
+
+def test_the_end_of_an_epoch_is_written_once(straight, tmp_path):
+    """A run killed between an epoch's record and the checkpoint after it writes that record again, not twice."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(straight[0], folder.path)
+    folder.cut_back(3, epoch_is_open=True)
+    assert not any(isinstance(r, EpochRecord) for r in folder.records())
+    shutil.copyfile(straight[0] / "metrics.jsonl", folder.path / "metrics.jsonl")
+    folder.cut_back(3, epoch_is_open=False)
+    assert sum(isinstance(r, EpochRecord) for r in folder.records()) == 1
+
+
+def test_a_resumed_run_keeps_its_memory_record(straight, tmp_path):
+    """Killed after its last step, a run that only writes the summary has the peak that was measured, not none."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "summary.json").unlink()
+    summary = run(RECIPE, RunFolder(folder), name="crash", resume=True)
+    assert summary["memory"]["peak_bytes"]
+    assert sum(isinstance(r, MemoryRecord) for r in RunFolder(folder).records()) == 2

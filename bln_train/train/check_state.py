@@ -12,16 +12,16 @@ from torch import Tensor
 _SETTINGS = ("peak_lr", "weight_decay", "momentum", "dampening", "nesterov", "betas", "eps")
 
 
-def check_network(own: dict[str, Tensor], given: Any) -> None:
+def check_tensors(own: dict[str, Tensor], given: Any, what: str = "its network") -> None:
     """Raise ValueError unless `given` has tensors of the names, shapes and dtypes of `own`, and nothing else.
 
     `Module.load_state_dict` would turn any dtype into its own without a word.
     """
     if not isinstance(given, dict):
-        raise ValueError("its network is no state dict")
-    for what, names in (("lacks", own.keys() - given.keys()), ("has too much:", given.keys() - own.keys())):
+        raise ValueError(f"{what} is no state dict")
+    for verb, names in (("lacks", own.keys() - given.keys()), ("has too much:", given.keys() - own.keys())):
         if names:
-            raise ValueError(f"its network {what} {_few(names)}")
+            raise ValueError(f"{what} {verb} {_few(names)}")
     for name, tensor in own.items():
         _check_tensor(name, given[name], tensor.shape, tensor.dtype)
 
@@ -66,6 +66,18 @@ def check_sums(sums: Any, num_images: int) -> None:
     images, correct = sums.get("images", 0), sums.get("correct", 0)
     if not 0 <= correct <= images <= num_images or sums.get("timed_seconds", 0) < 0:
         raise ValueError("its sums of the epoch are not those of one")
+
+
+def check_counts(state: dict[str, Any]) -> None:
+    """Raise ValueError unless micro-batches and skipped steps, which older states lack, are counts that can be."""
+    found, asked = state.get("micro_batch_size", 1), state.get("asked_micro_batch_size", 1)
+    skipped = state.get("skipped", [0, 0])
+    if not isinstance(skipped, list) or len(skipped) != 2:
+        raise ValueError("its counts of skipped steps are not two")
+    if not all(type(count) is int and count >= 0 for count in (found, asked, *skipped)):
+        raise ValueError("its micro-batch or its number of skipped steps is not a count")
+    if not 1 <= found <= asked:
+        raise ValueError(f"its micro-batch {found} is not one of 1 to {asked}, which was asked for")
 
 
 def check_rng(own: Tensor, given: Any) -> None:

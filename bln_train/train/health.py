@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.train.check_state import check_numbers, check_tensors
 
 FACTOR = 1e3
 """Growth or shrinkage since the start of the run that is reported."""
@@ -95,9 +96,18 @@ class HealthWatch:
         """Tensors, numbers and strings."""
         return {"initial_std": self._initial_std, "said": self._said}
 
+    def check_state_dict(self, state: Any) -> None:
+        """Raise ValueError unless `state_dict` could have given this for these layers."""
+        if not isinstance(state, dict) or state.keys() != {"initial_std", "said"}:
+            raise ValueError("what it says of statistics is not of this version")
+        check_tensors(self._initial_std, state["initial_std"], "its statistics at the start")
+        said = state["said"]
+        if not isinstance(said, dict) or not said.keys() <= _KINDS.keys():
+            raise ValueError("what it says of statistics is of other kinds")
+        for counts in said.values():
+            check_numbers("its channels gone astray", counts)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; raises ValueError where it is of other layers."""
-        if state["initial_std"].keys() != self.layers.keys():
-            raise ValueError("the statistics at the start are those of other layers")
+        """Restore what `state_dict` gave and `check_state_dict` has passed."""
         self._initial_std = {name: std.to(self.layers[name].mean.device) for name, std in state["initial_std"].items()}
         self._said = state["said"]

@@ -16,7 +16,14 @@ from bln_train.memory.peak import PeakMeter
 from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.signals import never
-from bln_train.train.check_state import check_network, check_numbers, check_optimizer, check_rng, check_sums
+from bln_train.train.check_state import (
+    check_counts,
+    check_numbers,
+    check_optimizer,
+    check_rng,
+    check_sums,
+    check_tensors,
+)
 from bln_train.train.diagnose import find_fault
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.health import HealthWatch
@@ -296,9 +303,12 @@ class Trainer:
         """
         step = self.take_step
         try:
-            check_network(step.model.state_dict(), state["model"])
+            check_tensors(step.model.state_dict(), state["model"])
             check_optimizer(step.optimizer, state["optimizer"])
             check_sums(state["epoch_sums"], len(self.data.train))
+            check_counts(state)
+            if "health" in state:
+                self.health.check_state_dict(state["health"])
             if step.scaler is not None:
                 check_numbers("its loss scale", state["scaler"])
             check_rng(torch.get_rng_state(), state["torch_rng"])

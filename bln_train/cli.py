@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shlex
 import sys
@@ -313,6 +315,7 @@ app.command()(doctor)
 def main() -> None:
     """Entry point: run a command, and turn every failure into a message and an exit code."""
     debug = os.environ.get("BLN_DEBUG") == "1"
+    atexit.register(gc.freeze)  # or Python looks for cycles among all that torch is, a second for a process that ends
     try:
         app()
     except BlnError as error:

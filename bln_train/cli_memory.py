@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
 from bln_train.errors import BlnError, DoesNotFitError, UsageError
+
+if TYPE_CHECKING:
+    from bln_train.memory.planner import Variant
 
 
 def memory(
@@ -103,32 +109,55 @@ def plan(
     if len({key for key, _ in varied}) < len(varied):
         raise UsageError("--vary: names a setting twice", "Put all its values into one --vary.")
 
-    from bln_train.memory import planner  # torch, from here on
+    with _no_search_for_cycles():
+        from bln_train.memory import planner  # torch, from here on
 
-    variants = []
-    for values in itertools.product(*(values for _, values in varied)):
-        settings = dict(zip((key for key, _ in varied), values, strict=True))
-        base = load_recipe(recipe, [*(set_ or ()), *(f"{key}={value}" for key, value in settings.items())]).untrained()
-        for name in split(norm) or [base.norm.name]:
-            try:
-                variants.append(planner.Variant(name, settings, base.with_norm(name)))
-            except UsageError as error:
-                if len(variants) == 0 and not varied and len(split(norm)) < 2:
-                    raise
-                variants.append(planner.Variant(name, settings, None, problem=error.problem))
-    document = planner.make_plan(
-        variants,
-        sizes(micro_batch, "--micro-batch") if micro_batch else (),
-        cuda=cuda,
-        budget_bytes=budget_bytes,
-        context_bytes=context_bytes,
-    )
+        document = planner.make_plan(
+            _variants(recipe, set_ or (), varied, split(norm)),
+            sizes(micro_batch, "--micro-batch") if micro_batch else (),
+            cuda=cuda,
+            budget_bytes=budget_bytes,
+            context_bytes=context_bytes,
+        )
     if json_:
         print_json(document)
     else:
         print_plan(document)
     if document["budget_bytes"] is not None and not any(row["fits"] for row in document["rows"]):
         raise DoesNotFitError(*planner.why_nothing_fits(document))
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Keep Python from looking for garbage in cycles, which is a second where torch is imported and there is none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _variants(
+    recipe: str, settings: Sequence[str], varied: Sequence[tuple[str, list[str]]], norms: Sequence[str]
+) -> list[Variant]:
+    """Every combination of the varied settings and norms; one that cannot be keeps its problem, unless it is the only one."""
+    from bln_train.memory.planner import Variant
+    from bln_train.recipe_file import load_recipe
+
+    variants: list[Variant] = []
+    for values in itertools.product(*(values for _, values in varied)):
+        chosen = dict(zip((key for key, _ in varied), values, strict=True))
+        base = load_recipe(recipe, [*settings, *(f"{key}={value}" for key, value in chosen.items())]).untrained()
+        for name in norms or [base.norm.name]:
+            try:
+                variants.append(Variant(name, chosen, base.with_norm(name)))
+            except UsageError as error:
+                if not varied and len(norms) < 2:
+                    raise
+                variants.append(Variant(name, chosen, None, problem=error.problem))
+    return variants
 
 
 def _bytes(text: str, option: str) -> int | None:

@@ -21,6 +21,7 @@ from bln_train.memory.allocator import BLOCK_BYTES, MIB, Block, CachingAllocator
 from bln_train.memory.trace import HollowTracker, Trace
 from bln_train.norm.compiled import compiled_is_wanted, hollow_kernels, use_compiled
 from bln_train.recipe import Recipe
+from bln_train.signals import StopRequested
 from bln_train.train.step import AccumulationStep
 
 CONTEXT_BYTES = 400 * MIB
@@ -70,7 +71,7 @@ def plan_memory(
     """Predict the peak memory of training at each micro-batch size; computes nothing but shapes.
 
     Sizes of tensors are affine in the images of the micro-batch, and what is alive when does not depend on them. So hollow steps
-    of two sizes tell those of all; a size whose step goes another way is run by itself.
+    of two or three sizes tell those of all; a size whose step goes another way is run by itself.
 
     Args:
         recipe: the micro-batch that it states does not matter, nor does model.init.
@@ -145,7 +146,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
         with HollowTracker([]):
             step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
             _make_state(step, data)
-        # Below the number of its images the probe works in parts; one image is in channels-first and channels-last order at once.
+        # One image is in channels-first and channels-last order at once; below the number of its images the probe works in parts.
         several = [size for size in sizes if size > 1]
         for alike in (
             [size for size in several if size < step.probe_images],
@@ -154,19 +155,25 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
             if not alike:
                 continue
             low = min(alike)
-            found[low], second = _trace(step, data, low), _trace(step, data, 2 * low)
+            other = low - 1 if low + 1 == step.probe_images else low + 1
+            found[low] = _trace(step, data, low)
+            growth = found[low].growth(_trace(step, data, other, passes_only=True))
+            if growth is None:
+                continue
             for size in alike:
-                between, more = found[low].at(second, size), found[low].at(second, size + 1)
-                if between is not None and more is not None:
-                    found[size], twins[size] = between, more
+                found[size], twins[size] = found[low].at(size, growth), found[low].at(size + 1, growth)
         for size in sizes:
             if size not in found:
                 found[size] = _trace(step, data, size)
     return found, twins
 
 
-def _trace(step: AccumulationStep, data: DataSet, size: int) -> Trace:
-    """One hollow step with two micro-batches; the probe has all its images."""
+def _trace(step: AccumulationStep, data: DataSet, size: int, *, passes_only: bool = False) -> Trace:
+    """One hollow step with two micro-batches; the probe has all its images.
+
+    Args:
+        passes_only: stop when gradients are ready.
+    """
     num_images = max(2 * size, step.probe_images)
     model, optimizer = step.model, step.optimizer
     forwards: list[int] = []
@@ -178,16 +185,22 @@ def _trace(step: AccumulationStep, data: DataSet, size: int) -> Trace:
         nonlocal ready
         ready = tracker.num_events
         gradients.update(tracker.births(step.gradients()))
+        if passes_only:
+            raise StopRequested
 
     before, step.micro_batch_size = step.micro_batch_size, size
     hook = model.register_forward_pre_hook(lambda *_: forwards.append(tracker.num_events))
     try:
         with _two_micro_batches(step), tracker:
             totals = step(data.train, torch.arange(num_images) % len(data.train), 0, 0, note_gradients)
+        assert totals.is_finite, "a step that was not taken tells nothing"
+    except StopRequested:
+        assert passes_only
+        if step.into_momentum is not None:
+            step.into_momentum.give_up()
     finally:
         hook.remove()
         step.micro_batch_size = before
-    assert totals.is_finite, "a step that was not taken tells nothing"
     kinds = {
         "optimizer": tracker.births(_state(optimizer)),  # first: a gradient may be the momentum
         "parameter": tracker.births(model.parameters()),

@@ -52,25 +52,38 @@ class Trace:
     gradients_ready: int
     """The last event of the backward passes."""
 
-    def at(self, other: Trace, num_images: int) -> Trace | None:
-        """The trace at another number of images, where every size is a + b * images; None where the two took different ways.
+    def growth(self, other: Trace) -> Growth | None:
+        """What an image more adds, sizes being affine in images; None where the two passed in different ways.
+
+        After the backward passes nothing depends on the micro-batch, so nothing grows there.
 
         Args:
-            other: the same step traced at another number of images.
+            other: the same step with one image more or less, traced at least until its gradients were ready.
         """
-        same = self.num_events == other.num_events and len(self.size) == len(other.size)
-        if not (same and torch.equal(self.born, other.born) and torch.equal(self.died, other.died)):
+        end, num = self.gradients_ready, int((self.born <= self.gradients_ready).sum())
+        same = (
+            end == other.gradients_ready
+            and num == int((other.born <= end).sum())
+            and torch.equal(self.born[:num], other.born[:num])
+            and torch.equal(self.died[:num].clamp(max=end), other.died[:num].clamp(max=end))
+        )
+        if not same:
             return None
-        share = (num_images - self.num_images) / (other.num_images - self.num_images)
+        sign = other.num_images - self.num_images
 
-        def between(a: Tensor, b: Tensor) -> Tensor:
-            return (a + share * (b - a)).round().long()
+        def per_image(here: Tensor, there: Tensor, num: int) -> Tensor:
+            return torch.cat((sign * (there[:num] - here[:num]), here.new_zeros(len(here) - num)))
 
+        return Growth(per_image(self.size, other.size, num), per_image(self.scratch, other.scratch, end + 1))
+
+    def at(self, num_images: int, growth: Growth) -> Trace:
+        """The same step at another number of images."""
+        more = num_images - self.num_images
         return replace(
             self,
             num_images=num_images,
-            size=between(self.size, other.size),
-            scratch=between(self.scratch, other.scratch),
+            size=self.size + more * growth.size,
+            scratch=self.scratch + more * growth.scratch,
         )
 
     def live_bytes(self, which: Tensor | None = None, *, block: int = 1) -> Tensor:
@@ -96,6 +109,16 @@ class Trace:
         """The events of the second micro-batch, (E + 1,) bool: it finds all gradients there, as every further one does."""
         event = torch.arange(self.num_events + 1)
         return (event > self.second_forward) & (event <= self.gradients_ready)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Bytes that one image more in the micro-batch adds to a trace."""
+
+    size: Tensor
+    """(S,) int64."""
+    scratch: Tensor
+    """(E + 1,) int64."""
 
 
 class HollowTracker(StorageTracker):

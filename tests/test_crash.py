@@ -5,6 +5,7 @@ import errno
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -223,13 +224,15 @@ def test_a_run_folder_has_one_process(straight, worker, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(pid, signal.SIGSTOP)
-    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".tmp"}
-    with pytest.raises(RunFolderError, match=f"in use by process {pid} on .* since 20") as error:
-        run(RECIPE, RunFolder(folder), name="crash", resume=True)
-    assert error.value.exit_code == 1
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".tmp"} == before
-    assert evaluate_checkpoint(folder)[2] >= 1
-    os.kill(pid, signal.SIGKILL)
+    try:
+        before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".tmp"}
+        with pytest.raises(RunFolderError, match=f"in use by process {pid} on .* since 20") as error:
+            run(RECIPE, RunFolder(folder), name="crash", resume=True)
+        assert error.value.exit_code == 1
+        assert {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".tmp"} == before
+        assert evaluate_checkpoint(folder)[2] >= 1
+    finally:
+        os.kill(pid, signal.SIGKILL)
     worker.wait()
     assert (folder / LOCK).exists()
     assert worker.run(folder) == 0
@@ -257,3 +260,23 @@ def test_saving_alone_is_whole_or_not_at_all(tmp_path, monkeypatch):
         save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_survives_a_power_cut(tmp_path, monkeypatch):
+    """The content is on the disk before the file takes its place, and its place before the save is over."""
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(handle):
+        kind = os.fstat(handle)
+        calls.append("folder" if stat.S_ISDIR(kind.st_mode) else "file" if kind.st_size else "empty file")
+        fsync(handle)
+
+    def note_replace(*paths):
+        calls.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    save_checkpoint(tmp_path / "x.pt", {"step": 1})
+    assert calls == ["file", "rename", "folder"]

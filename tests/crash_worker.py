@@ -23,7 +23,7 @@ from bln_train.run import run
 
 
 def break_disk(fault, at):
-    """Let `fault` happen at the `at`-th write, fsync, rename, link or removal from now on."""
+    """Let `fault` happen at the `at`-th fsync, rename, link, removal or first write to an open file from now on."""
     calls = 0
 
     def touch():
@@ -63,13 +63,15 @@ def break_disk(fault, at):
 
 
 class Torn:
-    """A file whose writes come in two halves, with a fault perhaps in between."""
+    """A file whose first write comes in two halves, with a fault perhaps in between: a checkpoint has a hundred writes."""
 
     def __init__(self, file, touch):
-        self.file, self.touch = file, touch
+        self.file, self.touch, self.is_new = file, touch, True
 
     def write(self, data):
-        half = len(data) // 2
+        if not self.is_new:
+            return self.file.write(data)
+        self.is_new, half = False, len(data) // 2
         self.file.write(data[:half])
         self.file.flush()
         self.touch()

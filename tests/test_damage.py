@@ -251,6 +251,20 @@ def test_a_run_goes_on_from_the_checkpoint_before(three, straight):
     assert find_checkpoint(three).notices == []
 
 
+def test_an_earlier_checkpoint_takes_the_place_of_damaged_ones(three, straight):
+    """A run that is killed right after it went on finds what it went on from, and nothing else."""
+    for name in ("checkpoint.pt", "checkpoint-23.pt"):
+        (three / name).write_bytes(b"damaged")
+    found = find_checkpoint(three)
+    assert (found.file.name, found.state["step"]) == ("checkpoint-22.pt", 22)
+    settle(three, found.file, 22)
+    assert [p.name for p in checkpoint_files(three)] == ["checkpoint.pt"]
+    assert [entry.step for entry in read_list(three)] == [22]
+    found = find_checkpoint(three)
+    assert found.notices == []
+    assert equal(straight[1][22], found.state["model"])
+
+
 def test_a_damaged_list_is_told(three, straight):
     """Without its list a folder is checked by the checksums of the files' parts, and that is said; a resume writes a new one."""
     (three / "checkpoints.json").write_text('{"checkpoints": [{"step": ')

@@ -36,8 +36,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)         ## trainer overhead over a bare loop
+bench: $(READY)         ## trainer overhead over a bare loop; beside Lightning and Accelerate where the extra `bench` is installed
 	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/peers.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

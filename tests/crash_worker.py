@@ -105,8 +105,8 @@ def child(task):
     except BlnError as error:
         print(str(error), file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # for the command 130 too, but a run that saved and stopped is another thing
+        return 131
     return 0
 
 

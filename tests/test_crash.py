@@ -113,7 +113,7 @@ def test_sigterm_while_saving(worker, straight, tmp_path, at):
 
 @pytest.mark.parametrize("at", range(1, 16, 2))
 def test_second_ctrl_c_while_saving_leaves_at_once(worker, straight, tmp_path, at):
-    """Two SIGINTs in the middle of a write: KeyboardInterrupt (the command: exit 130), no file half written, the one before intact."""
+    """Two SIGINTs within a write: KeyboardInterrupt (the command: exit 130), no half-written file, the one before intact."""
     folder = tmp_path / "run"
     assert worker.run(folder, fault="twice", at=at) == 131
     check_stopped(folder, straight[1])

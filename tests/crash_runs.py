@@ -75,6 +75,11 @@ class Worker:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
+    def ready(self):
+        """Wait for the first step: None, or the exit code of a run that had none, killed when all was written."""
+        line = self.process.stdout.readline()
+        return None if line == "ready\n" else int(line.removeprefix("exit "))
+
     def wait(self):
         """The exit code of the run begun, -9 where it was killed."""
         while not (line := self.process.stdout.readline()).startswith("exit"):

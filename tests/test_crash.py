@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ from helpers import state, tiny_recipe, trained
 
 from bln_train.build import build_experiment
 from bln_train.checkpoint_list import checkpoint_files
-from bln_train.errors import RunFolderError
+from bln_train.errors import InterruptedRunError, RunFolderError
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import evaluate_checkpoint, run
@@ -280,3 +281,26 @@ def test_a_save_survives_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", note_replace)
     save_checkpoint(tmp_path / "x.pt", {"step": 1})
     assert calls == ["file", "rename", "folder"]
+
+
+def test_a_stop_saves_the_step_it_stopped_after(straight, tmp_path, monkeypatch):
+    """Between two checkpoints: the last whole step's state, its metrics on the disk before it."""
+    runtime = RECIPE.runtime.model_copy(update={"checkpoint_every_steps": None})
+    calls, folder = [], RunFolder(tmp_path / "run")
+
+    def noted(name, own):
+        return lambda *args: [calls.append(name), own(*args)][1]
+
+    for owner, name in ((RunFolder, "sync"), (importlib.import_module("bln_train.run"), "keep_checkpoint")):
+        monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+
+    def stop_after_two(record):
+        if isinstance(record, StepRecord) and record.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError, match="after step 2 of 24"):
+        run(RECIPE.model_copy(update={"runtime": runtime}), folder, name="crash", listen=stop_after_two)
+    assert calls == ["sync", "keep_checkpoint"]
+    found = find_checkpoint(folder.path).state
+    assert found["step"] == 2
+    assert equal(straight[1][2], found["model"])

@@ -72,8 +72,8 @@ def settle(folder: Path, file: Path, step: int) -> None:
     with open(file, "rb") as content:
         own = Entry(step, os.fstat(content.fileno()).st_size, hashlib.file_digest(content, "sha256").hexdigest())
     old = read_list(folder) or []
-    position = next((n for n, entry in enumerate(old) if entry.sha256 == own.sha256), len(old))
-    kept = [own, *(entry for entry in old[position + 1 :] if entry.step < step)]
+    # By step, not by place: a save of the same step that was killed before its rename has put `file` at the list's end.
+    kept = [own, *(entry for entry in old if entry.step < step)]
     if file.name != CHECKPOINT:
         with replacing_checkpoint(folder / CHECKPOINT) as copy, open(file, "rb") as content:
             shutil.copyfileobj(content, copy)

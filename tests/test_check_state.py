@@ -73,7 +73,7 @@ def test_an_optimizer_of_another_kind_is_refused(kind, change, message):
         ({"a": torch.ones(2), "b": torch.ones(1), "c": torch.ones(1)}, "too much: c"),
         ({"a": torch.ones(3), "b": torch.ones(1)}, r"\(3,\)"),
         ({"a": torch.ones(2).double(), "b": torch.ones(1)}, "float64"),
-        ({"a": torch.ones(2).to_sparse(), "b": torch.ones(1)}, "not a tensor"),
+        ({"a": torch.eye(2, 3).to_sparse(), "b": torch.ones(1)}, "not a tensor"),
         ({"a": [1.0, 1.0], "b": torch.ones(1)}, "not a tensor"),
     ],
 )

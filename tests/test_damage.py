@@ -1,5 +1,6 @@
 """Damaged run folders: nothing in a checkpoint is executed, no changed weight is taken, metrics are cut back to what is whole."""
 
+import contextlib
 import pickle
 import random
 import shutil
@@ -11,6 +12,7 @@ import torch
 from crash_runs import NUM_STEPS, RECIPE, check_end, equal
 from helpers import state
 
+from bln_train import checkpoint_list
 from bln_train.build import build_experiment
 from bln_train.checkpoint_list import checkpoint_files, read_list, settle
 from bln_train.errors import CheckpointError
@@ -263,6 +265,29 @@ def test_an_earlier_checkpoint_takes_the_place_of_damaged_ones(three, straight):
     found = find_checkpoint(three)
     assert found.notices == []
     assert equal(straight[1][22], found.state["model"])
+
+
+def test_a_save_of_the_same_step_that_was_killed_costs_no_earlier_checkpoint(three):
+    """Step and epoch end are two saves of one step; the second was killed between its list and its rename."""
+    newest = read_list(three)[0]
+    keep = checkpoint_list.replacing_checkpoint
+
+    @contextlib.contextmanager
+    def killed(path):
+        with keep(path.with_name("elsewhere")) as file:
+            yield file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_list, "replacing_checkpoint", killed)
+        keep_checkpoint(three, {"step": newest.step, "other": 1}, 3)
+    (three / "elsewhere").unlink()
+    assert [entry.step for entry in read_list(three)] == [24, 23, 22, 24]
+    found = find_checkpoint(three)
+    assert (found.state["step"], found.notices) == (24, [])
+    settle(three, found.file, 24)
+    assert [entry.step for entry in read_list(three)] == [24, 23, 22]
+    assert read_list(three)[0] == newest
+    assert [p.name for p in checkpoint_files(three)] == ["checkpoint.pt", "checkpoint-23.pt", "checkpoint-22.pt"]
 
 
 def test_a_damaged_list_is_told(three, straight):

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tarfile
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_a_bomb_is_not_decoded(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"pixels\.png is too large to decode: .*\n.*text\.png is not a readable image"):
         decode([[pixels, text]], 16, resize=True)
+
+
+def test_an_image_that_pil_only_warns_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to twice its limit PIL decodes and warns, which a user's filters may hide."""
+    Image.new("RGB", (12, 12)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=r"large\.png is too large to decode"):
+            decode([[tmp_path / "large.png"]], 16, resize=True)
 
 
 def test_transparency_is_dropped_without_a_word(tmp_path: Path) -> None:

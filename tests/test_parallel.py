@@ -14,7 +14,9 @@ from helpers import advance, largest_difference, state, tiny_recipe
 
 from bln_train.build import build_experiment
 from bln_train.errors import UsageError
-from bln_train.parallel import ALONE, PIECE_BYTES, World, _pieces
+from bln_train.norm import BatchlessNorm2d
+from bln_train.norm.batchless import BatchlessStatistics
+from bln_train.parallel import ALONE, PIECE_BYTES, World, _pieces, reduce_step
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.run import _check_same_batchnorm, begin_together
 
@@ -296,6 +298,37 @@ def test_the_buffer_is_bounded():
         torch._foreach_mul_(piece, 2)
     assert all(torch.equal(t.flatten().sort()[0], 2.0 * torch.arange(t.numel())) for t in tensors)
     assert PIECE_BYTES == 16 * 2**20
+
+
+def test_no_collective_is_larger_than_the_bound():
+    """A gradient of several times the bound is added up in pieces of at most that."""
+
+    def work(world):
+        sizes, send = [], world._all_reduce
+        world._all_reduce = lambda buffer: (sizes.append(buffer.nbytes), send(buffer))
+        gradient = torch.full((3, PIECE_BYTES // 4 - 1), 1.0 + world.rank)
+        world.add_up([gradient, torch.ones(5)])
+        assert (gradient == 3).all()
+        return sizes
+
+    for sizes in in_ranks(2, work):
+        assert max(sizes) <= PIECE_BYTES
+        assert sum(sizes) == 4 * (3 * (PIECE_BYTES // 4 - 1) + 5)
+
+
+def test_counts_are_exact_beyond_what_a_float_counts():
+    """Positions of an effective batch of large images, more than 2^24, where float32 leaves out every other whole number."""
+    count = 2**24 + 1
+
+    def work(world):
+        statistics = BatchlessStatistics(torch.nn.Sequential(BatchlessNorm2d(2)))
+        (layer,) = statistics.layers.values()
+        layer.account.num_images, layer.account.num_positions = 1, count
+        weight = torch.nn.Parameter(torch.ones(2))
+        reduce_step(world, [weight], statistics, [torch.zeros(())])
+        return layer.account.num_images, layer.account.num_positions
+
+    assert in_ranks(3, work) == [(3, 3 * count)] * 3
 
 
 def test_processes_that_differ_are_named():

@@ -58,7 +58,7 @@ def sgd(model):
 
 
 class Clock:
-    """Seconds of each optimizer step but the first."""
+    """Seconds between ticks."""
 
     def __init__(self, device):
         self.device, self.seconds, self.began = device, [], None
@@ -70,6 +70,25 @@ class Clock:
         if self.began is not None:
             self.seconds.append(now - self.began)
         self.began = now
+
+
+def turns_of(optimizer_steps, args, device):
+    """A turn of an endless iterator that does an optimizer step each time it is asked."""
+
+    def go():
+        clock = Clock(device)
+        clock.tick()
+        for _ in range(args.steps):
+            next(optimizer_steps)
+            clock.tick()
+        return clock.seconds
+
+    return go
+
+
+def endless(batches):
+    while True:
+        yield from batches
 
 
 def ours(args, device, *, micro_batch=1, norm="batchless", fold=True):
@@ -90,44 +109,26 @@ def ours(args, device, *, micro_batch=1, norm="batchless", fold=True):
     experiment.data.train.labels.copy_(labels)
     records = (record for record in experiment.trainer.steps() if isinstance(record, StepRecord))
     next(records)  # is tracked
-
-    def go():
-        clock = Clock(device)
-        clock.tick()
-        for _ in range(args.steps):
-            next(records)
-            clock.tick()
-        return clock.seconds[1:]
-
-    return go
+    return turns_of(records, args, device)
 
 
 def bare(args, device, norm, *, channels_last=False, micro_batch=1):
     """A loop as in PyTorch's own examples."""
-    model, batches = network(norm).to(device), loader(args, device, micro_batch)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model, batches = network(norm).to(device).train(), loader(args, device, micro_batch)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
     optimizer = sgd(model)
     accumulate = args.effective_batch // micro_batch
 
-    def go():
-        model.train()
-        clock, done = Clock(device), 0
-        clock.tick()
-        while True:
-            for images, labels in batches:
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                (F.cross_entropy(model(images), labels) / accumulate).backward()
-                done += 1
-                if done % accumulate == 0:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    clock.tick()
-                    if done == accumulate * args.steps:
-                        return clock.seconds[1:]
+    def optimizer_steps():
+        for number, (images, labels) in enumerate(endless(batches), 1):
+            (F.cross_entropy(model(images.contiguous(memory_format=layout)), labels) / accumulate).backward()
+            if number % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                yield
 
-    return go
+    return turns_of(optimizer_steps(), args, device)
 
 
 def accelerate(args, device):
@@ -135,26 +136,19 @@ def accelerate(args, device):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=device.type == "cpu", gradient_accumulation_steps=args.effective_batch)
-    model = network("group")
+    model = network("group").train()
     model, optimizer, batches = accelerator.prepare(model, sgd(model), loader(args, torch.device("cpu"), 1))
 
-    def go():
-        model.train()
-        clock, done = Clock(device), 0
-        clock.tick()
-        while True:
-            for images, labels in batches:
-                with accelerator.accumulate(model):
-                    accelerator.backward(F.cross_entropy(model(images), labels))
-                    optimizer.step()
-                    optimizer.zero_grad()
-                done += 1
-                if accelerator.sync_gradients:
-                    clock.tick()
-                    if len(clock.seconds) >= args.steps:
-                        return clock.seconds[1:]
+    def optimizer_steps():
+        for images, labels in endless(batches):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(images), labels))
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                yield
 
-    return go
+    return turns_of(optimizer_steps(), args, device)
 
 
 def lightning(args, device):
@@ -204,7 +198,7 @@ def lightning(args, device):
             callbacks=[Watch(clock)],
         )
         trainer.fit(module, batches)
-        return clock.seconds[1:]
+        return clock.seconds
 
     return go
 
@@ -254,7 +248,7 @@ def main():
     for number in range(args.rounds):
         order = list(turns.items())
         for name, go in order[::-1] if number % 2 else order:
-            rates[name].append(args.effective_batch / statistics.median(go()))
+            rates[name].append(args.effective_batch / statistics.median(go()[1:]))
     first = next(iter(rates))
     print(f"{'':38} images/s  {first} is faster by")
     for name, found in rates.items():

@@ -27,6 +27,7 @@ from bln_train.recipe import Recipe
 from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
+from bln_train.train.graph import MOST_PIXELS, GraphedMicroStep
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
@@ -147,6 +148,7 @@ def assemble(
         world=world,
     )
     step.probe_images = probe_images(recipe, step, data)
+    step.graphs = _graphs(recipe, step)
     trainer = Trainer(
         step,
         data,
@@ -161,6 +163,23 @@ def assemble(
         on_nonfinite=recipe.train.on_nonfinite,
     )
     return Experiment(trainer, model, data, device, images, tuple(notices))
+
+
+def _graphs(recipe: Recipe, step: AccumulationStep) -> GraphedMicroStep | None:
+    """What replays micro-steps, where they are to be."""
+    wanted = recipe.runtime.graphs
+    if wanted is True and step.device.type != "cuda":
+        raise UsageError("runtime.graphs: true needs CUDA", "Use --set runtime.graphs=auto.")
+    if wanted is False or step.device.type != "cuda":
+        return None
+    if not step.standardized:
+        return GraphedMicroStep(step, most_pixels=None if wanted is True else MOST_PIXELS)
+    if wanted is True:
+        raise UsageError(
+            "runtime.graphs: true needs standardised convolutions to be folded with their norms",
+            "Use --set runtime.graphs=auto, or the norm batchless with norm.fold.",
+        )
+    return None
 
 
 def _fuse(model: nn.Module) -> Iterator[str]:

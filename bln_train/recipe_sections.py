@@ -252,6 +252,9 @@ class Runtime(Section):
     compiled: bool = True
     """On a CPU, folded norms run kernels that the system's C compiler builds once, where there is one; false: PyTorch's
     operators, slower, the same up to rounding."""
+    graphs: Literal["auto"] | bool = "auto"
+    """On CUDA, record a micro-step once and replay it, which launches all its kernels at once: for one more micro-batch's
+    activations in memory. `auto`: where micro-batches are small, up to 65,536 pixels."""
     deterministic: bool = False
     """Only algorithms that repeat bit for bit on CUDA (slower); the CPU always does."""
     cudnn_benchmark: bool = False

@@ -252,6 +252,7 @@ def test_a_limit_leads_to_the_micro_batch_that_fits():
     assert "step 1: out of memory at micro-batch 6, 3 (tried to allocate " in notice.text
     assert "goes on with micro-batch 1" in notice.text
     record, alone = trainer.memory_record(), small_trainer("momentum", 1)
+    warm_up(alone.take_step)
     advance(alone)
     assert record.micro_batch_size == 1
     assert record.peak_bytes == alone.memory_record().peak_bytes

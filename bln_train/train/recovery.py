@@ -187,7 +187,7 @@ class RecoveringStep:
             step.reduced = False
             totals = attempt(take)
             if not isinstance(totals, OutOfMemory):
-                return totals._replace(notices=self._notices(failed, reason))
+                return totals._replace(notices=totals.notices + self._notices(failed, reason))
             if step.reduced:
                 raise DoesNotFitError(
                     f"out of memory ({totals.reason}) after the processes had added up their gradients",
@@ -199,7 +199,8 @@ class RecoveringStep:
             failed.append(str(size))
             self.go_on_with(size // 2)
         try:
-            return take()._replace(notices=self._notices(failed, reason))
+            totals = take()
+            return totals._replace(notices=totals.notices + self._notices(failed, reason))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from bln_train.rng import instance_seeds
 from bln_train.signals import StopRequested, never
 
 _BLOCK_IMAGES = 128
+_BLOCK_BYTES = 2**18  # of images that are sent to a device at once
 _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
 
 
@@ -49,14 +50,41 @@ class StepTotals(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """What the network sees at once."""
+    """What is on the device at once."""
 
-    inputs: Tensor
-    """(n, C, H, W)"""
+    images: Tensor
+    """(n, 3, H, W) uint8"""
     labels: Tensor
     """(n,) int64"""
     seeds: Tensor
     """(n,) int64, the images' own seeds for every random draw."""
+
+
+class Sums(NamedTuple):
+    """What micro-steps add to besides gradients, and read; on the device."""
+
+    loss: Tensor
+    """() float64, sum of the task loss."""
+    correct: Tensor
+    """() int64, images classified right."""
+    num_images: Tensor
+    """() of the effective batch."""
+
+
+class Graphs(Protocol):
+    """What takes micro-steps in the place of AccumulationStep.micro_step; see train/graph.py."""
+
+    def begin(self, sums: Sums) -> Sums:
+        """Before the first micro-step of an optimizer step: the sums that micro-steps are to be given."""
+
+    def __call__(self, batch: MicroBatch, sums: Sums) -> None:
+        """As AccumulationStep.micro_step."""
+
+    def end(self, sums: Sums) -> Sums:
+        """After the last: the sums, for the caller to keep."""
+
+    def take_notices(self) -> tuple[str, ...]:
+        """What the user should know, once."""
 
 
 class AccumulationStep:
@@ -82,6 +110,7 @@ class AccumulationStep:
     Attributes:
         reduced: whether gradients of the step under way have been added up over processes: from there on no process can take the
             step again by itself (train/recovery.py).
+        graphs: takes micro-steps in the place of `micro_step`, with the same result.
         stop_asked: asked between micro-steps; at yes the step is given up, undone, and raises StopRequested. A step whose
             gradients gather in the momentum is finished instead: to undo it would take the memory that this saves.
 
@@ -113,6 +142,7 @@ class AccumulationStep:
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
         if self.into_momentum is not None and (clip_norm is not None or scaler is not None):
             raise ValueError("gradients that gather in the momentum can be neither clipped nor loss-scaled")
+        self._loss_dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.all_parameters = [*self.parameters, *statistics.natural_parameters]
         self.folded = folded_layers(model)
@@ -122,6 +152,7 @@ class AccumulationStep:
         batchnorms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self.running = [buffer for m in batchnorms for buffer in m.buffers()]  # what a forward alone changes
         self.stop_asked: Callable[[], bool] = never
+        self.graphs: Graphs | None = None
 
     def __call__(
         self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
@@ -173,11 +204,12 @@ class AccumulationStep:
         if self.probe_images and self.statistics.layers and nll is not None:
             for layer in self.folded:  # with larger micro-batches training takes more than the probe can
                 layer.in_parts = self.micro_batch_size < self.probe_images
-            probe = self._load_first(images, index, self.probe_images, seed, epoch)
-            self.statistics.follow(lambda: self._forward(probe))
+            inputs, _, seeds = self._load_first(images, index, self.probe_images, seed, epoch)
+            self.statistics.follow(lambda: self._forward(inputs, seeds))
         set_instance_seeds(self.dropouts, None)
         update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
-        return StepTotals(loss_sum, correct, grad_norm, update_norm, nll)
+        notices = () if self.graphs is None else self.graphs.take_notices()
+        return StepTotals(loss_sum, correct, grad_norm, update_norm, nll, notices)
 
     def give_up(self) -> None:
         """Forget a step that was not finite: no weight, momentum, statistic or correction has moved.
@@ -204,7 +236,7 @@ class AccumulationStep:
         again.model = model.train()
         again.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
         for batch in again._micro_batches(images, index, seed, epoch):
-            logits = again._forward(batch)
+            logits = again._forward(again._preprocessed(batch), batch.seeds)
             yield F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
 
     def _is_finite(self, loss_sum: Tensor, grad_norm: Tensor | None) -> bool:
@@ -223,45 +255,56 @@ class AccumulationStep:
         """Add the effective batch's gradient, or this process's share of it, to every parameter's; returns the sums () of
         loss and of right answers.
         """
-        num_images = len(index)
-        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
-        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        sums = Sums(
+            torch.zeros((), device=self.device, dtype=torch.float64),
+            torch.zeros((), device=self.device, dtype=torch.int64),
+            torch.full((), float(len(index)), device=self.device, dtype=self._loss_dtype),
+        )
         if self.scaler is not None:
-            self.scaler.scale(loss_sum)  # makes its scale, which no backward does where this process has no image
+            self.scaler.scale(sums.loss)  # makes its scale, which no backward does where this process has no image
+        take = self.micro_step if self.graphs is None else self.graphs
         with standardize_once(self.standardized):
             with fold_once(self.folded):
+                if self.graphs is not None:
+                    sums = self.graphs.begin(sums)
                 for num_done, batch in enumerate(self._micro_batches(images, self.world.share(index), seed, epoch)):
                     if num_done and self.into_momentum is None and self.stop_asked():
                         raise StopRequested
-                    logits = self._forward(batch)
-                    losses = F.cross_entropy(
-                        logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing
-                    )
-                    mean_loss = (losses + self.statistics.nll()) / num_images
-                    (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
-                    loss_sum += losses.detach()
-                    correct += (logits.detach().argmax(1) == batch.labels).sum()
-                    del batch, logits, losses, mean_loss  # or they would be alive beside their successors
+                    take(batch, sums)
+                if self.graphs is not None:
+                    sums = self.graphs.end(sums)
             gradients_ready()
-        return loss_sum, correct
+        return sums.loss, sums.correct
+
+    def micro_step(self, batch: MicroBatch, sums: Sums) -> None:
+        """Forward and backward of one micro-batch: adds to gradients, statistics' accounts and sums."""
+        logits = self._forward(self._preprocessed(batch), batch.seeds)
+        losses = F.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=self.label_smoothing)
+        # By a tensor: a graph must not keep the number, and CUDA divides by a tensor and by a number differently.
+        mean_loss = (losses + self.statistics.nll()) / sums.num_images
+        (mean_loss if self.scaler is None else self.scaler.scale(mean_loss)).backward()
+        sums.loss.add_(losses.detach())
+        sums.correct.add_((logits.detach().argmax(1) == batch.labels).sum())
 
     def live_bytes(self, images: ImageSet, num_images: int, *, gradients: bool) -> int:
         """Peak of tensors alive in one forward on the first images, and backward with `gradients`, beside weights and gradients.
 
         Operators' scratch is not in it. What the network computes stays (`fold_once` may centre filters); no gradient is left.
         """
-        batch = self._load_first(images, torch.arange(num_images) % len(images), num_images, 0, 0)
+        index = torch.arange(num_images) % len(images)
+        inputs, labels, seeds = self._load_first(images, index, num_images, 0, 0)
         self.model.train()
         with fold_once(self.folded):
 
             def run() -> None:
                 with torch.set_grad_enabled(gradients):
-                    loss = F.cross_entropy(self._forward(batch), batch.labels) + self.statistics.nll()
+                    loss = F.cross_entropy(self._forward(inputs, seeds), labels) + self.statistics.nll()
                 if gradients:
                     loss.backward()
 
             if gradients:
                 run()  # now all gradients exist, as they do for every image but the first
+            batch = (inputs, labels, seeds)
             tracker = StorageTracker([*self.model.parameters(), *self.model.buffers(), *self.gradients(), *batch])
             before = tracker.live_bytes
             with tracker:
@@ -280,26 +323,44 @@ class AccumulationStep:
     def _micro_batches(self, images: ImageSet, index: Tensor, seed: int, epoch: int) -> Iterator[MicroBatch]:
         # Labels and seeds of many micro-batches in one call, but not of all: memory is flat in the effective batch.
         size = self.micro_batch_size
-        for block in index.split(max(1, _BLOCK_IMAGES // size) * size):
+        image_bytes = images.images.shape[1:].numel()  # no view: it would count as a tensor of training
+        most = _BLOCK_IMAGES if self.device.type == "cpu" else min(_BLOCK_IMAGES, _BLOCK_BYTES // image_bytes)
+        for block in index.split(max(1, most // size) * size):
             labels, seeds = images.labels[block].to(self.device), instance_seeds(seed, epoch, block).to(self.device)
+            # To another device a block of images goes at once: each transfer costs as much as a small image's forward.
+            pixels = None if self.device.type == "cpu" else self._send(images.images[block])
             for start in range(0, len(block), size):
                 part = slice(start, start + size)
-                yield self._load(images, block[part], labels[part], seeds[part])
+                mine = images.images[block[part]] if pixels is None else pixels[part]
+                yield MicroBatch(mine, labels[part], seeds[part])
 
-    def _load(self, images: ImageSet, index: Tensor, labels: Tensor, seeds: Tensor) -> MicroBatch:
-        """Bring one micro-batch to the device: only its own images are ever there."""
-        raw = images.images[index].to(self.device, non_blocking=True)
-        return MicroBatch(self.preprocess.train(raw, seeds), labels, seeds)
+    def _send(self, pixels: Tensor) -> Tensor:
+        """To the device; pinned, so that the host goes on meanwhile."""
+        return (
+            pixels.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else pixels.to(self.device)
+        )
 
-    def _load_first(self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int) -> MicroBatch:
+    def _preprocessed(self, batch: MicroBatch) -> Tensor:
+        return self.preprocess.train(batch.images, batch.seeds)
+
+    def _load_first(
+        self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, (n, 3, H, W), labels and seeds of the first images."""
         index = index[:num_images]
-        seeds = instance_seeds(seed, epoch, index).to(self.device)
-        return self._load(images, index, images.labels[index].to(self.device), seeds)
+        batch = MicroBatch(
+            self._send(images.images[index]),
+            images.labels[index].to(self.device),
+            instance_seeds(seed, epoch, index).to(self.device),
+        )
+        return self._preprocessed(batch), batch.labels, batch.seeds
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
-        set_instance_seeds(self.dropouts, batch.seeds)
+    def _forward(self, inputs: Tensor, seeds: Tensor) -> Tensor:
+        set_instance_seeds(self.dropouts, seeds)
         with self.autocast():
-            logits = self.model(batch.inputs)
+            logits = self.model(inputs)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _unscale(self) -> None:

@@ -1,0 +1,111 @@
+"""Law 6: replayed micro-steps equal eager ones. On the CPU operators are recorded, on CUDA graphs."""
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny_recipe
+from recorder import OperatorRecorder
+
+from bln_train.build import build_experiment
+from bln_train.errors import UsageError
+from bln_train.norm.compiled import use_compiled
+from bln_train.records import NoticeRecord
+from bln_train.train.graph import GraphedMicroStep
+
+CASES = {
+    "folded": {},
+    "micro-batch 3, short last batch": {"train__micro_batch_size": 3, "data__num_train": 20},
+    "not folded": {"norm": {"name": "batchless-paper", "fold": False}},
+    "momentum": {"optimizer": {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}},
+    "adamw": {"optimizer": {"name": "adamw", "lr": 0.01}},
+    "exact": {"norm": {"name": "batchless", "correction_mode": "exact"}},
+    "batch": {"norm": {"name": "batch"}, "train__micro_batch_size": 2},
+    "group": {"norm": {"name": "group"}, "model__weight_standardization": False},
+    "one micro-batch": {"train__micro_batch_size": 8},
+    "no probe": {"norm": {"name": "batchless", "probe_images": 0}},
+}
+
+
+def train(recipe, recorder=None, device="cpu"):
+    experiment = build_experiment(recipe)
+    if device == "cpu":
+        use_compiled(False)  # kernels in C are no operators
+    step = experiment.trainer.take_step
+    if recorder is not None:
+        step.graphs = GraphedMicroStep(step, recorder=recorder)
+    records = list(experiment.trainer.steps())
+    return experiment.model.state_dict(), records
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    yield
+    use_compiled(True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_law_6_replay_equals_eager(case):
+    """Whole runs, to the last bit: weights, statistics, corrections, losses."""
+    recipe = tiny_recipe(**CASES[case])
+    expected, eager = train(recipe)
+    recorder = OperatorRecorder()
+    found, records = train(recipe, recorder)
+    assert recorder.num_recorded > 0
+    assert recorder.num_replayed > 0
+    assert [r for r in records if isinstance(r, NoticeRecord)] == [r for r in eager if isinstance(r, NoticeRecord)]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert [getattr(r, "train_loss", None) for r in records] == [getattr(r, "train_loss", None) for r in eager]
+
+
+def test_what_cannot_be_recorded_runs_eagerly_and_is_said():
+    recipe = tiny_recipe()
+    expected, _ = train(recipe)
+    found, records = train(recipe, OperatorRecorder(fails=True))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    notices = [r.text for r in records if isinstance(r, NoticeRecord)]
+    assert sum("CUDA graphs are off" in text and "not permitted" in text for text in notices) == 1
+
+
+def test_the_size_decides_and_a_rollback_forgets_nothing():
+    """Too large micro-batches run eagerly; new momentum buffers are recorded anew."""
+    recipe = tiny_recipe(optimizer={"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"})
+    experiment = build_experiment(recipe)
+    use_compiled(False)
+    trainer, recorder = experiment.trainer, OperatorRecorder()
+    step = trainer.take_step
+    step.graphs = GraphedMicroStep(step, recorder=recorder, most_pixels=1023)
+    index = torch.arange(8)
+    step(trainer.data.train, index, 0, 0)
+    step(trainer.data.train, index, 0, 0)
+    assert recorder.num_recorded == 0
+    step.graphs.most_pixels = None
+    for _ in range(4):
+        totals = step(trainer.data.train, index, 0, 0)
+    first, loss = recorder.num_recorded, float(totals.loss)
+    assert first > 0
+    trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for _ in range(4):
+        step(trainer.data.train, index, 0, 0)
+    assert recorder.num_recorded == 2 * first
+    assert float(totals.loss) == loss, "a step's totals are the caller's"
+
+
+def test_graphs_without_cuda_are_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UsageError, match=r"runtime\.graphs"):
+        build_experiment(tiny_recipe(runtime__graphs=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_law_6_on_cuda(case):
+    recipe = {**CASES[case], "runtime__device": "cuda", "runtime__deterministic": True}
+    expected, eager = train(tiny_recipe(**recipe, runtime__graphs=False), device="cuda")
+    found, records = train(tiny_recipe(**recipe, runtime__graphs=True), device="cuda")
+    assert not [r for r in records if isinstance(r, NoticeRecord) and "CUDA graphs" in r.text]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert [getattr(r, "train_loss", None) for r in records] == [getattr(r, "train_loss", None) for r in eager]

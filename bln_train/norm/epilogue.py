@@ -1,8 +1,9 @@
 """What surrounds a folded linear operation: norm, residual sum, activation and all their sums, forward and backward.
 
 On the CPU each direction is one pass of a compiled kernel (norm/epilogue.c) where tensors are float32 or float64, of the
-parameters' precision, channels-last or (N, C), and their channels a multiple of the kernel's vectors; otherwise, and on every
-other device, PyTorch's operators, pass by pass. Both compute the same up to rounding.
+parameters' precision, channels-last or (N, C), and their channels a multiple of the kernel's vectors. On CUDA it is one of a
+Triton kernel (norm/triton_kernels.py) where Triton works there and tensors have one memory order, low precision included.
+Otherwise, and on every other device, PyTorch's operators, pass by pass. All compute the same up to rounding.
 
 Legend as in norm/functional.py: N images, C channels, S positions of an image.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bln_train.norm import triton_launch
 from bln_train.norm.compiled import TYPES, address, library
 
 Activation = Literal["identity", "relu", "leaky_relu"]
@@ -71,6 +73,10 @@ def forward_(
     """
     num_images, num_channels = y.shape[:2]
     num_positions = y.numel() // (num_images * num_channels)
+    if triton_launch.takes(y, table.dtype, residual):
+        sums = table.new_empty(2, num_channels)
+        triton_launch.forward(y, residual, table, code(activation), slope, sums, nll, num_watched, watched)
+        return sums
     kernels = kernels_for(y, table.dtype)
     if kernels is not None:
         sums = torch.empty(2, num_channels, dtype=y.dtype)
@@ -97,6 +103,10 @@ def forward_(
 
 def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of y and of y^2 over everything but channels, taken in dtype: dense (N, C, *spatial) to (2, C)."""
+    if triton_launch.takes(y, dtype):
+        sums = torch.empty(2, y.shape[1], dtype=dtype, device=y.device)
+        triton_launch.forward(y, None, None, code("identity"), 0.0, sums)
+        return sums
     kernels = kernels_for(y, dtype)
     if kernels is None:
         rows, axes = _flat(y)
@@ -110,6 +120,9 @@ def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: Activation, slope: float) -> None:
     """`forward_` without its sums; of the table the rows SCALE and SHIFT are enough."""
+    if triton_launch.takes(y, table.dtype, residual):
+        triton_launch.forward(y, residual, table, code(activation), slope, None)
+        return
     kernels = kernels_for(y, table.dtype)
     if kernels is not None:
         sums = torch.empty(2, y.shape[1], dtype=y.dtype)
@@ -168,7 +181,8 @@ def backward(
     may_overwrite = may_overwrite or grad_out is not given_grad
     del given_grad
     corrects = corrects and grad_nll is not None
-    if kernels is None:
+    on_device = triton_launch.takes(order, table.dtype, grad_out)
+    if kernels is None and not on_device:
         return _eager_backward(
             grad_out, z, given, residual, table, sums, grad_nll, activation, slope, vectors, corrects, may_overwrite
         )
@@ -177,13 +191,19 @@ def backward(
     spare = grad_out if may_overwrite and not keeps else None
     grad = grad_y = None
     if wants_grad and not keeps:
-        grad = torch.empty_like(order) if spare is None else spare
+        grad = torch.empty_like(grad_out) if spare is None else spare
     elif spare is not None:
         grad_y = spare
-    grad_y = torch.empty_like(order) if grad_y is None else grad_y
+    grad_y = torch.empty_like(grad_out) if grad_y is None else grad_y
     z = z if z is None else in_order_of(z, order)
     given = order if given is None and activation == "identity" else given
     residual = residual if residual is None else in_order_of(residual, order)
+    if on_device:
+        triton_launch.backward(
+            grad_out, z, given, residual, table, sums, grad_nll, code(activation), slope, corrects, grad_y, grad, vectors
+        )
+        return grad_out if grad is None else grad, grad_y
+    assert kernels is not None
     failed = kernels.backward(
         address(grad_out), address(z), address(given), address(residual), address(table), address(sums),
         address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, code(activation), slope,

@@ -21,6 +21,7 @@ from bln_train.models.trained import build_trained_model
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
+from bln_train.norm.triton_launch import why_not_triton
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.parallel import ALONE, World
 from bln_train.recipe import Recipe
@@ -129,7 +130,7 @@ def assemble(
     notices = list(notices)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
-        why = why_not_compiled() if device.type == "cpu" else ""
+        why = _why_not_compiled(device)
         if why:
             notices.append(f"Folded norms run PyTorch's operators, which is slower than compiled kernels: {why}.")
     statistics = BatchlessStatistics(model)
@@ -276,6 +277,13 @@ def build_network(
     except ValueError as error:
         raise UsageError(f"model {recipe.model.name} with norm {recipe.norm.name}: {error}") from error
     return model.to(dtype), notices
+
+
+def _why_not_compiled(device: torch.device) -> str:
+    """Why folded norms have no compiled kernels on a device; "" if they have, or none are wanted, or there never are any."""
+    if device.type == "cuda":
+        return why_not_triton(device)
+    return why_not_compiled() if device.type == "cpu" else ""
 
 
 def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:

@@ -18,6 +18,7 @@ import torch
 from bln_train.build import build_experiment
 from bln_train.data import default_root
 from bln_train.norm.compiled import why_not_compiled
+from bln_train.norm.triton_launch import why_not_triton
 from bln_train.recipe import Recipe
 from bln_train.runtime import device_name
 from bln_train.units import format_bytes
@@ -88,6 +89,13 @@ def _versions() -> Iterator[Finding]:
         yield Finding("compiled kernels", why, "warning", advice)
     else:
         yield Finding("compiled kernels", "yes")
+    for device in _torch_devices()[1:]:
+        why = why_not_triton(device)
+        if why:
+            advice = "Training there runs PyTorch's operators: slower, and the same up to rounding. A C compiler may be missing."
+            yield Finding(f"Triton kernels on {device}", why, "warning", advice)
+        else:
+            yield Finding(f"Triton kernels on {device}", "yes")
     system = platform.platform()
     if "microsoft" in platform.release().lower() or sys.platform == "win32":
         yield Finding(

@@ -250,8 +250,9 @@ class Runtime(Section):
     num_threads: Positive | None = None
     """CPU threads; default PyTorch's."""
     compiled: bool = True
-    """On a CPU, folded norms run kernels that the system's C compiler builds once, where there is one; false: PyTorch's
-    operators, slower, the same up to rounding."""
+    """Folded norms run kernels that are compiled once: on a CPU by the system's C compiler, on CUDA by Triton, which comes with
+    PyTorch for Linux (compute capability 7.0 or more). Where that cannot be, and with false: PyTorch's operators, slower, the
+    same up to rounding."""
     graphs: Literal["auto"] | bool = "auto"
     """On CUDA, record a micro-step once and replay it, which launches all its kernels at once: for one more micro-batch's
     activations in memory. `auto`: where micro-batches are small, up to 65,536 pixels."""

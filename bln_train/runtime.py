@@ -13,7 +13,8 @@ import torch
 
 from bln_train.errors import UsageError
 from bln_train.launch import launch
-from bln_train.norm.compiled import use_compiled, uses_compiled
+from bln_train.norm.compiled import compiled_is_wanted, use_compiled, uses_compiled
+from bln_train.norm.triton_launch import why_not_triton
 from bln_train.units import format_bytes
 
 _LEAST_HEADROOM = 256 * 2**20
@@ -226,7 +227,7 @@ def environment(device: torch.device) -> dict[str, str | int | bool | None]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "num_threads": torch.get_num_threads(),
         "world_size": launch().size,
-        "compiled": None if cuda else uses_compiled(),
+        "compiled": compiled_is_wanted() and not why_not_triton(device) if cuda else uses_compiled(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),

@@ -42,6 +42,8 @@ LAYERS = [
         "norm.fused",
         "norm.fuse",
         "norm.trace",
+        "norm.triton_kernels",
+        "norm.triton_launch",
         "norm.merge",
         "norm.convert",
         "norm.convert_state",

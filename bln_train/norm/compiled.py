@@ -29,7 +29,8 @@ _hollow = False
 
 
 def use_compiled(wanted: bool) -> None:
-    """Let folded layers run compiled kernels on the CPU where they can (the default), or PyTorch's operators alone."""
+    """Let folded layers run compiled kernels where they can (the default), of C on the CPU and of Triton on CUDA, or PyTorch's
+    operators alone."""
     global _wanted
     _wanted = wanted
 

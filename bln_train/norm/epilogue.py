@@ -200,7 +200,19 @@ def backward(
     residual = residual if residual is None else in_order_of(residual, order)
     if on_device:
         triton_launch.backward(
-            grad_out, z, given, residual, table, sums, grad_nll, code(activation), slope, corrects, grad_y, grad, vectors
+            grad_out,
+            z,
+            given,
+            residual,
+            table,
+            sums,
+            grad_nll,
+            code(activation),
+            slope,
+            corrects,
+            grad_y,
+            grad,
+            vectors,
         )
         return grad_out if grad is None else grad, grad_y
     assert kernels is not None

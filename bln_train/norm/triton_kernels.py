@@ -68,7 +68,9 @@ def _row(table, row: tl.constexpr, channels, num_channels):
 
 
 @triton.jit
-def _store_partial(partials, number: tl.constexpr, values, channels, num_channels, AXIS: tl.constexpr, NUM_SUMS: tl.constexpr):
+def _store_partial(
+    partials, number: tl.constexpr, values, channels, num_channels, AXIS: tl.constexpr, NUM_SUMS: tl.constexpr
+):
     row = tl.program_id(0) * NUM_SUMS + number
     total = tl.expand_dims(tl.sum(values, AXIS), AXIS)
     tl.store(partials + row * num_channels + channels, total, mask=channels < num_channels)
@@ -102,7 +104,9 @@ def forward(
     """
     channels = tl.expand_dims(tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), AXIS)
     is_channel = channels < num_channels
-    zero = tl.zeros([BLOCK_POSITIONS if AXIS == 0 else BLOCK_CHANNELS, BLOCK_CHANNELS if AXIS == 0 else BLOCK_POSITIONS], REAL)
+    zero = tl.zeros(
+        [BLOCK_POSITIONS if AXIS == 0 else BLOCK_CHANNELS, BLOCK_CHANNELS if AXIS == 0 else BLOCK_POSITIONS], REAL
+    )
     total, square = zero, zero
     seen_total, seen_square, shown, alive = zero, zero, zero, zero
     if table is not None:
@@ -190,7 +194,9 @@ def backward(
     """
     channels = tl.expand_dims(tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), AXIS)
     is_channel = channels < num_channels
-    zero = tl.zeros([BLOCK_POSITIONS if AXIS == 0 else BLOCK_CHANNELS, BLOCK_CHANNELS if AXIS == 0 else BLOCK_POSITIONS], REAL)
+    zero = tl.zeros(
+        [BLOCK_POSITIONS if AXIS == 0 else BLOCK_CHANNELS, BLOCK_CHANNELS if AXIS == 0 else BLOCK_POSITIONS], REAL
+    )
     total, product = zero, zero
     scale = _row(table, SCALE, channels, num_channels)
     if grad_nll is not None:
@@ -243,7 +249,9 @@ def finish_backward(
     raw, gamma, beta = mean + num_channels, mean + 2 * num_channels, mean + 3 * num_channels
     if grad_nll is not None:
         weight = tl.load(grad_nll)
-        of_mean = _row(table, MEAN_MOMENT, channels, num_channels) * _row(sums, 0, channels, num_channels) / num_positions
+        of_mean = (
+            _row(table, MEAN_MOMENT, channels, num_channels) * _row(sums, 0, channels, num_channels) / num_positions
+        )
         of_raw = _row(table, RAW_MOMENT, channels, num_channels) * _row(sums, 1, channels, num_channels) / num_positions
         of_raw += _row(table, RAW_IMAGE, channels, num_channels) * num_images
         tl.store(mean, tl.load(mean, mask=is_channel) + weight * of_mean, mask=is_channel)

@@ -20,9 +20,11 @@ from torch import Tensor
 from bln_train.errors import first_line
 from bln_train.norm.compiled import compiled_is_wanted
 
-_TYPES = ("cuda",)  # of devices; a test adds the CPU, on which Triton's interpreter runs
+_TYPES: tuple[str, ...] = ("cuda",)  # of devices; a test adds the CPU, on which Triton's interpreter runs
 _OLDEST = (7, 0)  # compute capability that Triton supports
-_WHAT_SUMS = {torch.float16: torch.float32, torch.bfloat16: torch.float32} | {k: k for k in (torch.float32, torch.float64)}
+_WHAT_SUMS = {torch.float16: torch.float32, torch.bfloat16: torch.float32} | {
+    k: k for k in (torch.float32, torch.float64)
+}
 
 # Guesses, none of them measured. A tile has as many entries as keep a thread's loads and six sums in registers; a row of it
 # is one line of the cache in float32.
@@ -34,7 +36,7 @@ _FINISH_CHANNELS = 512
 _FINISH_WARPS = 16
 _MOST_SUMS = 6
 PARTIAL_BYTES = _MOST_SUMS * _MOST_PROGRAMS * max(_TILE_CHANNELS.values()) * torch.float64.itemsize
-"""The most that partial sums take, for up to `_MOST_PROGRAMS` times `_TILE_CHANNELS` channels; beyond it is `_MOST_SUMS` values each."""
+"""The most that partial sums take; beyond 16,384 channels it is `_MOST_SUMS` values for each."""
 
 
 class _Grid(NamedTuple):
@@ -67,8 +69,7 @@ def why_not_triton(device: torch.device) -> str:
     """Why no Triton kernel runs on a CUDA device; "" if they do, or are not wanted."""
     if not compiled_is_wanted():
         return ""
-    index = device.index
-    return _trial(device.type, torch.cuda.current_device() if index is None and device.type == "cuda" else index)
+    return _trial(torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device)
 
 
 def forward(
@@ -177,13 +178,14 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _trial(kind: str, index: int | None) -> str:
+def _trial(device: torch.device) -> str:
     """What is wrong with the kernels on a device, "" if nothing: they run once, and have to give what they should."""
-    device = torch.device(kind, index)
     try:
-        if kind == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < _OLDEST:
+        if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < _OLDEST:
             have = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            return f"{torch.cuda.get_device_name(device)} has compute capability {have}, below {_OLDEST[0]}.{_OLDEST[1]}"
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {have}, below {_OLDEST[0]}.{_OLDEST[1]}"
+            )
         return _try_on(device)
     except torch.OutOfMemoryError:
         raise  # says nothing of the kernels
@@ -209,6 +211,12 @@ def _try_on(device: torch.device) -> str:
     backward(grad_out, out, None, residual, table, sums, grad_nll, 1, 0.0, True, grad_y, None, vectors)
     g = grad_out * (z > 0)
     gives = g * table[Row.SCALE] + grad_nll * (table[Row.OFFSET] + table[Row.GAIN] * (z - residual))
-    pairs = ((out, z), (sums, torch.stack((y.sum(0), (y * y).sum(0)))), (nll, likelihood), (grad_y, gives), (vectors[3], g.sum(0)))
+    pairs = (
+        (out, z),
+        (sums, torch.stack((y.sum(0), (y * y).sum(0)))),
+        (nll, likelihood),
+        (grad_y, gives),
+        (vectors[3], g.sum(0)),
+    )
     close = all(torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in pairs)
     return "" if close else "Triton's kernels compute something else than PyTorch on this device"

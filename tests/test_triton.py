@@ -170,18 +170,14 @@ def compile_for(capability, name, args, options, folder):
 def test_every_variant_compiles_for_a_card_that_is_not_here(capability, launches, tmp_path, monkeypatch):
     """Down to machine code, by the assembler that Triton brings; for one capability all of them, for the others one of each."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    few, every = [(True, False, True, False, True)], list(itertools.product((False, True), repeat=5))
-    cases = [
-        ((2, 64, 4, 4), torch.bfloat16, LAST, "relu", *options) for options in (every if capability == 80 else few)
-    ]
-    for activation, options in itertools.product(ACTIVATIONS, [*few, (False,) * 5]):
-        cases += [((2, 64, 4, 4), torch.float32, LAST, activation, *options)]
-    cases += [
-        ((2, 3, 5, 5), dtype, order, "leaky_relu", *few[0])
-        for dtype in (torch.float64, torch.float16)
-        for order in (LAST, FIRST)
-    ]
-    cases += [((2, 1, 3, 3), torch.float32, FIRST, "relu", *few[0])]
+    some = (True, False, True, False, True)
+    cases = [((2, 64, 4, 4), dtype, LAST, "relu", *some) for dtype in (torch.bfloat16, torch.float32)]
+    cases += [((2, 3, 5, 5), torch.float64, FIRST, "leaky_relu", *some)]
+    if capability == 80:
+        every = itertools.product(ACTIVATIONS, *[(False, True)] * 3, [False], [False, True])
+        cases += [((2, 64, 4, 4), torch.float32, LAST, *options) for options in every]
+        cases += [((2, 3, 5, 5), dtype, LAST, "leaky_relu", *some) for dtype in (torch.float64, torch.float16)]
+        cases += [((2, 1, 3, 3), torch.float32, FIRST, "relu", *some)]
     for case in cases:
         there_and_back(*case)[0]()
     y = torch.empty(2, 64, 4, 4).contiguous(memory_format=LAST)

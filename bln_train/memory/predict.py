@@ -20,7 +20,7 @@ from bln_train.data import DataSet, ImageSet
 from bln_train.memory.allocator import BLOCK_BYTES, MIB, Block, CachingAllocator
 from bln_train.memory.trace import HollowTracker, Trace
 from bln_train.norm.compiled import compiled_is_wanted, hollow_kernels, use_compiled
-from bln_train.norm.triton_launch import PARTIAL_BYTES
+from bln_train.norm.triton_launch import hollow_launches
 from bln_train.recipe import Recipe
 from bln_train.signals import StopRequested
 from bln_train.train.step import AccumulationStep
@@ -83,27 +83,31 @@ def plan_memory(
     Raises:
         UsageError: the network cannot be built.
     """
-    effective = recipe.train.effective_batch_size
+    context = context_bytes if cuda else None
+    rows = _rows(recipe, micro_batch_sizes, context_bytes=context)
+    if cuda and recipe.runtime.compiled:
+        # A device runs Triton's kernels or, where they do not work, operators. Those take more tensors, but for partial sums; what
+        # the allocator needs beyond depends on the order in which they come and go.
+        with hollow_launches():
+            others = _rows(recipe, micro_batch_sizes, context_bytes=context)
+        rows = [max(pair, key=lambda row: row.total_bytes) for pair in zip(rows, others, strict=True)]
+    return rows
+
+
+def _rows(recipe: Recipe, micro_batch_sizes: Sequence[int], *, context_bytes: int | None) -> list[PlanRow]:
+    """The prediction for one path; without a context for the CPU."""
+    effective, cuda = recipe.train.effective_batch_size, context_bytes is not None
     rest = {size: effective - size for size in micro_batch_sizes if size < effective < 2 * size}
     with _kernels(wanted=recipe.runtime.compiled and not cuda), torch.random.fork_rng(devices=[]):
         traces, twins = _traces(_on_cpu(recipe), [*micro_batch_sizes, *rest.values()])
-    context = context_bytes if cuda else None
-    # Traced are PyTorch's operators: a device may have to do without Triton's kernels, which take less but for their partial sums.
-    libraries = MATMUL_BYTES + (PARTIAL_BYTES if recipe.runtime.compiled else 0)
     rows = []
     for size in micro_batch_sizes:
         trace, single = traces[size], size in rest or size == effective
         seen = trace.all_but_second() if single else torch.ones(trace.num_events + 1, dtype=torch.bool)
-        row = _row(trace, twins.get(size), seen, context_bytes=context, library_bytes=libraries)
+        row = _row(trace, twins.get(size), seen, context_bytes=context_bytes)
         if size in rest:  # gradients are there when the second and last micro-batch comes, which is smaller
             smaller = traces[rest[size]]
-            second = _row(
-                smaller,
-                twins.get(rest[size]),
-                smaller.second_micro_batch(),
-                context_bytes=context,
-                library_bytes=libraries,
-            )
+            second = _row(smaller, twins.get(rest[size]), smaller.second_micro_batch(), context_bytes=context_bytes)
             row = max(row, replace(second, micro_batch_size=size), key=lambda r: r.total_bytes)
         rows.append(row)
     return rows
@@ -248,13 +252,12 @@ def _two_micro_batches(step: AccumulationStep) -> Iterator[None]:
         del step._micro_batches
 
 
-def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int | None, library_bytes: int) -> PlanRow:
+def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int | None) -> PlanRow:
     """The prediction that a trace gives; without a context that of the CPU.
 
     Args:
         seen: (E + 1,) bool, the events that happen.
         twin: the same step with one image more, where there is one.
-        library_bytes: that CUDA's libraries and our kernels may hold all the time.
     """
     cuda = context_bytes is not None
     block = BLOCK_BYTES if cuda else 1
@@ -267,8 +270,8 @@ def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int |
         per_image = float(twin.live_bytes()[peak] - trace.live_bytes()[peak])
     workspace = rounding = None
     if cuda:
-        workspace = int(trace.scratch[peak]) + library_bytes
-        rounding = max(0, _reserved_bytes(trace, seen, library_bytes) - int(in_use[peak]) - library_bytes)
+        workspace = int(trace.scratch[peak]) + MATMUL_BYTES
+        rounding = max(0, _reserved_bytes(trace, seen) - int(in_use[peak]) - MATMUL_BYTES)
     beside = (workspace or 0) + (rounding or 0) + (context_bytes or 0)
     return PlanRow(
         trace.num_images,
@@ -282,12 +285,10 @@ def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int |
     )
 
 
-def _reserved_bytes(trace: Trace, seen: Tensor, library_bytes: int) -> int:
+def _reserved_bytes(trace: Trace, seen: Tensor) -> int:
     """The most that CUDA's allocator has to take from the device during the step."""
     allocator = CachingAllocator()
     allocator.allocate(MATMUL_BYTES)
-    if library_bytes > MATMUL_BYTES:
-        allocator.allocate(library_bytes - MATMUL_BYTES)
     births: dict[int, list[tuple[int, int]]] = {}
     deaths: dict[int, list[int]] = {}
     for serial, (size, born, died) in enumerate(

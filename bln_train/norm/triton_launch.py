@@ -4,13 +4,15 @@ Triton comes with PyTorch's CUDA builds for Linux. It compiles a kernel when it 
 its launcher with the system's C compiler. Nothing here waits for the device, so that all of it can be recorded in a CUDA graph.
 
 Memory: results, and partial sums of at most `PARTIAL_BYTES`, or a few vectors of C, which are free again when a function returns.
-No other temporary, and no copy: never more than PyTorch's operators take, which is what a plan counts, but for those sums, which it
-adds (memory/predict.py).
+No other temporary, and no copy: but for those sums never more than PyTorch's operators take. A plan traces both paths
+(memory/predict.py), this one inside `hollow_launches`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -38,6 +40,19 @@ _MOST_SUMS = 6
 PARTIAL_BYTES = _MOST_SUMS * _MOST_PROGRAMS * max(_TILE_CHANNELS.values()) * torch.float64.itemsize
 """The most that partial sums take; beyond 16,384 channels it is `_MOST_SUMS` values for each."""
 
+_hollow = False
+
+
+@contextmanager
+def hollow_launches() -> Iterator[None]:
+    """Take tensors of the CPU for those of a CUDA device inside, and allocate what launches would, without any."""
+    global _hollow
+    before, _hollow = _hollow, True
+    try:
+        yield
+    finally:
+        _hollow = before
+
 
 class _Grid(NamedTuple):
     """How programs share a tensor; see norm/triton_kernels.py."""
@@ -55,14 +70,16 @@ class _Grid(NamedTuple):
 
 def takes(order: Tensor, dtype: torch.dtype, *others: Tensor | None) -> bool:
     """Whether kernels can take a tensor, constants of dtype, and other tensors of its shape, which must be in its memory order."""
-    if order.device.type not in _TYPES or not compiled_is_wanted() or _WHAT_SUMS.get(order.dtype) != dtype:
+    if not _hollow and not (order.device.type in _TYPES and compiled_is_wanted()):
+        return False
+    if _WHAT_SUMS.get(order.dtype) != dtype:
         return False
     if _axis(order) is None or not order.numel():
         return False
     for other in others:
         if other is not None and (_axis(other) != _axis(order) or _WHAT_SUMS.get(other.dtype) != dtype):
             return False
-    return not why_not_triton(order.device)
+    return _hollow or not why_not_triton(order.device)
 
 
 def why_not_triton(device: torch.device) -> str:
@@ -77,7 +94,7 @@ def forward(
     nll: Tensor | None = None, num_watched: int = 0, watched: Tensor | None = None,
 ) -> None:  # fmt: skip
     """`forward_` of norm/epilogue.py, into sums; without sums the map alone, without table the sums alone."""
-    kernels, grid = _kernels(), _grid(y)
+    grid = _grid(y)
     num_images, num_channels = y.shape[:2]
     num_positions = y.numel() // (num_images * num_channels)
     num_sums = 0 if sums is None else (2 if watched is None else _MOST_SUMS)
@@ -85,6 +102,9 @@ def forward(
     partials = None
     if num_sums:
         partials = torch.empty(grid.num_blocks, num_sums, num_channels, dtype=real, device=y.device)
+    if _hollow:
+        return
+    kernels = _kernels()
     with torch.cuda.device_of(y):
         kernels.forward[grid.num_blocks, grid.num_channel_blocks](
             y, residual, table, partials, grid.length, grid.tiles_per_part, grid.num_tiles, grid.tiles_per_program,
@@ -104,10 +124,13 @@ def backward(
     grad_nll: Tensor | None, activation: int, slope: float, corrects: bool, grad_y: Tensor, grad: Tensor | None, vectors: Tensor,
 ) -> None:  # fmt: skip
     """`backward` of norm/epilogue.py, into grad_y and, where it is wanted, grad; each may be grad_out. All in one memory order."""
-    kernels, grid = _kernels(), _grid(grad_out)
+    grid = _grid(grad_out)
     num_images, num_channels = grad_out.shape[:2]
     num_positions = grad_out.numel() // (num_images * num_channels)
     partials = torch.empty(grid.num_blocks, 2, num_channels, dtype=table.dtype, device=grad_out.device)
+    if _hollow:
+        return
+    kernels = _kernels()
     with torch.cuda.device_of(grad_out):
         kernels.backward[grid.num_blocks, grid.num_channel_blocks](
             grad_out, z, given, residual, table, grad_nll if corrects else None, grad_y, grad, partials, grid.length,

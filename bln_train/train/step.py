@@ -26,7 +26,8 @@ from bln_train.rng import instance_seeds
 from bln_train.signals import StopRequested, never
 
 _BLOCK_IMAGES = 128
-_BLOCK_BYTES = 2**18  # of images that are sent to a device at once
+SENT_BYTES = 2**18
+"""Of images that go to a device at once, at most, unless one micro-batch has more."""
 _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
 
 
@@ -324,7 +325,7 @@ class AccumulationStep:
         # Labels and seeds of many micro-batches in one call, but not of all: memory is flat in the effective batch.
         size = self.micro_batch_size
         image_bytes = images.images.shape[1:].numel()  # no view: it would count as a tensor of training
-        most = _BLOCK_IMAGES if self.device.type == "cpu" else min(_BLOCK_IMAGES, _BLOCK_BYTES // image_bytes)
+        most = _BLOCK_IMAGES if self.device.type == "cpu" else min(_BLOCK_IMAGES, SENT_BYTES // image_bytes)
         for block in index.split(max(1, most // size) * size):
             labels, seeds = images.labels[block].to(self.device), instance_seeds(seed, epoch, block).to(self.device)
             # To another device a block of images goes at once: each transfer costs as much as a small image's forward.

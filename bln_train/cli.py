@@ -64,6 +64,7 @@ def run(
 ) -> None:
     """Train a recipe; the run folder keeps recipe, metrics, checkpoint and summary."""
     from bln_train import console, console_tables
+    from bln_train.console_progress import Progress, show_progress
     from bln_train.recipe import Recipe
     from bln_train.recipe_file import load_any_recipe
     from bln_train.report.runlog import RunFolder, free_folder, latest_folder
@@ -80,12 +81,13 @@ def run(
         folder.check_usable(loaded, resume=resume)
 
     from bln_train.run import run as run_recipe  # torch, from here on
+    from bln_train.runtime import memory_limit
 
     with ExitStack() as display:
-        listen: console.Listener  # once there is a display
+        progress: Progress  # once there is one
 
         def announce(experiment: Any) -> None:
-            nonlocal listen
+            nonlocal progress
             trainer = experiment.trainer
             console.say(
                 f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch "
@@ -95,10 +97,17 @@ def run(
             )
             if trainer.step:
                 console.say(f"resumed at step {trainer.step}")
-            listen = display.enter_context(console.show_progress(trainer.num_steps, trainer.step))
+            limit_bytes = memory_limit(experiment.device, loaded.train.memory_budget)
+            progress = display.enter_context(show_progress(trainer.num_steps, trainer.step, limit_bytes))
 
         summary = run_recipe(
-            loaded, folder, name=recipe, resume=resume, announce=announce, listen=lambda record: listen(record)
+            loaded,
+            folder,
+            name=recipe,
+            resume=resume,
+            announce=announce,
+            listen=lambda record: progress(record),
+            say_stopping=lambda text: progress.stopping(text),
         )
     if launch().rank:
         return  # rank 0 speaks for all
@@ -119,10 +128,11 @@ def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, r
         )
     folder.check_usable(loaded, resume=False)
 
+    from bln_train.console_progress import show_share
     from bln_train.console_synthetic import print_synthetic
     from bln_train.run_synthetic import run_synthetic  # torch, from here on
 
-    with console.show_share() as progress:
+    with show_share() as progress:
         summary = run_synthetic(loaded, folder, name=recipe, progress=progress)
     if json_:
         console.print_json({**summary, "folder": str(folder.path)})
@@ -160,8 +170,10 @@ def compare(
     """Run a grid of norms and batch sizes and put accuracy, peak memory and speed side by side."""
     from bln_train import compare as grid
     from bln_train import console, console_tables
+    from bln_train.console_progress import show_cells
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_comparison
+    from bln_train.units import parse_bytes
 
     loaded = load_recipe(recipe, overrides(set_, device))
     folder = out or Path("comparisons") / Path(recipe).stem
@@ -177,8 +189,9 @@ def compare(
         num_seeds=seeds,
     )
     grid.open_comparison(folder, loaded)
-    with console.show_cells(len(cells)) as show:
-        grid.run_cells(cells, show)
+    budget = loaded.train.memory_budget
+    with show_cells(len(cells), None if budget is None else parse_bytes(budget)) as show:
+        grid.run_cells(cells, show, show.stopping)
     table, environment = grid.rows(cells), grid.environment_of(cells)
     grid.write_tables(folder, table, environment)
     plot_comparison(folder, table, environment.get("device", "-"))

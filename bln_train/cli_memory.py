@@ -36,6 +36,7 @@ def memory(
     """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
     from bln_train import console, console_tables
     from bln_train.compare import plan_cells
+    from bln_train.console_progress import show_cells
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_memory
 
@@ -53,7 +54,7 @@ def memory(
 
     from bln_train.memory import sweep  # torch, from here on
 
-    with console.show_cells(sweep.num_stages(cells)) as show:
+    with show_cells(sweep.num_stages(cells)) as show:
         document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
     sweep.write_tables(folder, document)
     plot_memory(folder, document)

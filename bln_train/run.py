@@ -28,7 +28,7 @@ from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.runlog import METRICS, RECIPE, RunFolder
 from bln_train.run_lock import locked
-from bln_train.signals import StopRequested, never, stop_requests
+from bln_train.signals import StopRequested, never, stop_requests, write_now
 from bln_train.train.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.recovery import does_not_fit, explain, is_out_of_memory
@@ -45,6 +45,7 @@ def run(
     resume: bool = False,
     listen: Callable[[Record], None] = lambda record: None,
     announce: Callable[[Experiment], None] = lambda experiment: None,
+    say_stopping: Callable[[str], None] = write_now,
 ) -> dict[str, Any]:
     """Train `recipe` to its end and return the summary that the folder keeps.
 
@@ -54,17 +55,18 @@ def run(
             that is finished the summary is returned as it is.
         listen: is called with every record.
         announce: is called once, when everything is built and before the first step.
+        say_stopping: is told of a stop that is under way, while its signal is handled: it may not print.
 
     Raises:
         BlnError: of the kind that says what is wrong; on InterruptedRunError the state has been saved.
     """
     with joined(runtime.resolve_device(recipe.runtime.device), recipe.runtime.process_timeout_seconds) as world:
         if world.rank:
-            return _run(world, recipe, folder, name, resume, lambda record: None, lambda experiment: None)
+            return _run(world, recipe, folder, name, resume, lambda record: None, lambda experiment: None, write_now)
         folder.check_usable(recipe, resume=resume)
         with locked(folder.path):
             folder.check_usable(recipe, resume=resume)  # another process may have been here in between
-            return _run(world, recipe, folder, name, resume, listen, announce)
+            return _run(world, recipe, folder, name, resume, listen, announce, say_stopping)
 
 
 def _run(
@@ -75,6 +77,7 @@ def _run(
     resume: bool,
     listen: Callable[[Record], None],
     announce: Callable[[Experiment], None],
+    say_stopping: Callable[[str], None],
 ) -> dict[str, Any]:
     """`run` in one of the processes that share it; rank 0 alone writes."""
     writes = world.rank == 0
@@ -128,7 +131,7 @@ def _run(
     memory = folder.last_memory() or trainer.memory_record()
     last_saved = began = time.monotonic()
     with (
-        stop_requests(_STOPPING) as world.stop_asked,
+        stop_requests(lambda: say_stopping(_STOPPING)) as world.stop_asked,
         planned_advice(recipe, experiment),
         explained_failures(recipe),
         kept_state(folder, lambda: saved_step),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from bln_train.errors import BlnError
 from bln_train.report.runlog import json_text
@@ -31,12 +33,18 @@ def print_error(error: BlnError) -> None:
 
 def print_line(text: str) -> None:
     """A line of the result, on stdout, as it is."""
-    out.print(text, soft_wrap=True, markup=False)
+    _flow(out, text)
 
 
-def say(text: str) -> None:
+def say(text: str | Text) -> None:
     """A line of talk, on stderr, as it is."""
-    talk.print(text, soft_wrap=True, markup=False)
+    _flow(talk, text)
+
+
+def _flow(console: Console, text: str | Text) -> None:
+    """Print a line: on a terminal broken between words; elsewhere, or where a word (a path) is longer than a line, whole."""
+    breaks = console.is_terminal and all(cell_len(word) <= console.width for word in str(text).split())
+    console.print(text, soft_wrap=not breaks, markup=False)
 
 
 def note(text: str) -> None:

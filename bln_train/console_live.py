@@ -21,7 +21,7 @@ from bln_train.units import format_bytes, format_seconds
 _DRAWN_PER_SECOND = 4
 _ROOM_FOR_CTRL_C = 2  # the terminal echoes ^C where the cursor is; on a new line it would be left behind
 _LEVELS = "▁▂▃▄▅▆▇█"
-_LEAST_BAR, _MOST_BAR = 6, 60
+_LEAST_BAR, _MOST_BAR = 4, 60
 
 
 class Pace:
@@ -245,7 +245,7 @@ class ShareView(View):
         yield fit(
             [
                 (2, lambda room: bar(self.done, room, ascii_only=ascii_only)),
-                (1, f"{100 * self.done:3.0f} %"),
+                (1, f"{100 * self.done:.0f} %"),
                 (0, format_left(self.pace.seconds_left())),
             ],
             width,

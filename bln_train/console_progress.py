@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.markup import escape
+from rich.text import Text
 
 from bln_train.console import format_number, format_percent, say, talk
 from bln_train.console_live import Figures, Pace, RunView, ShareView, can_draw, drawn
@@ -75,7 +75,7 @@ class _Run:
             self.figures.memory = record
             self.pace.restart()  # the steps before it were measured, which takes time
         for line in _lines(record):
-            _print_above(line)
+            say(line)
 
     def after_step(self) -> None:
         """Nothing, where a thread draws."""
@@ -107,16 +107,11 @@ class _PlainRun(_Run):
         write_now(text)
 
 
-def _print_above(line: str) -> None:
-    """A line in markup: broken between words on a terminal, whole elsewhere."""
-    talk.print(line, soft_wrap=not can_draw(talk))
-
-
-def _lines(record: Record) -> Iterator[str]:
+def _lines(record: Record) -> Iterator[Text]:
     if isinstance(record, NoticeRecord):
-        yield f"[yellow]note:[/] {escape(record.text)}"
+        yield Text.assemble(("note:", "yellow"), f" {record.text}")
     elif isinstance(record, EpochRecord):
-        yield (
+        yield Text(
             f"epoch {record.epoch}: loss {record.train_loss:.3f}, {format_percent(record.train_accuracy)}; "
             f"{_evaluated(record)}{format_number(record.images_per_second, 0)} images/s"
         )
@@ -152,7 +147,7 @@ class _PlainCells:
 
         def listen(done: float, record: Record) -> None:
             for line in _lines(record):
-                talk.print(f"    {line}", soft_wrap=True)
+                say(Text.assemble("    ", line))
 
         return listen
 
@@ -167,12 +162,13 @@ class _LiveCells:
         self.num_cells, self.view = num_cells, ShareView()
         self.view.limit_bytes = limit_bytes
         self.stopping = self.view.stopping
-        self._name, self._epoch = "", ""
+        self._name = ""
+        self._epoch: Text | None = None
 
     def __call__(self, n: int, name: str) -> CellListener:
         self.conclude()
         figures = Figures()
-        self._name = escape(f"[{n + 1}/{self.num_cells}] {name}")
+        self._name = f"[{n + 1}/{self.num_cells}] {name}"
         self.view.what, self.view.done, self.view.figures = (
             f"{n + 1}/{self.num_cells} {name}",
             n / self.num_cells,
@@ -186,7 +182,7 @@ class _LiveCells:
                 figures.memory = record
             elif isinstance(record, NoticeRecord):
                 for line in _lines(record):
-                    _print_above(f"{self._name} {line}")
+                    say(Text.assemble(f"{self._name} ", line))
             else:
                 self._epoch = next(_lines(record))
             if done:
@@ -198,8 +194,8 @@ class _LiveCells:
     def conclude(self) -> None:
         """Print the last epoch of the cell that was under way."""
         if self._epoch:
-            _print_above(f"{self._name} {self._epoch}")
-        self._epoch = ""
+            say(Text.assemble(f"{self._name} ", self._epoch))
+        self._epoch = None
 
 
 @contextmanager

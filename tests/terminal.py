@@ -11,7 +11,9 @@ import time
 
 import pyte
 
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("BLN_DEBUG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("BLN_DEBUG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+}
 ENVIRONMENT |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
 

@@ -172,6 +172,7 @@ def compare(
     from bln_train import console, console_tables
     from bln_train.console_progress import show_cells
     from bln_train.recipe_file import load_recipe
+    from bln_train.report.board import require_tensorboard
     from bln_train.report.plots import plot_comparison
     from bln_train.units import parse_bytes
 
@@ -188,6 +189,7 @@ def compare(
         ],
         num_seeds=seeds,
     )
+    require_tensorboard(loaded)
     grid.open_comparison(folder, loaded)
     budget = loaded.train.memory_budget
     with show_cells(len(cells), None if budget is None else parse_bytes(budget)) as show:
@@ -309,6 +311,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from bln_train import console
     from bln_train.recipe import Recipe
     from bln_train.recipe_file import load_any_recipe
+    from bln_train.report.board import require_tensorboard
 
     loaded = load_any_recipe(recipe, set_ or ())
     if not isinstance(loaded, Recipe):
@@ -316,6 +319,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
             f"{recipe}: ok (synthetic, {len(loaded.streams)} streams of {loaded.num_samples} samples, "
             f"{loaded.num_repetitions} repetitions, batches of {', '.join(map(str, loaded.batch_sizes))})"
         )
+    require_tensorboard(loaded)
     console.print_line(
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",

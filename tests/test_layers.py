@@ -93,6 +93,7 @@ LAYERS = [
         "micro_batch",
         "memory.predict",
         "memory.sweep",
+        "report.board",
         "report.runlog",
         "report.plots",
         "report.error_plots",

@@ -14,9 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bln_train.cli_complete import complete_recipe
 from bln_train.cli_doctor import doctor
 from bln_train.cli_memory import memory, plan
-from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
+from bln_train.cli_options import (
+    DeviceOption,
+    JsonOption,
+    NormsOption,
+    OptionalRecipeArgument,
+    RecipeArgument,
+    SetOption,
+    overrides,
+    sizes,
+    split,
+)
 from bln_train.cli_recipes import recipes_app
 from bln_train.errors import (
     EXIT_FAILED,
@@ -142,10 +153,8 @@ def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, r
 
 @app.command()
 def compare(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
-    ] = "quickstart",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "batch,batchless",
+    recipe: OptionalRecipeArgument = "quickstart",
+    norm: NormsOption = "batch,batchless",
     effective_batch: Annotated[
         str,
         typer.Option(
@@ -278,7 +287,11 @@ def migrate(
     ] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Take statistics that a state dict lacks from this recipe's images."),
+        typer.Option(
+            metavar="RECIPE",
+            help="Take statistics that a state dict lacks from this recipe's images.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     set_: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,

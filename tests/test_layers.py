@@ -101,7 +101,7 @@ LAYERS = [
         "run_synthetic",
     },
     {"console", "console_live", "console_progress", "console_tables", "console_plan", "console_synthetic"},
-    {"cli_options", "cli_recipes", "cli_doctor"},
+    {"cli_complete", "cli_options", "cli_recipes", "cli_doctor"},
     {"cli_memory"},
     {"cli", "__main__"},
 ]

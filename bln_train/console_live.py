@@ -22,6 +22,7 @@ _DRAWN_PER_SECOND = 4
 _ROOM_FOR_CTRL_C = 2  # the terminal echoes ^C where the cursor is; on a new line it would be left behind
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LEAST_BAR, _MOST_BAR = 4, 60
+_WIDTH_FOR_WORDS = 60  # below it the curve of the loss needs the room more
 
 
 class Pace:
@@ -178,12 +179,12 @@ def figure_lines(figures: Figures, width: int, *, limit_bytes: int | None, ascii
     def losses(room: int) -> Text:
         return Text(("" if ascii_only else sparkline(figures.losses.means(room))).ljust(room), style="cyan")
 
-    started = figures.step > 0
+    started, label = figures.step > 0, "accuracy " if width >= _WIDTH_FOR_WORDS else ""
     yield fit(
         [
             (0, f"loss {figures.loss:.3f}" if started else "loss -"),
             (3, losses),
-            (2, f"accuracy {100 * figures.accuracy:.1f} %" if started else "accuracy -"),
+            (2, f"{label}{100 * figures.accuracy:.1f} %" if started else f"{label}-"),
             (1, f"{figures.speed:.{0 if figures.speed >= 10 else 1}f} images/s" if started else "- images/s"),
         ],
         width,

@@ -97,6 +97,11 @@ class Figures:
         self.losses.add(record.loss)
 
     @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to show: a resumed run begins at a step of which it knows nothing."""
+        return self._weight > 0
+
+    @property
     def peak_bytes(self) -> int | None:
         """The last peak that was measured."""
         return None if self.memory is None else self.memory.peak_bytes
@@ -179,7 +184,7 @@ def figure_lines(figures: Figures, width: int, *, limit_bytes: int | None, ascii
     def losses(room: int) -> Text:
         return Text(("" if ascii_only else sparkline(figures.losses.means(room))).ljust(room), style="cyan")
 
-    started, label = figures.step > 0, "accuracy " if width >= _WIDTH_FOR_WORDS else ""
+    started, label = figures.has_steps, "accuracy " if width >= _WIDTH_FOR_WORDS else ""
     yield fit(
         [
             (0, f"loss {figures.loss:.3f}" if started else "loss -"),
@@ -251,7 +256,7 @@ class ShareView(View):
             ],
             width,
         )
-        if self.figures is not None and self.figures.step:
+        if self.figures is not None and self.figures.has_steps:
             yield from figure_lines(self.figures, width, limit_bytes=self.limit_bytes, ascii_only=ascii_only)
 
 

@@ -95,7 +95,8 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
 
 @pytest.mark.parametrize("left_at", ["step 5", "an epoch's end"])
 def test_a_resumed_run_writes_no_step_twice(tmp_path, left_at):
-    """After a run that left between two checkpoints, steps and epochs that are taken again stand once, and none is missing."""
+    """After a run that left between two checkpoints, steps and epochs that are taken again stand once, and none is missing;
+    an event that is torn harms none before it."""
 
     def leave(record):  # as a second Ctrl-C does
         if (isinstance(record, EpochRecord) and left_at == "an epoch's end") or getattr(record, "step", 0) == 5:
@@ -107,6 +108,8 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path, left_at):
         run(begun, folder, name="tiny", listen=leave)
     before = scalars(written(folder), "train/loss" if every is None else "epoch/loss")
     assert [step for step, _ in before] == ([1, 2, 3, 4, 5] if every is None else [3])
+    with open(folder.event_files()[0], "r+b") as torn:  # as a kill in the middle of writing leaves it
+        torn.truncate(torn.seek(0, 2) - 3)
     run(begun, folder, name="tiny", resume=True)
     assert len(folder.event_files()) == 2
     _, records = check_equal_to_metrics(folder)

@@ -3,12 +3,13 @@
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from terminal import ENVIRONMENT, Terminal
 
-from bln_train.console_live import Figures, Pace, RunView
+from bln_train.console_live import Figures, History, Pace, RunView
 from bln_train.records import MemoryRecord, StepRecord
 from bln_train.report.runlog import RunFolder
 
@@ -152,6 +153,48 @@ def test_nothing_is_wider_than_the_terminal():
     assert re.fullmatch(r"loss 2\.\d+  █[▁▂▃▄▅▆▇█]+▁ *  accuracy 25\.0 %  3200 images/s", widest[1])
     assert re.fullmatch(r"peak 2\.00 MiB  reserved 3\.00 MiB  of 4\.00 MiB  ━+─+  75 %", widest[2])
     assert "█" not in "".join(line.plain for line in view.lines(80, ascii_only=True))
+
+
+def test_a_resumed_run_begins_where_it_was():
+    """Before its first step a resumed run shows how far it is, and no figures that it has not."""
+    figures = Figures()
+    figures.step = 40
+    lines = [line.plain for line in RunView(figures, Pace(), 100, None).lines(80, ascii_only=False)]
+    assert lines[0].startswith("step 40/100")
+    assert re.fullmatch(r"loss -\s+accuracy -  - images/s", lines[1])
+    assert lines[2] == "peak -"
+
+
+def test_the_time_left_is_that_of_the_pace(monkeypatch):
+    """Time left follows the mean pace since the last restart, and runs down between two reports."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pace = Pace()
+    pace.reach(0.0)
+    assert pace.seconds_left() is None
+    now = 200.0
+    pace.reach(0.1)
+    assert pace.seconds_left() == pytest.approx(900)
+    pace.restart()
+    assert pace.seconds_left() is None
+    now = 210.0
+    pace.reach(0.2)
+    now = 215.0
+    assert pace.seconds_left() == pytest.approx(75)
+
+
+def test_a_history_of_any_length_fits_any_width():
+    """A curve keeps the first and the last of a long series, in as many numbers as there is room for."""
+    history = History(capacity=8)
+    assert history.means(5) == []
+    for n in range(1000):
+        history.add(float(n))
+    for room in range(1, 12):
+        means = history.means(room)
+        assert 1 <= len(means) <= room
+        assert means == sorted(means)
+        if room > 1:
+            assert (means[0] < 500, means[-1] > 500) == (True, True)
 
 
 def test_notices_stand_above_the_view(opened):

@@ -121,11 +121,11 @@ def test_ctrl_c_leaves_a_sane_terminal(opened, tmp_path):
 def test_a_comparison_shows_its_cells(opened, tmp_path):
     """A cell's name, share and figures while it runs; then a line for each, and figures whole where no table fits."""
     write_recipe(tmp_path / "r.yaml")
-    command = [*BLN, "compare", "r.yaml", "--norm", "none,group", "--out", "out"]
+    command = [*BLN, "compare", "r.yaml", "--norm", "group,batch", "--out", "out"]
     terminal = opened(command, columns=50, lines=80)
     terminal.wait()
     assert terminal.process.wait(10) == 0, terminal.text()
-    assert lines_with(terminal.pictures, "1/2 none-effective4-micro4-seed0")
+    assert lines_with(terminal.pictures, "1/2 group-effective4-micro4-seed0")
     assert any(re.match(r"[━─]+  \d+ %  \d+ s left", line) for line in lines_with(terminal.pictures, "left"))
     assert lines_with(terminal.pictures, "peak ", "of 100.00 MiB")
     check_sane(terminal)

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
+from bln_train.cli_complete import complete_norms
+from bln_train.cli_options import (
+    DeviceOption,
+    JsonOption,
+    NormsOption,
+    OptionalRecipeArgument,
+    RecipeArgument,
+    SetOption,
+    overrides,
+    sizes,
+    split,
+)
 from bln_train.errors import BlnError, DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
@@ -19,10 +30,8 @@ if TYPE_CHECKING:
 
 
 def memory(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
-    ] = "cifar10_mb1",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "none,batch,group,batchless",
+    recipe: OptionalRecipeArgument = "cifar10_mb1",
+    norm: NormsOption = "none,batch,group,batchless",
     micro_batch: Annotated[str, typer.Option(help="Micro-batches, comma-separated.")] = "1,8,64",
     effective_batch: Annotated[str, typer.Option(help="Effective batches, comma-separated.")] = "1,128,1024",
     set_: SetOption = None,
@@ -36,6 +45,7 @@ def memory(
     """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
     from bln_train import console, console_tables
     from bln_train.compare import plan_cells
+    from bln_train.console_progress import show_cells
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_memory
 
@@ -53,7 +63,7 @@ def memory(
 
     from bln_train.memory import sweep  # torch, from here on
 
-    with console.show_cells(sweep.num_stages(cells)) as show:
+    with show_cells(sweep.num_stages(cells)) as show:
         document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
     sweep.write_tables(folder, document)
     plot_memory(folder, document)
@@ -74,7 +84,9 @@ def plan(
             help="Memory that training may take, e.g. 4GiB; default train.memory_budget, or what is free on this device."
         ),
     ] = "",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated; default the recipe's.")] = "",
+    norm: Annotated[
+        str, typer.Option(help="Norms, comma-separated; default the recipe's.", autocompletion=complete_norms)
+    ] = "",
     vary: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,9 +9,12 @@ from typing import Annotated
 
 import typer
 
+from bln_train.cli_complete import complete_recipe
 from bln_train.errors import BlnError, UsageError
 
 recipes_app = typer.Typer(help="List, show or copy the recipes that come with bln-train.", no_args_is_help=True)
+
+ShippedArgument = Annotated[str, typer.Argument(help="A shipped recipe's name.", autocompletion=complete_recipe)]
 
 
 @recipes_app.command("list")
@@ -26,14 +29,14 @@ def list_recipes() -> None:
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe's name.")]) -> None:
+def show_recipe(name: ShippedArgument) -> None:
     """Print a shipped recipe."""
     sys.stdout.write(_shipped(name).read_text(encoding="utf-8"))
 
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
+    name: ShippedArgument,
     to: Annotated[Path | None, typer.Argument(help="File or folder; default ./<name>.yaml. Never overwrites.")] = None,
 ) -> None:
     """Copy a shipped recipe, to be edited."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from bln_train.console import out, print_line
-from bln_train.console_tables import narrow_table
+from bln_train.console import print_line
+from bln_train.console_tables import narrow_table, print_table
 from bln_train.units import format_bytes
 
 
@@ -41,7 +41,7 @@ def print_plan(document: dict[str, Any]) -> None:
             *([] if budget is None else ["yes" if row["fits"] else "no"]),
         )
         before = row["variant"]
-    out.print(table)
+    print_table(table)
     first_of = {row["variant"]: row for row in reversed(document["rows"])}
     for name, row in reversed(first_of.items()):
         parts = (

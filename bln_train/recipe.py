@@ -12,6 +12,7 @@ from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, NORM_NAMES, BatchlessNor
 from bln_train.recipe_sections import (
     ConstantSection,
     Data,
+    Logging,
     Model,
     Optimizer,
     Runtime,
@@ -32,6 +33,7 @@ class Recipe(Section):
     optimizer: Optimizer
     schedule: Schedule = Field(default_factory=lambda: ConstantSection(name="constant"))
     runtime: Runtime = Runtime()
+    logging: Logging = Logging()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -268,6 +268,14 @@ class Runtime(Section):
     """Under torchrun: how long one process waits for another, a download or a whole evaluation included, before all end."""
 
 
+class Logging(Section):
+    """What is written besides the run folder's own files; nothing here may change the result."""
+
+    tensorboard: bool = False
+    """Event files for TensorBoard in the run folder, which needs the package (`pip install 'bln-train[tensorboard]'`):
+    `tensorboard --logdir runs`."""
+
+
 def _check_bytes(text: str) -> str:
     parse_bytes(text)
     return text

@@ -26,12 +26,19 @@ class Recipe(Section):
     """A whole experiment."""
 
     data: Data
+    """The images: which, how many, how they are changed."""
     model: Model
+    """The network, and what it starts from."""
     norm: Norm
+    """What normalises between the layers, by its name."""
     train: Train
+    """Epochs, batch sizes, precision."""
     optimizer: Optimizer
+    """What moves the weights, by its name."""
     schedule: Schedule = Field(default_factory=lambda: ConstantSection(name="constant"))
+    """The course of the learning rate, by its name; default `constant`."""
     runtime: Runtime = Runtime()
+    """Device, threads, checkpoints: nothing that changes the result."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

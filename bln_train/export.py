@@ -87,7 +87,7 @@ class _Trained:
     """Whether those are the run's test images, not random ones."""
 
 
-def export(
+def export_run(
     source: Path,
     out: Path,
     *,

@@ -115,12 +115,12 @@ def compose_recipe(file: Path, *, data: str, model: str, memory: str = "", init:
         ("  # precision: bf16", "activations of half the size"),
         ("optimizer:", ""),
         ("  name: sgd", ""),
-        (f"  lr: {'1.0e-3' if init else '0.1'}", "peak of the schedule"),
+        (f"  lr: {'1.0e-3' if init else '0.1'}", "peak" if init else "peak; with model.init rather 1.0e-3"),
         (f"  weight_decay: {'1.0e-4' if foreign else '5.0e-4'}", ""),
         ("  # accumulate_into: momentum", "the same training with one buffer of the weights' size less"),
         ("schedule:", ""),
         ("  name: cosine", ""),
-        (f"  warmup_epochs: {0.0 if init else 1.0}", ""),
+        (f"  warmup_epochs: {0.0 if init else 0.5}", "fewer than train.epochs"),
     ]
     lines = (f"{line:{_COMMENTS_FROM}} # {comment}" if comment else line for line, comment in sections)
     text = with_modeline("\n".join(lines) + "\n", file.parent)

@@ -54,6 +54,7 @@ def test_enter_alone_makes_what_trains_at_once_one_image_at_a_time():
     assert new("mine.yaml", answers="\n\n\n").exit_code == 0
     recipe = check("mine.yaml")
     assert (recipe.data.name, recipe.model.name, recipe.train.micro_batch_size) == ("shapes", "resnet8", 1)
+    load_recipe("mine.yaml", ["train.epochs=1"])  # a first try
 
 
 def test_options_ask_nothing():

@@ -13,6 +13,7 @@ from bln_train import cli
 from bln_train.recipe_file import dump_recipe, load_any_recipe, shipped_recipes
 from bln_train.recipe_norms import NORM_NAMES
 from bln_train.recipe_schema import MODELINE, SCHEMA_NAME, editor_schema, schema_file
+from bln_train.recipe_sections import Section
 
 SCHEMA = editor_schema()
 VALIDATOR = Draft7Validator(SCHEMA)
@@ -24,6 +25,15 @@ SETTINGS = {
 # Of what a number is; a rate, share or factor is a number without unit.
 UNITS = ("image", "pixel", "epoch", "step", "second", "sample", "thread", "number", "groups", "checkpoints", "units", "passes",
          "rate", "share", "fraction", "part", "factor", "probability", "bound", "weights per gradient", "side")  # fmt: skip
+
+UNBOUNDED = ("mean", "mean_after", "init_mean")
+
+
+def sections(kind=Section):
+    """Every section of both kinds of recipe."""
+    for section in kind.__subclasses__():
+        yield section
+        yield from sections(section)
 
 
 def problems(data):
@@ -94,6 +104,12 @@ def test_every_kind_of_model_is_accepted(name):
     assert problems(quickstart(model={"name": name})) == []
 
 
+@pytest.mark.parametrize("section", list(sections()))
+def test_every_setting_has_a_docstring(section):
+    assert [key for key, field in section.model_fields.items() if not field.description] == []
+    assert section.__doc__ or section.__name__.startswith("_")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_says_what_it_is_its_unit_its_range_and_its_default(name):
     """Descriptions are the docstrings in the code, ranges and defaults come from the types."""
@@ -107,9 +123,7 @@ def test_every_setting_says_what_it_is_its_unit_its_range_and_its_default(name):
     if kinds & {"integer", "number"}:
         own = words.partition(" A number")[0].partition(" A whole number")[0]
         assert any(unit in own.lower() for unit in UNITS), f"the unit is missing: {words}"
-        assert any(word in words for word in ("at least", "above", "at most", "below")) or "Finite" in str(setting) or (
-            key in ("mean", "mean_after", "init_mean")
-        ), words  # fmt: skip
+        assert any(word in words for word in ("at least", "above", "at most", "below")) or key in UNBOUNDED, words
     is_section = setting.get("type") == "object" or "allOf" in setting.get("items", {})
     if not is_section and key not in SCHEMA["definitions"][section]["required"]:
         assert "Default: " in words

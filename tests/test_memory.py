@@ -143,14 +143,17 @@ def test_measuring_live_bytes_changes_nothing():
 
 
 def test_peak_at_micro_batch_1_is_near_the_floor():
-    """Folded, with gradients in the momentum: at most 1.10 times parameters, momentum and one image's tensors without norm."""
+    """Folded, with gradients in the momentum: at most 1.10 times parameters, momentum and one image's tensors without norm.
+
+    It may be a little less: the compiled kernel adds a filter's gradient where it gathers, PyTorch's makes it apart, first.
+    """
     size = {"model__name": "resnet20", "train__micro_batch_size": 1}
     optimizer = {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}
     bare = build_experiment(tiny_recipe(norm={"name": "none"}, optimizer=optimizer, train__precision="fp32", **size))
     floor = measure_floor(bare).floor_bytes
     norm = {"name": "batchless", "init_images": 4}
     record, _ = measured(norm=norm, optimizer=optimizer, data__num_train=16, **size)
-    assert floor <= record.peak_bytes <= 1.10 * floor
+    assert 0.95 * floor <= record.peak_bytes <= 1.10 * floor
 
 
 def test_nothing_is_left_alive_between_steps():

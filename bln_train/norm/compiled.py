@@ -1,4 +1,4 @@
-"""Builds norm/epilogue.c with the system's C compiler, once for each processor and state of the source, and loads it."""
+"""Builds the kernels in C with the system's compiler, once for each processor and state of the sources, and loads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("epilogue.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("epilogue.c", "convolution.c"))
+_HEADER = Path(__file__).with_name("vectors.h")
 # OpenMP by the name under which PyTorch has loaded its own, so that there is one pool of threads; without it, one thread.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 _COMMON = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
@@ -85,10 +86,10 @@ def _build(real: str) -> tuple[ctypes.CDLL | None, str]:
     compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
     if compiler is None:
         return None, f"no C compiler is installed ({', '.join(_compilers())})"
-    source = _SOURCE.read_bytes()
+    source = b"\0".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
     what = f"{real} {compiler} {_COMMON} {_FLAGS}".encode()
     key = hashlib.sha256(b"\0".join([source, what, _processor()])).hexdigest()[:24]
-    name = f"epilogue-{real}-{key}.so"
+    name = f"kernels-{real}-{key}.so"
     folder = _folder()
     path = folder / name
     problem = ""
@@ -116,7 +117,7 @@ def _compile(compiler: str, real: str, to: Path) -> str:
     """Compile with as many of the flags as the compiler takes; returns what is wrong, "" if nothing."""
     problem = ""
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, f"-DREAL={real}", str(_SOURCE), "-o", str(to), "-lm"]
+        command = [compiler, *_COMMON, *flags, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(to), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -166,11 +167,15 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
     library.backward.argtypes = [*[pointer] * 7, *[long] * 3, integer, number, integer, integer, *[pointer] * 3]
     library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 3, integer, integer, pointer]
+    library.convolve.argtypes = [*[pointer] * 5, integer]
+    library.convolve_backward.argtypes = [*[pointer] * 6, integer]
     library.centre_filters.argtypes = [pointer, long, long, number]
     library.filter_scale.argtypes = [pointer, long, long, number, pointer]
     library.filter_moments.argtypes = [pointer, pointer, long, long, pointer]
     library.project_filters.argtypes = [*[pointer] * 5, long, long]
-    for filters in (library.centre_filters, library.filter_scale, library.filter_moments, library.project_filters):
-        filters.restype = None
-    library.forward.restype = library.backward.restype = library.follow.restype = integer
+    filters = (library.centre_filters, library.filter_scale, library.filter_moments, library.project_filters)
+    for function in (library.convolve_backward, *filters):
+        function.restype = None
+    for function in (library.forward, library.backward, library.follow, library.convolve):
+        function.restype = integer
     return library

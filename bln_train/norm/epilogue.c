@@ -15,12 +15,11 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-#define LANES ((long)(32 / sizeof(REAL)))
+#include "vectors.h"
+
 #define TILE 1024 /* entries of a tile, in each tensor */
 #define MIN_ROWS 8
 
-typedef REAL vec __attribute__((vector_size(32)));
-typedef REAL in_memory __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
 typedef __typeof__((vec){0} < (vec){0}) mask;
 
 enum { IDENTITY, RELU, LEAKY_RELU };
@@ -28,10 +27,7 @@ enum { IDENTITY, RELU, LEAKY_RELU };
 /* Rows of a layer's table of constants: Row in norm/epilogue.py. */
 enum { SCALE, SHIFT, OFFSET, GAIN, GAMMA_SCALE, GAMMA_SHIFT, NLL_SQUARE, NLL_IMAGE, MEAN_MOMENT, RAW_MOMENT, RAW_IMAGE };
 
-static inline vec load(const REAL *from) { return *(const in_memory *)from; }
-static inline void store(REAL *to, vec v) { *(in_memory *)to = v; }
 static inline vec choose(mask which, vec yes, vec no) { return (vec)((which & (mask)yes) | (~which & (mask)no)); }
-static inline long smaller(long a, long b) { return a < b ? a : b; }
 
 static inline void add_to(double *sums, vec v) {
     for (long lane = 0; lane < LANES; lane++) sums[lane] += v[lane];

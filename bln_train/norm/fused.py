@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.compiled import TYPES, library
 from bln_train.norm.constants import measure, measure_once
+from bln_train.norm.convolution import DirectConvolution, direct_convolution
 from bln_train.norm.epilogue import Activation, activate_, dense, map_
 from bln_train.norm.fused_function import (
     Constants,
@@ -24,6 +26,7 @@ from bln_train.norm.fused_function import (
 )
 from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale
 
+_LAST = torch.channels_last
 FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -81,6 +84,7 @@ class FoldedConvNorm(nn.Module):
         self.output_is_kept, self.residual_is_kept = output_is_kept, residual_is_kept
         self.input_is_free, self.in_parts = input_is_free, True
         self.constants: Constants | None = None
+        self._direct: dict[object, DirectConvolution | None] = {}
 
     @property
     def linear(self) -> Any:
@@ -116,14 +120,19 @@ class FoldedConvNorm(nn.Module):
         linear = self._parts[0]
         if isinstance(linear, nn.Linear):
             return F.linear(x, weight, bias)
+        direct = self._direct_for(x, weight)
+        if direct is not None and bias is not None and bias.is_contiguous():
+            return direct[0].forward(direct[1], x, weight, bias)
         return torch.convolution(
             x, weight, bias, linear.stride, linear.padding, linear.dilation, False, linear.output_padding, linear.groups
         )
 
     def linear_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], gathered: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias from that of the output, `grad`, None for those that `needs` says no to."""
+        """Gradients of x, weight and bias from that of the output, `grad`, None for those that `needs` says no to, and for the
+        weight's if it was added to `gathered`.
+        """
         linear = self._parts[0]
         if isinstance(linear, nn.Linear):
             return (
@@ -131,10 +140,28 @@ class FoldedConvNorm(nn.Module):
                 grad.t() @ x if needs[1] else None,
                 grad.sum(0) if needs[2] else None,
             )
+        direct = self._direct_for(x, weight)
+        if direct is not None and grad.is_contiguous(memory_format=_LAST):
+            grad_weight = None
+            if needs[1] and (gathered is None or gathered.stride() != weight.stride()):
+                grad_weight = gathered = torch.zeros_like(weight)
+            grad_x = direct[0].backward(direct[1], grad, x, weight, gathered if needs[1] else None, needs_x=needs[0])
+            return grad_x, grad_weight, grad.sum((0, 2, 3)) if needs[2] else None
         return torch.ops.aten.convolution_backward(
             grad, x, weight, [weight.shape[0]], linear.stride, linear.padding, linear.dilation, False,
             linear.output_padding, linear.groups, needs,
         )  # fmt: skip
+
+    def _direct_for(self, x: Tensor, weight: Tensor) -> tuple[DirectConvolution, Any] | None:
+        """The kernel's convolution of such tensors, and the kernels, where that is the way to do it."""
+        if not (x.is_contiguous(memory_format=_LAST) and weight.is_contiguous(memory_format=_LAST)):
+            return None
+        key = x.shape, weight.dtype, x.dtype
+        if key not in self._direct:
+            self._direct[key] = direct_convolution(self._parts[0], x, weight)
+        direct = self._direct[key]
+        kernels = None if direct is None else library(TYPES[x.dtype])
+        return None if direct is None or kernels is None else (direct, kernels)
 
     @torch.no_grad()
     def infer(self, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -192,8 +192,10 @@ class _ChainFunction(torch.autograd.Function):
                 del grad
                 needs_x = step.x >= plan.num_inputs or needs[step.x]
                 needs_bias = own.own_bias is not None and own.own_bias.requires_grad
+                # At once: held until the chain ends gradients would take the memory of its weights.
+                gathered = None if own.gradients is None or low is not weight else weight.grad
                 grad_x, grad_weight, grad_bias = layer.linear_backward(
-                    grad_y, x, low, (needs_x, weight.requires_grad, needs_bias)
+                    grad_y, x, low, (needs_x, weight.requires_grad, needs_bias), gathered
                 )
                 del grad_y
                 if grad_x is not None:
@@ -206,10 +208,10 @@ class _ChainFunction(torch.autograd.Function):
                     grad_bias = grad_bias if own.iw is None else grad_bias / own.iw
                 if own.gradients is None:
                     of_parameters[n * _PER_STEP : n * _PER_STEP + 2] = grad_weight, grad_bias
-                else:  # at once: held until the chain ends they would take the memory of its weights
+                else:
                     add_gradient(weight, grad_weight)
                     add_gradient(own.own_bias, grad_bias)
-                del grad_weight, grad_bias
+                del grad_weight, grad_bias, gathered
             if own.gradients is None:
                 reached = (grad_nll is not None, grad_nll is not None, True, True)
                 for place, value in enumerate(split_gradients(layer.norm.share, vectors)):

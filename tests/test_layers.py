@@ -46,6 +46,7 @@ LAYERS = [
         "norm.merge",
         "norm.convert",
         "norm.convert_state",
+        "norm.convolution",
         "norm.calibrate",
         "norm.likelihood",
         "norm.moments",

@@ -39,10 +39,15 @@ class Experiment:
     """A recipe, ready to run."""
 
     trainer: Trainer
+    """Takes the steps."""
     model: nn.Module
+    """On its device, statistics set, norms folded where the recipe says so."""
     data: DataSet
+    """Training, test and perhaps validation images."""
     device: torch.device
+    """Where it runs."""
     input: InputSpec
+    """What the network's images are, for whoever uses it later."""
     notices: tuple[str, ...]
     """What the user should know before it runs."""
 
@@ -53,6 +58,7 @@ def build_experiment(
     """Turn a recipe into data, network, optimizer and trainer.
 
     Args:
+        recipe: what to build; see `load_recipe`.
         initialize: take the norms' statistics from data, or all weights from model.init; pass False where a checkpoint brings them.
         data: in place of the recipe's.
         world: the processes that train together.

@@ -263,9 +263,9 @@ def export(
         raise UsageError("--batch: a .safetensors file holds weights, which have no batch", "Leave it out.")
     number = None if batch in ("", "dynamic") else parse_size(batch, "--batch", "dynamic, or --batch 1")
     from bln_train import console, console_tables
-    from bln_train.export import export as export_network
+    from bln_train.export import export_run
 
-    result = export_network(source, out, batch=number, force=force, notify=console.note)
+    result = export_run(source, out, batch=number, force=force, notify=console.note)
     if json_:
         console.print_json(result)
     else:

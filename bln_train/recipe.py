@@ -27,13 +27,21 @@ class Recipe(Section):
     """A whole experiment."""
 
     data: Data
+    """The images: which, how many, how they are changed."""
     model: Model
+    """The network, and what it starts from."""
     norm: Norm
+    """What normalises between the layers, by its name."""
     train: Train
+    """Epochs, batch sizes, precision."""
     optimizer: Optimizer
+    """What moves the weights, by its name."""
     schedule: Schedule = Field(default_factory=lambda: ConstantSection(name="constant"))
+    """The course of the learning rate, by its name; default `constant`."""
     runtime: Runtime = Runtime()
+    """Device, threads, checkpoints: nothing that changes the result."""
     logging: Logging = Logging()
+    """Where figures go besides `metrics.jsonl`."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -152,7 +160,7 @@ class Recipe(Section):
         return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
 
     def with_images(self, image_size: int, num_classes: int) -> Recipe:
-        """The recipe as a plan needs it, for images of such a size and as many classes; it is not one to run."""
+        """The recipe as a plan needs it, for images of `image_size` pixels a side and `num_classes`; it is not one to run."""
         model = self.model.model_copy(update={"num_classes": num_classes})
         data = self.data.model_copy(update={"name": "folder", "root": "unused", "image_size": image_size})
         return self.model_copy(update={"model": model, "data": data})
@@ -168,7 +176,7 @@ class Recipe(Section):
         return self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
 
     def with_norm(self, name: str) -> Recipe:
-        """The same recipe with another norm, or unchanged where that norm is the recipe's own.
+        """The same recipe with the norm of that `name`, or unchanged where it is the recipe's own.
 
         The other norm is at its defaults, except that it is initialised from as many images, if it is from any: that many are
         a property of the experiment, not of the norm.

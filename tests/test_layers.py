@@ -12,7 +12,6 @@ LAYERS = [
         "checkpoint_list",
         "launch",
         "run_lock",
-        "__init__",
     },
     {
         "strict_yaml",
@@ -21,6 +20,8 @@ LAYERS = [
         "recipe_sections",
         "recipe_words",
         "recipe_file",
+        "recipe_new",
+        "recipe_schema",
         "synthetic_recipe",
         "models.names",
         "shapes",
@@ -45,6 +46,7 @@ LAYERS = [
         "norm.merge",
         "norm.convert",
         "norm.convert_state",
+        "norm.convolution",
         "norm.calibrate",
         "norm.likelihood",
         "norm.moments",
@@ -103,7 +105,7 @@ LAYERS = [
     {"console", "console_live", "console_progress", "console_tables", "console_plan", "console_synthetic"},
     {"cli_complete", "cli_options", "cli_recipes", "cli_doctor"},
     {"cli_memory"},
-    {"cli", "__main__"},
+    {"cli", "__main__", "__init__"},  # the package's own names, imported when they are used
 ]
 
 

@@ -45,7 +45,10 @@ class Trainer:
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
         evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `step.stop_asked` says yes.
+        schedule: sets the learning rate of each step.
+        epochs, eval_every_epochs: how long; epochs from one evaluation to the next, one more at the end.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
+        seed: of the order of images and of every random draw.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
         on_nonfinite: what a step does whose loss or gradient is not finite: `stop` raises, `skip` leaves it out.

@@ -67,6 +67,8 @@ LAYERS = [
         "optim",
         "memory.allocator",
         "memory.peak",
+        "memory.timeline",
+        "memory.tracker",
         "memory.trace",
         "memory",
     },

@@ -29,7 +29,8 @@ from bln_train.build import Experiment, build_experiment
 from bln_train.compare import Cell, plan_cells
 from bln_train.data import DataSet, ImageSet
 from bln_train.errors import BlnError, RunFolderError
-from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
+from bln_train.memory.peak import PeakMeter
+from bln_train.memory.tracker import StorageTracker, storage_bytes
 from bln_train.recipe import Recipe
 from bln_train.records import MemoryRecord
 from bln_train.report.runlog import json_text

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from bln_train.errors import BlnError
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.report.runlog import json_text
-from bln_train.units import format_bytes, format_seconds
+from bln_train.units import format_bytes, format_number, format_percent, format_seconds
 
 _PLAIN_LINE_SECONDS = 15.0
 # Names of files and devices are shown as they are: no emoji, no colours of ours inside them.
@@ -49,16 +49,6 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Something the user should know, on stderr, as it is."""
     say(f"note: {text}")
-
-
-def format_percent(fraction: float | None) -> str:
-    """A fraction as percent, `-` where there is none."""
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
-
-
-def format_number(value: float | None, digits: int = 3) -> str:
-    """A number with fixed decimals, `-` where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 Listener = Callable[[Record], None]

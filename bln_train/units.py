@@ -51,3 +51,13 @@ def format_seconds(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_percent(fraction: float | None) -> str:
+    """A fraction as percent, `-` where there is none."""
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
+    """A number with fixed decimals, `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"

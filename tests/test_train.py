@@ -179,7 +179,7 @@ def test_clipping_bounds_the_update():
 
 
 def test_records_come_in_order_and_survive_json():
-    """Steps, memory and timeline after the second, an epoch record after each epoch's last step; each equals itself through JSON."""
+    """Steps, memory and timeline after the second, an epoch's record after its last step; each equals itself through JSON."""
     records = advance(build_experiment(tiny_recipe()).trainer)
     kinds = [type(r) for r in records]
     step, epoch, memory, timeline = StepRecord, EpochRecord, MemoryRecord, TimelineRecord

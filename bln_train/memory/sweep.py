@@ -33,11 +33,11 @@ from bln_train.memory.peak import PeakMeter
 from bln_train.memory.tracker import StorageTracker, storage_bytes
 from bln_train.recipe import Recipe
 from bln_train.records import MemoryRecord
-from bln_train.report.runlog import json_text
+from bln_train.report.runlog import MEMORY_TABLE, json_text
 from bln_train.run import explained_failures
 from bln_train.train.step import AccumulationStep
 
-TABLE_JSON, TABLE_CSV = "memory.json", "memory.csv"
+TABLE_JSON, TABLE_CSV = MEMORY_TABLE, "memory.csv"
 _MIN_TIMED_IMAGES, _MIN_TIMED_MICRO_BATCHES = 128, 4
 
 

@@ -1,0 +1,110 @@
+"""What a report says first: did it finish, does it fit, how good is it, against what. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from bln_train.report.blocks import Block, Finding, Section, Table
+from bln_train.report.groups import Group, Mean, reference_of
+from bln_train.report.source import Sources
+from bln_train.units import format_bytes, format_number, format_percent
+
+_MAX_GROUPS = 6
+"""Groups that get sentences of their own; the table has all."""
+
+
+def verdict(sources: Sources, groups: Sequence[Group]) -> Section:
+    """Findings for the groups, and all of them side by side."""
+    blocks: list[Block] = [*_finished(sources, groups)]
+    for group in groups[:_MAX_GROUPS]:
+        blocks += [_budget(group), _accuracy(group, reference_of(group, groups))]
+    if len(groups) > _MAX_GROUPS:
+        blocks.append(Finding("note", f"{len(groups) - _MAX_GROUPS} more are in the table below."))
+    if groups:
+        blocks.append(_side_by_side(groups))
+    return Section("Verdict", blocks)
+
+
+def _finished(sources: Sources, groups: Sequence[Group]) -> Iterator[Finding]:
+    runs = [run for group in groups for run in group.runs]
+    unfinished = [run for run in runs if not run.finished]
+    if runs:
+        yield Finding("bad" if unfinished else "good", f"{len(runs) - len(unfinished)} of {len(runs)} runs finished.")
+    for run in unfinished:
+        step = run.steps[-1].step if run.steps else 0
+        yield Finding("bad", f"{run.path} is not finished; its metrics end at step {step}.")
+    for failure in sources.failures:
+        yield Finding("bad", f"Did not finish: {failure}")
+
+
+def _budget(group: Group) -> Finding:
+    budget, memory, peak = group.budget_bytes, group.first.memory, group.peak_bytes
+    if memory is None or peak is None:
+        return Finding("unknown", f"{group.name}: memory was not measured.")
+    if budget is None:
+        return Finding(
+            "unknown", f"{group.name}: peak {format_bytes(peak)}; no budget was stated (train.memory_budget)."
+        )
+    if memory.method == "allocator":
+        taken = max(r.memory.reserved_bytes or 0 for r in group.runs if r.memory) or peak
+        what = f"{format_bytes(taken)} reserved by the allocator (CUDA's context comes on top)"
+    else:
+        taken, what = peak, f"a peak of {format_bytes(peak)} in tracked tensors (libraries and data set not included)"
+    share = f"{100 * taken / budget:.1f} % of its memory budget of {format_bytes(budget)}: {what}."
+    return Finding("good" if taken <= budget else "bad", f"{group.name} takes {share}")
+
+
+def _accuracy(group: Group, reference: Group | None) -> Finding:
+    last, accuracy = group.first.last, group.accuracy
+    if last is None or accuracy is None:
+        return Finding("unknown", f"{group.name}: no test accuracy was measured.")
+    where = f"on {last.num_test_images} images after epoch {last.epoch}"
+    text = f"{group.name}: test accuracy {format_mean(accuracy, 100, 2)} % {where}"
+    classes = group.first.recipe.num_classes
+    if reference is None or reference.accuracy is None:
+        return Finding("note", f"{text}; guessing gives {format_percent(1 / classes)} of {classes} classes.")
+    difference = 100 * (accuracy.value - reference.accuracy.value)
+    return Finding(
+        "note", f"{text}, {difference:+.2f} points against {reference.name}{_weight(accuracy, reference.accuracy)}."
+    )
+
+
+def _weight(one: Mean, other: Mean) -> str:
+    """How far a difference of two means is from chance, as far as their spreads tell."""
+    if one.spread is None or other.spread is None:
+        return " (single runs: what another seed would change is not known)"
+    error = 100 * math.sqrt(one.spread**2 / one.num_runs + other.spread**2 / other.num_runs)
+    return f" (standard error of the difference {error:.2f}, {one.num_runs} and {other.num_runs} runs)"
+
+
+def _side_by_side(groups: Sequence[Group]) -> Table:
+    rows = []
+    for group in groups:
+        reference = reference_of(group, groups)
+        ratio = None
+        if reference is not None and reference.peak_bytes and group.peak_bytes is not None:
+            ratio = group.peak_bytes / reference.peak_bytes
+        rows.append(
+            (
+                group.name,
+                f"{sum(run.finished for run in group.runs)}/{len(group.runs)}",
+                format_mean(group.accuracy, 100, 2),
+                format_bytes(group.peak_bytes),
+                format_number(ratio, 2),
+                format_bytes(group.budget_bytes),
+                format_mean(group.images_per_second, 1, 1),
+            )
+        )
+    headings = ("run", "finished", "test accuracy %", "peak memory", "/ reference", "budget", "images/s")
+    references = {r.name for group in groups if (r := reference_of(group, groups)) is not None}
+    title = f"Side by side; reference: {'; '.join(sorted(references))}" if references else "Figures"
+    return Table(title, headings, rows)
+
+
+def format_mean(mean: Mean | None, scale: float, digits: int) -> str:
+    """`66.03 ± 0.91`, without spread for one run, `-` for none."""
+    if mean is None:
+        return "-"
+    text = f"{scale * mean.value:.{digits}f}"
+    return text if mean.spread is None else f"{text} ± {scale * mean.spread:.{digits}f}"

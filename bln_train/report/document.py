@@ -52,11 +52,9 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
 
 
 def assemble(sources: Sources) -> list[Section]:
-    """The report's sections, the verdict first; those that nothing was measured for are left out."""
+    """The report's sections, the verdict first."""
     groups = group_runs(sources.runs)
-    found = []
-    if groups or sources.failures:
-        found.append(verdict(sources, groups))
+    found = [verdict(sources, groups)]
     if groups:
         found.append(memory_of_runs(groups))
     found += [memory_of_sweep(sweep) for sweep in sources.sweeps]
@@ -71,7 +69,7 @@ def _titles(paths: Sequence[Path]) -> tuple[str, str]:
     written = datetime.now().astimezone().isoformat(timespec="minutes")
     return (
         f"{title}: bln-train report",
-        f"From {', '.join(map(str, paths))}; written {written}. `-` means not measured.",
+        f'From {", ".join(map(str, paths))}; written {written}. "-" means not measured.',
     )
 
 

@@ -31,15 +31,16 @@ p { margin: .5rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.4rem; }
 figure { margin: 0; max-width: 32rem; break-inside: avoid; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
+svg text { fill: var(--ink); font: 11px system-ui, sans-serif; paint-order: stroke; stroke: var(--page); stroke-width: 3px; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top;
-  overflow-wrap: normal; }
+  overflow-wrap: normal; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; min-width: 7rem; }
-.words td { overflow-wrap: anywhere; }
+.words th { white-space: normal; }
+.words td + td { overflow-wrap: anywhere; white-space: normal; }
 summary { cursor: pointer; font-weight: 600; font-size: .875rem; padding: .3rem 0; }
 pre { background: var(--card); padding: .7rem; overflow-x: auto; font-size: .8rem; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); } .phase { stroke: var(--soft); stroke-width: .6; }
@@ -58,7 +59,7 @@ _HATCHES = """<svg id="hatches" aria-hidden="true"><defs>
 <pattern id="hatch3" width="6" height="6" patternUnits="userSpaceOnUse"><circle cx="3" cy="3" r="1.1"/></pattern>
 <pattern id="hatch4" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1,5 L1,7 M0,0 L6,6 M5,-1 L7,1"/></pattern>
 </defs></svg>"""
-_WORDS = {"good": "yes", "bad": "no", "unknown": "-", "note": "note"}
+_WORDS = {"good": "ok", "bad": "no", "unknown": "-", "note": "note"}
 
 
 def render_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:

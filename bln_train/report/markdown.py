@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from bln_train.report.blocks import Block, Figure, Finding, Listing, Section, Table, Text
 
 GENERATOR = "<!-- bln-train report -->"
-_WORDS = {"good": "**yes**", "bad": "**no**", "unknown": "**-**", "note": "**note**"}
+_WORDS = {"good": "**ok**", "bad": "**no**", "unknown": "**-**", "note": "**note**"}
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&])")
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from bln_train.records import MemoryRecord, TimelineRecord
 from bln_train.report.blocks import Block, Figure, Section, Table, Text
 from bln_train.report.groups import Group
-from bln_train.report.source import Sweep
+from bln_train.report.source import Sweep, cell_name
 from bln_train.report.svg import NUM_COLORS, Bar, Series, area_chart, bar_chart, line_chart
 from bln_train.units import format_bytes, format_number
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
 _KEYS = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "other_bytes")
-_MAX_TIMELINES = 6
+_MAX_TIMELINES = 4
 _SPLIT_CAPTION = (
     "Parts are those alive at the moment of the peak. Activations are all that a step creates and frees again; other are buffers "
     "and what was alive before."
@@ -28,7 +27,7 @@ def memory_of_runs(groups: Sequence[Group]) -> Section:
         return Section("Memory", [Text("Memory was not measured: -")])
     budgets = sorted({budget for group, _ in largest if (budget := group.budget_bytes) is not None})
     title = "Peak memory of training by what it is for"
-    unit, name = _unit([memory.peak_bytes for _, memory in largest] + budgets)
+    unit, name = _unit([*(memory.peak_bytes for _, memory in largest), *budgets])
     drawing = bar_chart(
         title,
         [Bar(g.name, [_part(m, key) / unit for key in _KEYS], format_bytes(m.peak_bytes)) for g, m in largest],
@@ -70,7 +69,7 @@ def memory_of_sweep(sweep: Sweep) -> Section:
         title = "Peak memory of training by what it is for"
         floor = sweep.floor_bytes
         bars = [
-            Bar(_cell(row), [(row.get(key) or 0) / unit for key in _KEYS], format_bytes(row["peak_bytes"]))
+            Bar(cell_name(row), [(row.get(key) or 0) / unit for key in _KEYS], format_bytes(row["peak_bytes"]))
             for row in measured
         ]
         levels = [] if floor is None else [(floor / unit, f"floor: one image, no norm, {format_bytes(floor)}")]
@@ -93,7 +92,7 @@ def memory_of_sweep(sweep: Sweep) -> Section:
     )
     rows = [
         (
-            _cell(row),
+            cell_name(row),
             *(format_bytes(row.get(key)) for key in ("peak_bytes", *_KEYS, "saved_bytes_per_image")),
             *(format_number(row.get(key), 2) for key in ("peak_over_floor", "ms_per_image", "ms_over_none")),
             row["problem"] or "-",
@@ -121,10 +120,6 @@ def _method(memory: MemoryRecord) -> str:
     if memory.method == "allocator":
         return f"Counted by CUDA's allocator on {memory.device}."
     return f"Tensors alive during the first steps on {memory.device}; kernels' scratch, libraries and data set not included."
-
-
-def _cell(row: dict[str, Any]) -> str:
-    return f"{row['norm']}, micro-batch {row['micro_batch_size']} of {row['effective_batch_size']}"
 
 
 def _unit(values: Iterable[int | None]) -> tuple[float, str]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bln_train.recipe_file import dump_recipe
-from bln_train.records import EpochRecord, LayerRecord, StepRecord
+from bln_train.records import EpochRecord, StepRecord
 from bln_train.report.blocks import Block, Figure, Listing, Section, Table, Text
 from bln_train.report.groups import Group
 from bln_train.report.source import Run, Sources
 from bln_train.report.svg import NUM_COLORS, Series, band_chart, line_chart
 from bln_train.units import format_number, format_percent
 
-_MAX_LAYERED = 4
-"""Runs whose layers are drawn."""
+_IN_ORDER = "layer, in order of the table below"
 _MAX_STEPS_DRAWN = 200
+_NamedPoints = Sequence[tuple[str, Sequence[tuple[int, float | None]]]]
 
 
 def curves(groups: Sequence[Group]) -> Section:
@@ -85,20 +85,13 @@ def speed(groups: Sequence[Group]) -> Section:
 
 
 def layers(groups: Sequence[Group]) -> Section:
-    """Learned statistics of each batchless layer against what the last effective batch of the run showed."""
-    blocks: list[Block] = []
-    shown = [group for group in groups if _last_with_layers(group.first) is not None]
-    for group in shown[:_MAX_LAYERED]:
-        record = _last_with_layers(group.first)
-        assert record is not None
-        blocks += _layers_of(group.name if len(groups) > 1 else "", group.first, record)
-    if len(shown) > _MAX_LAYERED:
-        blocks.append(Text(f"{len(shown) - _MAX_LAYERED} more runs have such statistics."))
-    absent = sorted({group.norm for group in groups if group not in shown})
+    """Learned statistics of each batchless layer against what the last effective batch of an epoch showed."""
+    shown = [(group, record) for group in groups if (record := _last_with_layers(group.first)) is not None]
+    blocks: list[Block] = [*_layer_figures(shown[:NUM_COLORS])] if shown else []
+    blocks += [_layer_table(group.first, record, folded=len(shown) > 1) for group, record in shown]
+    absent = sorted({group.norm for group in groups} - {group.norm for group, _ in shown})
     if absent:
-        blocks.append(
-            Text(f"Norms of which there are none (no learned statistics, or no epoch has ended): {', '.join(absent)}.")
-        )
+        blocks.append(Text(f"None of {', '.join(absent)}: no learned statistics, or no epoch has ended."))
     return Section("Statistics of each layer", blocks)
 
 
@@ -106,61 +99,67 @@ def _last_with_layers(run: Run) -> StepRecord | None:
     return next((record for record in reversed(run.steps) if record.layers), None)
 
 
-def _layers_of(name: str, run: Run, record: StepRecord) -> list[Block]:
-    found: dict[str, LayerRecord] = record.layers or {}
-    places = list(found.values())
-    of, nll = f": {name}" if name else "", record.nll_by_layer or {}
-    blocks: list[Block] = []
-    ratios = [(r.ratio_low, r.ratio_mean, r.ratio_high) for r in places]
-    if all(value and value > 0 for band in ratios for value in band):
-        title = f"Observed / learned standard deviation{of}"
+def _layer_figures(shown: Sequence[tuple[Group, StepRecord]]) -> Iterator[Figure]:
+    """Of one run bands over the channels, of several a line each."""
+    places = [(group.name, list(enumerate((record.layers or {}).items(), start=1))) for group, record in shown]
+    title, seen = "Observed / learned standard deviation", "As the forward of the last step saw them."
+    bands = [(r.ratio_low, r.ratio_mean, r.ratio_high) for _, (_, r) in places[0][1]]
+    if len(shown) == 1 and all(value and value > 0 for band in bands for value in band):
         drawing = band_chart(
-            title, ratios, x_label="layer, in order", y_label="ratio of standard deviations", level=(1.0, "they agree"),
-            key="channels: smallest to largest, geometric mean", log=True,
+            title, bands, x_label=_IN_ORDER, y_label="ratio", level=(1.0, "they agree"),
+            key="channels: smallest to largest, geometric mean", log=_is_wide(bands),
         )  # fmt: skip
-        blocks.append(Figure(title, drawing, f"On the images of step {record.step}, as its forward saw them."))
-    offsets = [(float(n), r.offset_rms) for n, r in enumerate(places, start=1) if r.offset_rms is not None]
-    title = f"Distance of observed and learned mean{of}"
-    likelihoods = [(float(n), value) for n, key in enumerate(found, start=1) if (value := nll.get(key)) is not None]
-    series = [Series("mean: rms over channels, learned std", offsets), Series("likelihood (nll), nats", likelihoods)]
-    drawing = line_chart(
-        title,
-        [line for line in series if line.points],
-        x_label="layer, in order",
-        y_label="0 where they agree",
-        from_zero=True,
+        yield Figure(title, drawing, seen)
+    else:
+        means = [(name, [(n, r.ratio_mean) for n, (_, r) in found]) for name, found in places]
+        yield _lines(title, means, _IN_ORDER, "ratio, geometric mean of channels", (1.0, "they agree"), seen)
+    lines: _NamedPoints = [(name, [(n, r.offset_rms) for n, (_, r) in found]) for name, found in places]
+    yield _lines(
+        "Distance of observed and learned mean", lines, _IN_ORDER, "rms of channels, in learned std", None, seen
     )
-    blocks.append(
-        Figure(title, drawing, "The likelihood is 0 where a layer's inputs have its variance about its mean.")
-    )
-    by_step = [(float(r.step), r.nll) for r in run.steps if r.nll is not None]
-    if len(by_step) > 1:
-        title = f"Likelihood (nll), mean of layers{of}"
-        thin = by_step[:: -(-len(by_step) // _MAX_STEPS_DRAWN)]
-        drawing = line_chart(
-            title,
-            [Series("nll, mean of layers", thin)],
-            x_label="optimizer step",
-            y_label="nats",
-            level=(0.0, "statistics fit"),
-        )
-        blocks.append(Figure(title, drawing))
+    lines = [
+        (group.name, [(n, (record.nll_by_layer or {}).get(key)) for n, key in enumerate(record.layers or {}, start=1)])
+        for group, record in shown
+    ]
+    fits = "inputs have the learned variance about the learned mean"
+    yield _lines("Likelihood of each layer", lines, _IN_ORDER, "nll, nats", (0.0, fits), seen)
+    lines = [
+        (group.name, _thinned([(r.step, r.nll) for r in group.first.steps if r.nll is not None])) for group, _ in shown
+    ]
+    yield _lines("Likelihood through training", lines, "optimizer step", "nll, mean of layers, nats", (0.0, fits), "")
+
+
+def _is_wide(bands: Sequence[tuple[float, float, float]]) -> bool:
+    return max(high for _, _, high in bands) > 8 * min(low for low, _, _ in bands)
+
+
+def _thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
+    return points[:: max(1, -(-len(points) // _MAX_STEPS_DRAWN))]
+
+
+def _lines(
+    title: str,
+    lines: _NamedPoints,
+    x_label: str,
+    y_label: str,
+    level: tuple[float, str] | None,
+    caption: str,
+) -> Figure:
+    series = [Series(name, [(float(x), y) for x, y in points if y is not None]) for name, points in lines]
+    drawing = line_chart(title, series, x_label=x_label, y_label=y_label, level=level, from_zero=level is None)
+    return Figure(title, drawing, caption)
+
+
+def _layer_table(run: Run, record: StepRecord, *, folded: bool) -> Table:
+    nll = record.nll_by_layer or {}
     headings = (
-        "#",
-        "layer",
-        "channels",
-        "learned mean",
-        "learned std",
-        "mean off by (std)",
-        "std observed/learned",
-        "nll",
-        "dead",
+        "layer", "#", "channels", "learned mean", "learned std", "mean off by (std)", "std observed/learned", "nll", "dead",
         "at floor",
-    )
+    )  # fmt: skip
     rows = [
         (
-            str(n),
             key,
+            str(n),
             str(r.num_channels),
             _span(r.mean_low, r.mean_high),
             _span(r.std_low, r.std_high),
@@ -170,9 +169,9 @@ def _layers_of(name: str, run: Run, record: StepRecord) -> list[Block]:
             str(r.num_dead),
             str(r.num_at_floor),
         )
-        for n, (key, r) in enumerate(found.items(), start=1)
+        for n, (key, r) in enumerate((record.layers or {}).items(), start=1)
     ]
-    return [*blocks, Table(f"Layers of {run.path} after step {record.step}", headings, rows)]
+    return Table(f"Layers of {run.path} after step {record.step}", headings, rows, folded=folded)
 
 
 def _span(low: float | None, high: float | None) -> str:
@@ -215,7 +214,7 @@ def environments(sources: Sources, groups: Sequence[Group]) -> Section:
         folders.setdefault(tuple(sweep.environment.items()), []).append(str(sweep.path))
     blocks: list[Block] = []
     for items, paths in folders.items():
-        title = paths[0] if len(paths) == 1 else f"{len(paths)} folders: {', '.join(paths)}"
+        title = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         blocks.append(
             Table(f"Environment of {title}", ("what", "value"), [*items] or [("environment.json", "-")], words=True)
         )

@@ -63,6 +63,11 @@ class Sweep:
     """Norm and timeline of the cells that have one."""
 
 
+def cell_name(row: dict[str, Any]) -> str:
+    """What a row of a sweep measured."""
+    return f"{row['norm']}, micro-batch {row['micro_batch_size']} of {row['effective_batch_size']}"
+
+
 @dataclass(frozen=True)
 class Sources:
     """All that a report is about."""

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 400
-_LEFT, _RIGHT, _TOP, _PLOT_HEIGHT = 52, 10, 12, 190
+_LEFT, _RIGHT, _TOP, _PLOT_HEIGHT = 56, 10, 12, 190
 _LINE = 15  # height of a line of text
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _NUM_MARKERS = 6
+_PLUS = "-1.3,-4 1.3,-4 1.3,-1.3 4,-1.3 4,1.3 1.3,1.3 1.3,4 -1.3,4 -1.3,1.3 -4,1.3 -4,-1.3 -1.3,-1.3"
 NUM_COLORS = 8
 
 
@@ -233,7 +234,7 @@ def _y_grid(y_of: _Scale, label: str) -> str:
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y_of.begin}" y2="{y_of.begin}"/>')
     middle = (y_of.begin + y_of.end) / 2
     parts.append(
-        f'<text text-anchor="middle" transform="translate(12 {middle:.1f}) rotate(-90)">{escape(label)}</text>'
+        f'<text text-anchor="middle" transform="translate(11 {middle:.1f}) rotate(-90)">{escape(label)}</text>'
     )
     return "".join(parts)
 
@@ -253,7 +254,7 @@ def _marker(n: int, x: float, y: float) -> str:
     kind = f'class="mark f{n % NUM_COLORS}"'
     if n % _NUM_MARKERS == 0:
         return f'<circle {kind} cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
-    shapes = ("-3,-3 3,-3 3,3 -3,3", "0,-4 4,3 -4,3", "0,-5 4,0 0,5 -4,0", "0,4 4,-3 -4,-3", "-4,-1 4,-1 4,1 -4,1")
+    shapes = ("-3,-3 3,-3 3,3 -3,3", "0,-4 4,3 -4,3", "0,-5 4,0 0,5 -4,0", "0,4 4,-3 -4,-3", _PLUS)
     return f'<polygon {kind} transform="translate({x:.1f} {y:.1f})" points="{shapes[n % _NUM_MARKERS - 1]}"/>'
 
 

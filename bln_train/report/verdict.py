@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from bln_train.report.blocks import Block, Finding, Section, Table
 from bln_train.report.groups import Group, Mean, reference_of
-from bln_train.report.source import Sources
+from bln_train.report.source import Sources, Sweep, cell_name
 from bln_train.units import format_bytes, format_number, format_percent
 
 _MAX_GROUPS = 6
@@ -16,13 +16,16 @@ _MAX_GROUPS = 6
 
 def verdict(sources: Sources, groups: Sequence[Group]) -> Section:
     """Findings for the groups, and all of them side by side."""
-    blocks: list[Block] = [*_finished(sources, groups)]
-    for group in groups[:_MAX_GROUPS]:
-        blocks += [_budget(group), _accuracy(group, reference_of(group, groups))]
-    if len(groups) > _MAX_GROUPS:
-        blocks.append(Finding("note", f"{len(groups) - _MAX_GROUPS} more are in the table below."))
+    blocks: list[Block] = [*_finished(sources, groups), *_budgets(groups)]
+    references = [reference_of(group, groups) for group in groups]
+    pairs = list(zip(groups, references, strict=True))
+    compared = [(group, reference) for group, reference in pairs if reference is not None] or pairs
+    blocks += [_accuracy(group, reference) for group, reference in compared[:_MAX_GROUPS]]
+    if len(compared) > _MAX_GROUPS:
+        blocks.append(Finding("note", f"{len(compared) - _MAX_GROUPS} more are in the table below."))
+    blocks += [_of_sweep(sweep) for sweep in sources.sweeps]
     if groups:
-        blocks.append(_side_by_side(groups))
+        blocks.append(_side_by_side(groups, references))
     return Section("Verdict", blocks)
 
 
@@ -38,21 +41,40 @@ def _finished(sources: Sources, groups: Sequence[Group]) -> Iterator[Finding]:
         yield Finding("bad", f"Did not finish: {failure}")
 
 
+def _budgets(groups: Sequence[Group]) -> Iterator[Finding]:
+    stated = [group for group in groups if group.budget_bytes is not None]
+    yield from (_budget(group) for group in stated[:_MAX_GROUPS])
+    if len(stated) > _MAX_GROUPS:
+        yield Finding("note", f"{len(stated) - _MAX_GROUPS} more with a memory budget are in the table below.")
+    if groups and not stated:
+        peaks = [group.peak_bytes for group in groups if group.peak_bytes is not None]
+        peak = f"the largest peak is {format_bytes(max(peaks))}" if peaks else "memory was not measured"
+        yield Finding("unknown", f"No memory budget was stated (train.memory_budget); {peak}.")
+
+
 def _budget(group: Group) -> Finding:
     budget, memory, peak = group.budget_bytes, group.first.memory, group.peak_bytes
+    assert budget is not None
     if memory is None or peak is None:
         return Finding("unknown", f"{group.name}: memory was not measured.")
-    if budget is None:
-        return Finding(
-            "unknown", f"{group.name}: peak {format_bytes(peak)}; no budget was stated (train.memory_budget)."
-        )
     if memory.method == "allocator":
         taken = max(r.memory.reserved_bytes or 0 for r in group.runs if r.memory) or peak
         what = f"{format_bytes(taken)} reserved by the allocator (CUDA's context comes on top)"
     else:
         taken, what = peak, f"a peak of {format_bytes(peak)} in tracked tensors (libraries and data set not included)"
-    share = f"{100 * taken / budget:.1f} % of its memory budget of {format_bytes(budget)}: {what}."
-    return Finding("good" if taken <= budget else "bad", f"{group.name} takes {share}")
+    share = f"{100 * taken / budget:.1f} % of the memory budget of {format_bytes(budget)}: {what}."
+    fits = taken <= budget
+    return Finding("good" if fits else "bad", f"{'Fits' if fits else 'Does not fit'}: {group.name} takes {share}")
+
+
+def _of_sweep(sweep: Sweep) -> Finding:
+    peaks = {row["peak_bytes"]: cell_name(row) for row in sweep.rows if row.get("peak_bytes") is not None}
+    if not peaks:
+        return Finding("unknown", f"{sweep.path}: no peak was measured.")
+    low, high = min(peaks), max(peaks)
+    floor = "" if not sweep.floor_bytes else f", {low / sweep.floor_bytes:.2f} times the floor"
+    smallest = f"smallest peak {format_bytes(low)} ({peaks[low]}){floor}"
+    return Finding("note", f"{sweep.path}: {smallest}; largest {format_bytes(high)} ({peaks[high]}).")
 
 
 def _accuracy(group: Group, reference: Group | None) -> Finding:
@@ -65,9 +87,16 @@ def _accuracy(group: Group, reference: Group | None) -> Finding:
     if reference is None or reference.accuracy is None:
         return Finding("note", f"{text}; guessing gives {format_percent(1 / classes)} of {classes} classes.")
     difference = 100 * (accuracy.value - reference.accuracy.value)
-    return Finding(
-        "note", f"{text}, {difference:+.2f} points against {reference.name}{_weight(accuracy, reference.accuracy)}."
-    )
+    against = f"{difference:+.2f} points against {reference.name}{_weight(accuracy, reference.accuracy)}"
+    ratio = _ratio(group, reference)
+    memory = "" if ratio is None else f", with {ratio:.2f} times its peak memory"
+    return Finding("note", f"{text}, {against}{memory}.")
+
+
+def _ratio(group: Group, reference: Group | None) -> float | None:
+    if reference is None or not reference.peak_bytes or group.peak_bytes is None:
+        return None
+    return group.peak_bytes / reference.peak_bytes
 
 
 def _weight(one: Mean, other: Mean) -> str:
@@ -78,28 +107,23 @@ def _weight(one: Mean, other: Mean) -> str:
     return f" (standard error of the difference {error:.2f}, {one.num_runs} and {other.num_runs} runs)"
 
 
-def _side_by_side(groups: Sequence[Group]) -> Table:
-    rows = []
-    for group in groups:
-        reference = reference_of(group, groups)
-        ratio = None
-        if reference is not None and reference.peak_bytes and group.peak_bytes is not None:
-            ratio = group.peak_bytes / reference.peak_bytes
-        rows.append(
-            (
-                group.name,
-                f"{sum(run.finished for run in group.runs)}/{len(group.runs)}",
-                format_mean(group.accuracy, 100, 2),
-                format_bytes(group.peak_bytes),
-                format_number(ratio, 2),
-                format_bytes(group.budget_bytes),
-                format_mean(group.images_per_second, 1, 1),
-            )
+def _side_by_side(groups: Sequence[Group], references: Sequence[Group | None]) -> Table:
+    rows = [
+        (
+            group.name,
+            f"{sum(run.finished for run in group.runs)}/{len(group.runs)}",
+            format_mean(group.accuracy, 100, 2),
+            format_bytes(group.peak_bytes),
+            *([format_number(_ratio(group, reference), 2)] if len(groups) > 1 else []),
+            format_bytes(group.budget_bytes),
+            format_mean(group.images_per_second, 1, 1),
         )
-    headings = ("run", "finished", "test accuracy %", "peak memory", "/ reference", "budget", "images/s")
-    references = {r.name for group in groups if (r := reference_of(group, groups)) is not None}
-    title = f"Side by side; reference: {'; '.join(sorted(references))}" if references else "Figures"
-    return Table(title, headings, rows)
+        for group, reference in zip(groups, references, strict=True)
+    ]
+    ratio = ["/ reference"] if len(groups) > 1 else []
+    names = sorted({reference.name for reference in references if reference is not None})
+    title = f"Side by side; reference: {'; '.join(names)}" if names else "At a glance"
+    return Table(title, ("run", "finished", "test accuracy %", "peak memory", *ratio, "budget", "images/s"), rows)
 
 
 def format_mean(mean: Mean | None, scale: float, digits: int) -> str:

@@ -33,7 +33,7 @@ def curves(groups: Sequence[Group]) -> Section:
         figure = _by_epoch(groups, title, label, value, scale)
         if figure is not None:
             blocks.append(figure)
-    blocks += [_epoch_table(run, folded=len(groups) > 1) for group in groups for run in group.runs]
+    blocks += [_epoch_table(run, folded=len(groups) > 1) for group in groups for run in group.runs if run.epochs]
     return Section("Loss and accuracy", blocks or [Text("No epoch has ended: -")])
 
 

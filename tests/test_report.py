@@ -187,7 +187,7 @@ def test_memory_timeline(tmp_path, monkeypatch):
     with open(tmp_path / "swept" / "memory.csv", newline="") as file:
         assert "timeline" not in csv.DictReader(file).fieldnames
     text = markdown_of(tmp_path / "swept", out=None)
-    assert text.count("Largest moment of each phase") == 2
+    assert text.count(": largest moment of each phase") == 2
     assert f"smallest peak {format_bytes(min(row['peak_bytes'] for row in rows))} (none, micro-batch 2 of 4)" in text
 
 

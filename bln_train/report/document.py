@@ -69,7 +69,7 @@ def _titles(paths: Sequence[Path]) -> tuple[str, str]:
     written = datetime.now().astimezone().isoformat(timespec="minutes")
     return (
         f"{title}: bln-train report",
-        f'From {", ".join(map(str, paths))}; written {written}. "-" means not measured.',
+        f"From {', '.join(map(str, paths))}; written {written}. A dash means not measured.",
     )
 
 

@@ -49,6 +49,7 @@ pre { background: var(--card); padding: .7rem; overflow-x: auto; font-size: .8re
 .h0 { fill: none; } .h1 { fill: url(#hatch1); } .h2 { fill: url(#hatch2); } .h3 { fill: url(#hatch3); } .h4 { fill: url(#hatch4); }
 #hatches { position: absolute; width: 0; height: 0; } #hatches path { stroke: var(--page); stroke-width: 1.3; fill: none; }
 #hatches circle { fill: var(--page); }
+@media (max-width: 30rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; } }
 @media print { body { max-width: none; font-size: 10pt; } section { break-inside: auto; } h2 { break-after: avoid; }
   details > *, details::details-content { content-visibility: visible; } }
 """

@@ -186,7 +186,7 @@ def timeline_figure(name: str, timeline: TimelineRecord) -> Figure:
         if "between" in timeline.phases
         else f"Micro-steps in the step: {timeline.num_micro_steps}."
     )
-    table = Table("Largest moment of each phase", ("phase", "live", *PARTS), rows, folded=True)
+    table = Table(f"{title}: largest moment of each phase", ("phase", "live", *PARTS), rows, folded=True)
     return Figure(title, drawing, caption, table)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+CUDA_CONTEXT_BYTES = 400 * 2**20
+"""What CUDA's context is assumed to take of a device in predictions and budgets; no program can ask."""
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 

@@ -62,6 +62,6 @@ def hostile(single, tmp_path):
             if record.get(key):
                 record[key] = {f"{HOSTILE}{name}": value for name, value in record[key].items()}
         lines.append(json.dumps(record))
-    lines.append(json.dumps({"kind": "notice", "text": HOSTILE, "step": 1}))
+    lines.append(json.dumps({"kind": "notice", "text": HOSTILE + "\ud800", "step": 1}))
     (place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return place

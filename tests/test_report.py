@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ from bln_train.cli import app
 from bln_train.errors import RunFolderError, UsageError
 from bln_train.report.document import write_report
 from bln_train.report.source import read_sources
+from bln_train.report.svg import Bar, Series, band_chart, bar_chart, line_chart
 from bln_train.units import format_bytes
 
 
@@ -63,6 +66,20 @@ def test_a_budget_below_the_peak_does_not_fit(single, tmp_path):
     (single / "recipe.yaml").write_text(recipe.replace("12MiB", "1MiB"))
     text = markdown_of(single, out=tmp_path / "r.html")
     assert "**no** Does not fit: batchless, micro-batch 4 of 16 takes" in text
+
+
+def test_a_budget_on_cuda_is_for_what_the_allocator_reserved_and_the_context(single, tmp_path):
+    """Of 1 GiB, 600 MiB and a context fit, 700 do not, whatever of it is allocated."""
+    recipe = (single / "recipe.yaml").read_text()
+    (single / "recipe.yaml").write_text(recipe.replace("12MiB", "1GiB"))
+    lines = [line for line in (single / "metrics.jsonl").read_text().splitlines() if '"memory"' not in line]
+    memory = records_of(single, "memory")[-1] | {"method": "allocator", "peak_bytes": 500 * 2**20}
+    for reserved, words in ((600, "Fits: "), (700, "Does not fit: ")):
+        own = json.dumps(memory | {"reserved_bytes": reserved * 2**20})
+        (single / "metrics.jsonl").write_text("\n".join([*lines, own, ""]))
+        text = markdown_of(single, out=tmp_path / "r.html")
+        assert f"{words}batchless, micro-batch 4 of 16 takes {100 * (reserved + 400) / 1024:.1f} %" in text
+        assert f"{reserved}.00 MiB reserved by the allocator" in text
 
 
 def test_one_run_is_compared_with_guessing(single, tmp_path):
@@ -218,3 +235,21 @@ def test_cuda_snapshots_are_written(tmp_path, monkeypatch):
     assert snapshot["segments"]
     (row,) = json.loads((tmp_path / "swept" / "memory.json").read_text())["rows"]
     assert max(row["timeline"]["activation_bytes"]) > 0
+
+
+@pytest.mark.parametrize(
+    "values", [(1e299, 1e299), (0.0, 0.0), (5.0,), (-1e-300, 1e-300), (-1e299, 1e299), (), (3.0, math.nan)]
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_drawings_of_any_numbers_are_well_formed(values, log):
+    """Equal, huge, tiny, single, absent: XML that parses, every number in it finite, whatever text is in the labels."""
+    points = [(2.0**n, value) for n, value in enumerate(values)]
+    drawings = [
+        line_chart("<t>&'\"", [Series("]]>", points)], x_label="x", y_label="<y>", log2_x=log, level=(0.0, "<l>")),
+        bar_chart("t", [Bar("<b>", [abs(v) for _, v in points if v == v], "-")], ("<p>", "q"), x_label="x"),
+        band_chart("t", [(abs(v), abs(v), abs(v)) for _, v in points if v == v] or [(1.0, 1.0, 1.0)], x_label="x", y_label="y",
+                   level=(1.0, "l"), key="k", log=log),
+    ]  # fmt: skip
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+        assert re.search(r"[\"\s,(](nan|inf)", drawing) is None

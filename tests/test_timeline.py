@@ -32,7 +32,7 @@ def totals(timeline):
 def test_tracker_writes_down_when_storages_came_and_went():
     """A point for each operator; what Python drops between two is gone at the second, what an operator frees is not in it."""
     base = torch.zeros(256)  # 1 KiB of float32
-    tracker = TimelineTracker([base])
+    tracker = TimelineTracker([base], torch.device("cpu"))
     with tracker:
         tracker.enter("forward")
         a = base + 1

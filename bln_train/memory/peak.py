@@ -85,7 +85,7 @@ class PeakMeter:
             yield self._note_cuda
             self._parts["other_bytes"] = before
         else:
-            tracked = TrackedStep(self.model, self.optimizer, self.gradients)
+            tracked = TrackedStep(self.model, self.optimizer, self.gradients, self.device)
             with tracked.run() as gradients_ready:
                 yield gradients_ready
             self._note_tracked(tracked)

@@ -313,7 +313,7 @@ def _measure_timeline(experiment: Experiment, row: Row, place: Path) -> Timeline
     name = f"{place.stem}-{row.norm}-micro{row.micro_batch_size}-effective{row.effective_batch_size}.pickle"
     with recorded_snapshot(place.with_name(name), device):
         take_step()
-    tracked = TrackedStep(step.model, step.optimizer, step.gradients)
+    tracked = TrackedStep(step.model, step.optimizer, step.gradients, device)
     with tracked.run() as gradients_ready:
         take_step(gradients_ready)
     return None if tracked.timeline is None else tracked.timeline.record(*sizes)

@@ -47,9 +47,11 @@ class TimelineTracker(StorageTracker):
 
     Args:
         existing: tensors alive before.
+        device: its kind is what is tracked: beside a GPU's tensors, the host's are no part of the step's memory.
     """
 
-    def __init__(self, existing: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor], device: torch.device) -> None:
+        self._device_type = device.type
         self._alive: dict[int, tuple[int, int]] = {}  # serial number: (bytes, operator after which it was there)
         self._gone: list[tuple[int, int, int, int]] = []  # (serial number, bytes, first operator, last operator)
         self._phases = [("forward", 0)]  # name, and the operator after which it began
@@ -57,6 +59,10 @@ class TimelineTracker(StorageTracker):
         self._peak_between = self._peak_of_micro_step = 0
         self.num_micro_steps = 0
         super().__init__(existing)
+
+    def _add(self, tensor: Tensor) -> None:
+        if tensor.device.type == self._device_type:
+            super()._add(tensor)
 
     def _born(self, num_bytes: int) -> None:
         self._alive[self._births] = num_bytes, self.num_operators
@@ -124,14 +130,19 @@ class TrackedStep:
 
     Args:
         model, optimizer, gradients: whose tensors the bytes are split into; `gradients` lists those alive when it is called.
+        device: where the network is.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Callable[[], list[Tensor]]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gradients: Callable[[], list[Tensor]],
+        device: torch.device,
     ) -> None:
         self.model, self.optimizer, self.gradients = model, optimizer, gradients
         existing = [*model.parameters(), *model.buffers(), *self._optimizer_state(), *gradients()]
-        self.tracker = TimelineTracker(existing)
+        self.tracker = TimelineTracker(existing, device)
         self.births: dict[str, set[int]] = {}
         """Serial numbers of storages by kind, once the step is done; activations are the rest."""
         self.timeline: Timeline | None = None

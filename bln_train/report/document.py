@@ -40,8 +40,11 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
         raise RunFolderError(f"cannot create {page.parent}: {error.strerror}", "Choose another --out.") from error
     title, subtitle = _titles(paths)
     content = assemble(sources)
-    write_atomically(page, html.render_html(title, subtitle, content))
-    write_atomically(twin, markdown.render_markdown(title, subtitle, content))
+    for file, text in (
+        (page, html.render_html(title, subtitle, content)),
+        (twin, markdown.render_markdown(title, subtitle, content)),
+    ):
+        write_atomically(file, text.encode(errors="replace"))  # half a surrogate pair, in a name or a log, is no text
     return {
         "html": str(page),
         "markdown": str(twin),

@@ -73,8 +73,10 @@ class Group:
 
     def by_epoch(self, value: Callable[[EpochRecord], float | None]) -> list[tuple[float, float]]:
         """(epoch, mean over the runs that have it) of something that epochs record."""
-        epochs = sorted({record.epoch for run in self.runs for record in run.epochs})
-        means = ((e, mean_of([value(r) for run in self.runs for r in run.epochs if r.epoch == e])) for e in epochs)
+        found: dict[int, list[float | None]] = {}
+        for record in (record for run in self.runs for record in run.epochs):
+            found.setdefault(record.epoch, []).append(value(record))
+        means = ((epoch, mean_of(values)) for epoch, values in sorted(found.items()))
         return [(float(epoch), mean.value) for epoch, mean in means if mean is not None]
 
 

@@ -208,7 +208,9 @@ def is_sound(record: Record) -> bool:
     if isinstance(record, TimelineRecord):
         lengths = {len(getattr(record, field.name)) for field in fields(record) if field.name.endswith("_bytes")}
         return (
-            lengths == {sum(record.num_points)} and len(record.phases) == len(record.num_points) and bool(record.phases)
+            lengths == {sum(record.num_points)}
+            and len(record.phases) == len(record.num_points)
+            and min(record.num_points, default=0) > 0
         )
     return True
 

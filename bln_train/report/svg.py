@@ -188,7 +188,8 @@ class _Scale:
         inside = [self._bend(v) for v in values if math.isfinite(v) and (v > 0 or not log2)] or [0.0, 1.0]
         low, high = min(inside), max(inside)
         if high - low < 1e-9 * max(1.0, abs(high)):
-            low, high = low - 0.5, high + 0.5
+            room = max(0.5, 1e-3 * abs(high))
+            low, high = low - room, high + room
         step = 1.0 if log2 and high - low >= 1 else _nice_step((high - low) / 5, whole=whole and not log2)
         if log2 and (high - low) / step > 8:
             step = math.ceil((high - low) / 8)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from bln_train.report.blocks import Block, Finding, Section, Table
 from bln_train.report.groups import Group, Mean, reference_of
 from bln_train.report.source import Sources, Sweep, cell_name
-from bln_train.units import format_bytes, format_number, format_percent
+from bln_train.units import CUDA_CONTEXT_BYTES, format_bytes, format_number, format_percent
 
 _MAX_GROUPS = 6
 """Groups that get sentences of their own; the table has all."""
@@ -58,8 +58,9 @@ def _budget(group: Group) -> Finding:
     if memory is None or peak is None:
         return Finding("unknown", f"{group.name}: memory was not measured.")
     if memory.method == "allocator":
-        taken = max(r.memory.reserved_bytes or 0 for r in group.runs if r.memory) or peak
-        what = f"{format_bytes(taken)} reserved by the allocator (CUDA's context comes on top)"
+        reserved = max(r.memory.reserved_bytes or 0 for r in group.runs if r.memory) or peak
+        taken = reserved + CUDA_CONTEXT_BYTES
+        what = f"{format_bytes(reserved)} reserved by the allocator, {format_bytes(CUDA_CONTEXT_BYTES)} assumed for CUDA's context"
     else:
         taken, what = peak, f"a peak of {format_bytes(peak)} in tracked tensors (libraries and data set not included)"
     share = f"{100 * taken / budget:.1f} % of the memory budget of {format_bytes(budget)}: {what}."

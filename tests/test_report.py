@@ -48,7 +48,7 @@ def test_verdict_of_a_comparison_comes_first(folders, tmp_path):
     spread = abs(ours[0] - ours[1]) / 2**0.5
     assert f"batchless, micro-batch 4 of 16: test accuracy {sum(ours) / 2:.2f} ± {spread:.2f} % on 10 images" in text
     assert f"{sum(ours) / 2 - theirs:+.2f} points against batch, micro-batch 16 of 16" in text
-    assert "single runs: what another seed would change is not known" in text
+    assert "not several seeds of both: what another one would change is not known" in text
     peak = max(
         records_of(folders / "cells" / f"batchless-effective16-micro4-seed{n}", "memory")[-1]["peak_bytes"]
         for n in (0, 1)
@@ -87,6 +87,16 @@ def test_one_run_is_compared_with_guessing(single, tmp_path):
     text = markdown_of(single, out=tmp_path / "r.html")
     assert "guessing gives 10.00 % of 10 classes" in text
     assert "/ reference" not in text
+
+
+def test_runs_on_other_data_are_no_reference(single, folders, tmp_path):
+    """A run is compared with those of its data, network and length alone."""
+    recipe = (single / "recipe.yaml").read_text()
+    (single / "recipe.yaml").write_text(recipe.replace("num_train: 40", "num_train: 41"))
+    text = markdown_of(folders, single, out=tmp_path / "r.html")
+    (line,) = [line for line in text.splitlines() if "(single): test accuracy" in line]
+    assert "guessing gives 10.00 %" in line
+    assert "points against" not in line
 
 
 def test_what_was_not_measured_prints_a_dash(single, tmp_path):

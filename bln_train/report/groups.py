@@ -100,8 +100,17 @@ def _name(run: Run) -> str:
 
 
 def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """What a group is compared with: BatchNorm at the whole batch, of its effective batch if there is one; else the first."""
-    whole = [g for g in groups if g.norm == "batch" and g.first.micro_batch_size == g.first.effective_batch_size]
+    """What a group is compared with, of those with its data, network and epochs; None for the reference itself.
+
+    BatchNorm at the whole batch, of its effective batch if there is one; else the first group.
+    """
+    peers = [other for other in groups if _task(other) == _task(group)]
+    whole = [g for g in peers if g.norm == "batch" and g.first.micro_batch_size == g.first.effective_batch_size]
     same = [g for g in whole if g.first.effective_batch_size == group.first.effective_batch_size]
-    chosen = next(iter([*same, *whole, *groups]))
+    chosen = next(iter([*same, *whole, *peers]))
     return None if chosen is group else chosen
+
+
+def _task(group: Group) -> tuple[object, ...]:
+    recipe = group.first.recipe
+    return recipe.data, recipe.model, recipe.train.epochs, recipe.train.max_steps

@@ -98,7 +98,7 @@ def bar_chart(
         parts.append(_text(place, height + 14, tick, "middle"))
     for n, bar in enumerate(bars):
         y, x = _TOP + 2.6 * _LINE * n, x_of(0)
-        parts.append(_text(8, y + 11, f"{bar.label}: {bar.text}", "start"))
+        parts.append(_text(8, y + 11, f"{_short(bar.label, 46)}: {bar.text}", "start"))
         for k, value in enumerate(bar.parts):
             width = x_of(value) - x_of(0)
             if width > 0:
@@ -273,6 +273,11 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
+def _short(text: str, length: int) -> str:
+    """Text that fits; tables have the whole."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def _drawing(title: str, parts: Sequence[str], keys: Sequence[tuple[str, str]], height: float) -> str:
     """The parts and below them the legend, in two columns where its words are short."""
     columns = 2 if all(len(name) <= 22 for name, _ in keys) else 1
@@ -280,6 +285,8 @@ def _drawing(title: str, parts: Sequence[str], keys: Sequence[tuple[str, str]], 
     legend = []
     for n, (name, drawing) in enumerate(keys):
         x, y = 12 + (n % columns) * WIDTH / 2, height + 8 + (n // columns) * (_LINE + 2)
-        legend.append(f'<g transform="translate({x:.1f} {y:.1f})">{drawing}{_text(33, 4, name, "start")}</g>')
+        legend.append(
+            f'<g transform="translate({x:.1f} {y:.1f})">{drawing}{_text(33, 4, _short(name, 58), "start")}</g>'
+        )
     total = height + rows * (_LINE + 2) + 6
     return f'<svg viewBox="0 0 {WIDTH} {total:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}{"".join(legend)}</svg>'

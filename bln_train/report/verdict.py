@@ -18,11 +18,12 @@ def verdict(sources: Sources, groups: Sequence[Group]) -> Section:
     """Findings for the groups, and all of them side by side."""
     blocks: list[Block] = [*_finished(sources, groups), *_budgets(groups)]
     references = [reference_of(group, groups) for group in groups]
-    pairs = list(zip(groups, references, strict=True))
-    compared = [(group, reference) for group, reference in pairs if reference is not None] or pairs
+    pairs = zip(groups, references, strict=True)
+    # What others are compared with needs no sentence of its own.
+    compared = [(group, reference) for group, reference in pairs if all(group is not other for other in references)]
     blocks += [_accuracy(group, reference) for group, reference in compared[:_MAX_GROUPS]]
     if len(compared) > _MAX_GROUPS:
-        blocks.append(Finding("note", f"{len(compared) - _MAX_GROUPS} more are in the table below."))
+        blocks.append(Finding("note", f"In the table below: {len(compared) - _MAX_GROUPS} more."))
     blocks += [_of_sweep(sweep) for sweep in sources.sweeps]
     if groups:
         blocks.append(_side_by_side(groups, references))
@@ -45,7 +46,7 @@ def _budgets(groups: Sequence[Group]) -> Iterator[Finding]:
     stated = [group for group in groups if group.budget_bytes is not None]
     yield from (_budget(group) for group in stated[:_MAX_GROUPS])
     if len(stated) > _MAX_GROUPS:
-        yield Finding("note", f"{len(stated) - _MAX_GROUPS} more with a memory budget are in the table below.")
+        yield Finding("note", f"In the table below: {len(stated) - _MAX_GROUPS} more with a memory budget.")
     if groups and not stated:
         peaks = [group.peak_bytes for group in groups if group.peak_bytes is not None]
         peak = f"the largest peak is {format_bytes(max(peaks))}" if peaks else "memory was not measured"
@@ -103,7 +104,7 @@ def _ratio(group: Group, reference: Group | None) -> float | None:
 def _weight(one: Mean, other: Mean) -> str:
     """How far a difference of two means is from chance, as far as their spreads tell."""
     if one.spread is None or other.spread is None:
-        return " (single runs: what another seed would change is not known)"
+        return " (not several seeds of both: what another one would change is not known)"
     error = 100 * math.sqrt(one.spread**2 / one.num_runs + other.spread**2 / other.num_runs)
     return f" (standard error of the difference {error:.2f}, {one.num_runs} and {other.num_runs} runs)"
 

@@ -168,6 +168,12 @@ def test_folded_tables_are_printed(browser, page):
     assert not browser.evaluate(shown)
     browser.open(page, media="print")
     assert browser.evaluate(shown)
+    browser.open(page, width=720, media="print")  # about the width of a sheet
+    cut = (
+        "[...document.querySelectorAll('.wide')].filter((box) => getComputedStyle(box).overflowX !== 'visible').length"
+    )
+    assert browser.evaluate(cut) == 0
+    assert overflow(browser) <= 0
 
 
 def test_markup_from_folders_is_text(browser, hostile, tmp_path):

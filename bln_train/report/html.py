@@ -50,7 +50,8 @@ pre { background: var(--card); padding: .7rem; overflow-x: auto; font-size: .8re
 #hatches { position: absolute; width: 0; height: 0; } #hatches path { stroke: var(--page); stroke-width: 1.3; fill: none; }
 #hatches circle { fill: var(--page); }
 @media (max-width: 30rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; } }
-@media print { body { max-width: none; font-size: 10pt; } section { break-inside: auto; } h2 { break-after: avoid; }
+@media print { body { max-width: none; font-size: 10pt; } h2 { break-after: avoid; }
+  .wide { overflow: visible; } table { font-size: 8pt; } th, td, td:first-child { white-space: normal; }
   details > *, details::details-content { content-visibility: visible; } }
 """
 _STYLE += "".join(f".s{n} {{ stroke: var(--c{n}); }} .f{n} {{ fill: var(--c{n}); }}\n" for n in range(8))

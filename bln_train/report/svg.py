@@ -92,13 +92,13 @@ def bar_chart(
     height = _TOP + 2.6 * _LINE * len(bars)
     ends = [sum(bar.parts) for bar in bars] + [value for value, _ in levels]
     x_of = _Scale([0.0, *ends], 8, WIDTH - 16)
-    parts = []
+    parts, labels = [], []  # labels on top of all lines
     for place, tick in x_of.ticks:
         parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{height:.1f}"/>')
         parts.append(_text(place, height + 14, tick, "middle"))
     for n, bar in enumerate(bars):
         y, x = _TOP + 2.6 * _LINE * n, x_of(0)
-        parts.append(_text(8, y + 11, f"{_short(bar.label, 46)}: {bar.text}", "start"))
+        labels.append(_text(8, y + 11, f"{_short(bar.label, 46)}: {bar.text}", "start"))
         for k, value in enumerate(bar.parts):
             width = x_of(value) - x_of(0)
             if width > 0:
@@ -109,7 +109,7 @@ def bar_chart(
     parts.append(_text(WIDTH / 2, height + 30, x_label, "middle"))
     keys = [(name, _patch(k, 0, -6, 26, 12)) for k, name in enumerate(names)]
     keys += [(what, _level_line(13, -7, 13, 7, n)) for n, (_, what) in enumerate(levels)]
-    return _drawing(title, parts, keys, height + 40)
+    return _drawing(title, parts + labels, keys, height + 40)
 
 
 def area_chart(

@@ -29,6 +29,7 @@ from bln_train.cli_options import (
     split,
 )
 from bln_train.cli_recipes import recipes_app
+from bln_train.cli_report import report
 from bln_train.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -233,6 +234,7 @@ def evaluate(
         raise UsageError(f"{source} does not exist", "Give a run folder (runs/...) or a checkpoint file.")
     from bln_train import console
     from bln_train.run import evaluate_checkpoint
+    from bln_train.units import format_percent
 
     recipe, found, step = evaluate_checkpoint(source, device, layers=layers, notify=console.note)
     if json_:
@@ -240,7 +242,7 @@ def evaluate(
     else:
         console.print_line(
             f"{recipe.model.name}, norm {recipe.norm.name}, after step {step}: test loss {found.loss:.4f}, "
-            f"accuracy {console.format_percent(found.accuracy)} over {found.num_images} images",
+            f"accuracy {format_percent(found.accuracy)} over {found.num_images} images",
         )
         for name, nll in (found.nll_by_layer or {}).items():
             console.print_line(f"nll {nll:10.4f}  {name}")
@@ -339,6 +341,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     )
 
 
+app.command()(report)
 app.command()(doctor)
 
 

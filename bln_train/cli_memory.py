@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,10 +23,12 @@ from bln_train.cli_options import (
     sizes,
     split,
 )
-from bln_train.errors import BlnError, DoesNotFitError, UsageError
+from bln_train.errors import BlnError, DoesNotFitError, RunFolderError, UsageError
 
 if TYPE_CHECKING:
     from bln_train.memory.planner import Variant
+
+_MAX_TIMELINES = 12
 
 
 def memory(
@@ -39,6 +41,14 @@ def memory(
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each cell.")] = 5,
     out: Annotated[
         Path | None, typer.Option(help="Folder; default memory/<recipe>. Its memory.* files are overwritten.")
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw live bytes through one step, a panel for each cell, 12 at most; with CUDA, snapshots for PyTorch's memory "
+            "viewer beside it.",
+        ),
     ] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -60,20 +70,58 @@ def memory(
         effective_batches=sizes(effective_batch, "--effective-batch"),
         micro_batches=sizes(micro_batch, "--micro-batch"),
     )
+    if timeline is not None:
+        _check_timeline(timeline, len(cells))
 
     from bln_train.memory import sweep  # torch, from here on
 
     with show_cells(sweep.num_stages(cells)) as show:
-        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
+        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show, timeline=timeline)
     sweep.write_tables(folder, document)
     plot_memory(folder, document)
+    if timeline is not None:
+        _plot_timelines(timeline, document)
     if json_:
         console.print_json({**document, "folder": str(folder)})
     else:
         console_tables.print_memory(document)
-        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png")
+        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png{f', {timeline}' if timeline else ''}")
     if not any(row["peak_bytes"] for row in document["rows"]):
         raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
+
+
+def _check_timeline(place: Path, num_cells: int) -> None:
+    if place.suffix != ".png":
+        raise UsageError(f"--timeline: {place} is no .png file", "Example: --timeline timeline.png")
+    if num_cells > _MAX_TIMELINES:
+        raise UsageError(
+            f"--timeline: {num_cells} cells are more than {_MAX_TIMELINES} panels",
+            "Name fewer, for example --norm batch,batchless --micro-batch 1 --effective-batch 32",
+        )
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot create {place.parent}: {error.strerror}", "Choose another --timeline.") from error
+
+
+def _plot_timelines(place: Path, document: dict[str, Any]) -> None:
+    from bln_train.records import TimelineRecord
+    from bln_train.report.timeline_plot import plot_timelines
+
+    found = [
+        (
+            f"{row['norm']}, micro-batch {row['micro_batch_size']} of {row['effective_batch_size']}",
+            TimelineRecord(**row["timeline"]),
+        )
+        for row in document["rows"]
+        if row["timeline"] is not None
+    ]
+    environment = document["environment"]
+    about = f"{document['model']}, {document['precision']}, {document['optimizer']}"
+    if found:
+        plot_timelines(
+            place, found, f"{about}; {environment['device']}, torch {environment['torch']}, {document['date']}"
+        )
 
 
 def plan(

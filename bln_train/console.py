@@ -50,13 +50,3 @@ def _flow(console: Console, text: str | Text) -> None:
 def note(text: str) -> None:
     """Something the user should know, on stderr, as it is."""
     say(f"note: {text}")
-
-
-def format_percent(fraction: float | None) -> str:
-    """A fraction as percent, `-` where there is none."""
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
-
-
-def format_number(value: float | None, digits: int = 3) -> str:
-    """A number with fixed decimals, `-` where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from rich.text import Text
 
-from bln_train.console import format_number, format_percent, say, talk
+from bln_train.console import say, talk
 from bln_train.console_live import Figures, Pace, RunView, ShareView, can_draw, drawn
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.signals import write_now
-from bln_train.units import format_bytes, format_seconds
+from bln_train.units import format_bytes, format_number, format_percent, format_seconds
 
 _PLAIN_LINE_SECONDS = 15.0
 

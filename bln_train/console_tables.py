@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from bln_train.console import format_number, format_percent, out, print_line, say
-from bln_train.units import format_bytes, format_seconds
+from bln_train.console import out, print_line, say
+from bln_train.units import format_bytes, format_number, format_percent, format_seconds
 
 
 def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:

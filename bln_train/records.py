@@ -12,6 +12,30 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class LayerRecord:
+    """A batchless layer's statistics, and how what an effective batch brought compares with them, over its channels."""
+
+    num_channels: int
+    """Means and standard deviations that it has; 1 where all channels share them."""
+    mean_low: float
+    """Smallest and largest learned mean, after the step, in units of the layer's input."""
+    mean_high: float
+    std_low: float
+    """Smallest and largest learned standard deviation, after the step."""
+    std_high: float
+    offset_rms: float
+    """Root mean square over channels of (observed mean - learned mean) / learned std, as the step's forward used them."""
+    ratio_low: float
+    """Smallest, geometric mean and largest of observed std / learned std, 0.001 where it is less."""
+    ratio_mean: float
+    ratio_high: float
+    num_dead: int
+    """Channels whose inputs do not vary."""
+    num_at_floor: int
+    """Channels whose learned standard deviation is norm.eps, the smallest there is."""
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimizer step."""
 
@@ -35,6 +59,8 @@ class StepRecord:
     """From the beginning of the step until its sums are on the host."""
     nll_by_layer: dict[str, float] | None = None
     """The gauged likelihood of each batchless layer by name; None for most steps."""
+    layers: dict[str, LayerRecord] | None = None
+    """Of each batchless layer, at the last step of an epoch."""
     update_norm: float | None = None
     """Norm of all momentum buffers before clipping, where gradients gather there; None elsewhere, see `grad_norm`."""
 
@@ -104,6 +130,29 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True)
+class TimelineRecord:
+    """Live tensor bytes through one optimizer step, at points that are in order but not evenly spaced.
+
+    Each list of bytes has a value for each point. Of the operators behind a point it is the one with most bytes alive, so the
+    largest sum over the kinds is the step's peak.
+    """
+
+    effective_batch_size: int
+    micro_batch_size: int
+    num_micro_steps: int
+    phases: list[str]
+    """In order: forward and backward of the first micro-step, `between` for all others but the last, forward and backward of the
+    last, optimizer, probe."""
+    num_points: list[int]
+    """Points of each phase; `between` has one."""
+    parameter_bytes: list[int]
+    gradient_bytes: list[int]
+    optimizer_bytes: list[int]
+    activation_bytes: list[int]
+    other_bytes: list[int]
+
+
+@dataclass(frozen=True)
 class NoticeRecord:
     """Something the user should know: it changes no result, but explains one."""
 
@@ -127,11 +176,12 @@ class InputSpec:
     """In the order of the network's outputs."""
 
 
-Record = StepRecord | EpochRecord | MemoryRecord | NoticeRecord
+Record = StepRecord | EpochRecord | MemoryRecord | TimelineRecord | NoticeRecord
 _KINDS: dict[str, type[Any]] = {
     "step": StepRecord,
     "epoch": EpochRecord,
     "memory": MemoryRecord,
+    "timeline": TimelineRecord,
     "notice": NoticeRecord,
 }
 
@@ -164,5 +214,7 @@ def record_to_dict(record: Record) -> dict[str, Any]:
 def record_from_dict(data: dict[str, Any]) -> Record:
     """Inverse of `record_to_dict`; raises KeyError or TypeError on anything else."""
     fields = dict(data)
+    if fields.get("layers") is not None:
+        fields["layers"] = {name: LayerRecord(**values) for name, values in fields["layers"].items()}
     record: Record = _KINDS[fields.pop("kind")](**fields)
     return record

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
 from bln_train.errors import CheckpointError, DivergedError, RecipeError
-from bln_train.memory.peak import PeakMeter, storage_bytes
+from bln_train.memory.peak import PeakMeter
+from bln_train.memory.tracker import storage_bytes
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe

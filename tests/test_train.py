@@ -16,7 +16,7 @@ from bln_train.models.layers import InstanceDropout
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.optim import Schedule, parameter_groups
 from bln_train.recipe_file import load_recipe
-from bln_train.records import EpochRecord, MemoryRecord, StepRecord, record_from_dict, record_to_dict
+from bln_train.records import EpochRecord, MemoryRecord, StepRecord, TimelineRecord, record_from_dict, record_to_dict
 from bln_train.rng import draw_integers, draw_uniform, instance_seeds, keep_mask
 
 
@@ -179,14 +179,14 @@ def test_clipping_bounds_the_update():
 
 
 def test_records_come_in_order_and_survive_json():
-    """Steps, memory after the second, an epoch record after each epoch's last step; each equals itself through JSON."""
+    """Steps, memory and timeline after the second, an epoch's record after its last step; each equals itself through JSON."""
     records = advance(build_experiment(tiny_recipe()).trainer)
     kinds = [type(r) for r in records]
-    step, epoch, memory = StepRecord, EpochRecord, MemoryRecord
-    assert kinds == [step, step, memory, step, epoch, step, step, step, epoch, memory]
+    step, epoch, memory, timeline = StepRecord, EpochRecord, MemoryRecord, TimelineRecord
+    assert kinds == [step, step, memory, timeline, step, epoch, step, step, step, epoch, memory]
     assert [r.num_images for r in records if isinstance(r, step)] == [16, 16, 8] * 2
     first = [r for r in records if isinstance(r, step)][:3]
-    assert records[4].train_loss == pytest.approx(sum(r.loss * r.num_images for r in first) / 40)
+    assert records[5].train_loss == pytest.approx(sum(r.loss * r.num_images for r in first) / 40)
     assert [record_from_dict(json.loads(json.dumps(record_to_dict(r)))) for r in records] == records
 
 

@@ -24,8 +24,9 @@ from bln_train.recipe import Recipe
 from bln_train.signals import StopRequested
 from bln_train.train.graph import MOST_PIXELS
 from bln_train.train.step import SENT_BYTES, AccumulationStep
+from bln_train.units import CUDA_CONTEXT_BYTES
 
-CONTEXT_BYTES = 400 * MIB
+CONTEXT_BYTES = CUDA_CONTEXT_BYTES
 """Assumed of CUDA's context with the libraries' kernels: some 300 MiB since CUDA 11.7 (pytorch#107667), more as kernels load."""
 MATMUL_BYTES = 8 * MIB + 128 * 1024
 """Workspace that PyTorch keeps for cuBLAS by default (CUBLAS_WORKSPACE_CONFIG, ":4096:2:16:8" in KiB)."""

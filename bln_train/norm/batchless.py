@@ -154,13 +154,13 @@ class _BatchlessNorm(nn.Module):
         self.register_buffer("imputation", imputation)
 
         self.account = _Account()
+        self.first_moment: Tensor | None = None
         self.second_moment: Tensor | None = None
-        """(C,) or (1,), of the last effective batch: mean of xhat^2."""
+        """(C,) or (1,), of the last effective batch: means of xhat and of xhat^2."""
         self.following: Following | None = None
         """The layer's part in the probe's forward after a step."""
-        self.old_moments: tuple[Tensor, Tensor] | None = (
-            None  # of the probe's images, under the weights before the step
-        )
+        self.old_moments: tuple[Tensor, Tensor] | None = None
+        """Of the probe's images, under the weights before the step."""
 
     @property
     def std(self) -> Tensor:

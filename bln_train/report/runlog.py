@@ -34,6 +34,8 @@ from bln_train.synthetic_recipe import SyntheticRecipe
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 SUMMARY = "summary.json"
 EVENTS = "events.out.tfevents.*"
+MEMORY_TABLE = "memory.json"
+"""What a memory sweep leaves in a folder of its own."""
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:

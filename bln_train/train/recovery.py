@@ -130,7 +130,7 @@ class Snapshot:
         step.statistics.discard()
         set_instance_seeds(step.dropouts, None)
         for layer in self._unseen:
-            layer.second_moment = None
+            layer.first_moment = layer.second_moment = None
         for p in [p for p in state if p not in self._entries]:
             del state[p]
         for p, entry in self._entries.items():

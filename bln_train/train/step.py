@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
 from bln_train.errors import DivergedError
-from bln_train.memory.peak import StorageTracker
+from bln_train.memory.tracker import StorageTracker
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.fuse import folded_layers

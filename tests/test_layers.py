@@ -77,6 +77,7 @@ LAYERS = [
     },
     {
         "train.step",
+        "train.graph",
         "train.recovery",
         "train.diagnose",
         "train.check_state",

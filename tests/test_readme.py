@@ -34,6 +34,10 @@ def command_lines():
 def test_commands_and_options_exist(line):
     words = shlex.split(line, comments=True)
     name = next((" ".join(words[:n]) for n in (3, 2) if " ".join(words[:n]) in COMMANDS), None)
+    if name is None and words[1].startswith("-"):  # options of the program itself
+        known = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+        assert set(words[1:]) <= known, line
+        return
     assert name, line
     known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
     assert {word for word in words if word.startswith("-")} <= known, line

@@ -149,6 +149,7 @@ def assemble(
         micro_batch_size=recipe.first_micro_batch_size,
         label_smoothing=recipe.train.label_smoothing,
         clip_norm=recipe.clip_norm,
+        clip_step=recipe.clip_step,
         autocast=partial(runtime.autocast, device, recipe.train.precision),
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
         world=world,

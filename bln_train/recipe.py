@@ -152,6 +152,16 @@ class Recipe(Section):
         return auto if setting == "auto" else setting
 
     @property
+    def clip_step(self) -> float | None:
+        """Learning rate times gradient norm that `clip_norm` always lets pass; None where the bound is that of `clip_norm` alone.
+
+        What harms is a long step. A fixed bound on the gradient shortens nearly all where rate and effective batch are small and
+        gradients noisy. Adam's steps have the rate's length whatever the gradient's.
+        """
+        loosens = self.optimizer.clip_norm == "auto" and self.clip_norm is not None and self.optimizer.name == "sgd"
+        return 0.1 if loosens else None
+
+    @property
     def clip_update(self) -> float | None:
         """Bound on the momentum's norm times (1 - momentum), `auto` resolved; None where gradients have their own place."""
         if not isinstance(self.optimizer, SgdSection) or self.optimizer.accumulate_into == "gradient":

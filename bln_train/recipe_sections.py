@@ -125,8 +125,8 @@ class _Optimizer(Section):
     weight_decay: NonNegative = 5e-4
     """Factor of the weights in their gradient; on convolution and linear weights only, not on biases, norms and statistics."""
     clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
-    """Bound on the global gradient norm; auto is 1.0 for `batchless` and none for every other norm, and where gradients
-    gather in the momentum, which `clip_update` bounds."""
+    """Bound on the global gradient norm; auto is none for every norm but `batchless`, and where gradients gather in the momentum,
+    which `clip_update` bounds. For `batchless` it is 1.0, with `sgd` at rates below 0.1 the looser 0.1 over the step's rate."""
 
 
 class SgdSection(_Optimizer):

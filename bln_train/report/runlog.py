@@ -65,7 +65,8 @@ def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe
         data["optimizer"].pop(
             "accumulate_into", None
         )  # where the sum is kept, not what it is; clipping tells them apart
-        data["optimizer"] |= {"clip_norm": recipe.clip_norm, "clip_update": recipe.clip_update}
+        clipping = {"clip_norm": recipe.clip_norm, "clip_step": recipe.clip_step, "clip_update": recipe.clip_update}
+        data["optimizer"] |= clipping
         return data
 
     return essence(old) == essence(new)

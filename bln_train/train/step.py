@@ -104,6 +104,7 @@ class AccumulationStep:
         probe_images: images of the effective batch on which statistics follow the weights; 0 for none.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
+        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate).
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
         world: the processes that share each effective batch; all take every step together.
@@ -131,13 +132,14 @@ class AccumulationStep:
         probe_images: int = 0,
         label_smoothing: float = 0.0,
         clip_norm: float | None = None,
+        clip_step: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]],
         scaler: torch.amp.GradScaler | None = None,
         world: World = ALONE,
     ) -> None:
         self.model, self.optimizer, self.statistics, self.preprocess = model, optimizer, statistics, preprocess
         self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
-        self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
+        self.label_smoothing, self.clip_norm, self.clip_step = label_smoothing, clip_norm, clip_step
         self.autocast, self.scaler, self.world = autocast, scaler, world
         self.reduced = False
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
@@ -195,7 +197,7 @@ class AccumulationStep:
         else:
             nll = self.statistics.update(num_images)
         if self.clip_norm is not None and grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self._bound(self.clip_norm), grad_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -211,6 +213,11 @@ class AccumulationStep:
         update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
         notices = () if self.graphs is None else self.graphs.take_notices()
         return StepTotals(loss_sum, correct, grad_norm, update_norm, nll, notices)
+
+    def _bound(self, clip_norm: float) -> float:
+        """The gradient norm that this step clips to."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return clip_norm if self.clip_step is None or rate <= 0 else max(clip_norm, self.clip_step / rate)
 
     def give_up(self) -> None:
         """Forget a step that was not finite: no weight, momentum, statistic or correction has moved.

@@ -126,6 +126,8 @@ class Snapshot:
         step, state = self.step, self.step.optimizer.state
         if isinstance(step.optimizer, MomentumAccumulatingSGD):
             step.optimizer.give_up()
+        if step.graphs is not None:
+            step.graphs.forget()  # another size comes next, and theirs may be the memory that it needs
         step.model.zero_grad(set_to_none=True)
         step.statistics.discard()
         set_instance_seeds(step.dropouts, None)

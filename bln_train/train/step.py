@@ -84,6 +84,9 @@ class Graphs(Protocol):
     def end(self, sums: Sums) -> Sums:
         """After the last: the sums, for the caller to keep."""
 
+    def forget(self) -> None:
+        """Let go of what is kept from step to step."""
+
     def take_notices(self) -> tuple[str, ...]:
         """What the user should know, once."""
 

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: demo compare memory plan-accuracy test check format bench clean
+.PHONY: demo compare memory plan-accuracy test check format generated bench clean
 
 demo: $(READY)          ## train the quickstart recipe: about two minutes on two CPU cores
 	$(BIN)/bln-train run recipes/quickstart.yaml
@@ -35,6 +35,10 @@ check: $(READY)         ## format, lint, types
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+generated: $(READY)     ## what is written from the code: the README's list of commands, the schema for editors
+	$(BIN)/python tests/cli_reference.py
+	$(BIN)/bln-train recipes schema > recipes/recipe.schema.json
 
 bench: $(READY)         ## trainer overhead over a bare loop; beside Lightning and Accelerate where the extra `bench` is installed
 	$(BIN)/python tests/benchmarks/overhead.py

@@ -1,3 +1,113 @@
-"""bln-train: train convolutional networks one image at a time, with the result of the whole batch."""
+"""bln-train: train convolutional networks one image at a time, with the result of the whole batch.
+
+The names in `__all__` are what a program may rely on; they are imported when they are first used, so that neither
+`import bln_train` nor `bln-train --help` loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bln_train.build import Experiment, build_experiment
+    from bln_train.errors import BlnError
+    from bln_train.export import ImageClassifier, export_run, load_merged
+    from bln_train.norm import (
+        BatchlessNorm,
+        BatchlessNorm1d,
+        BatchlessNorm2d,
+        BatchlessNorm3d,
+        BatchlessStatistics,
+        FoldedConvNorm,
+        FuseReport,
+        MergeReport,
+        Reestimate,
+        StandardizedConv2d,
+        convert_batchnorm,
+        convert_to_batchnorm,
+        fold_once,
+        folded_layers,
+        fuse,
+        initialize_statistics,
+        layer_likelihoods,
+        merge_norms,
+        reestimate_statistics,
+        standardize_once,
+        unfuse,
+    )
+    from bln_train.recipe import Recipe
+    from bln_train.recipe_file import load_recipe
+    from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
+    from bln_train.train.trainer import Trainer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchlessNorm",
+    "BatchlessNorm1d",
+    "BatchlessNorm2d",
+    "BatchlessNorm3d",
+    "BatchlessStatistics",
+    "BlnError",
+    "EpochRecord",
+    "Experiment",
+    "FoldedConvNorm",
+    "FuseReport",
+    "ImageClassifier",
+    "MemoryRecord",
+    "MergeReport",
+    "NoticeRecord",
+    "Recipe",
+    "Reestimate",
+    "StandardizedConv2d",
+    "StepRecord",
+    "Trainer",
+    "__version__",
+    "build_experiment",
+    "convert_batchnorm",
+    "convert_to_batchnorm",
+    "export_run",
+    "fold_once",
+    "folded_layers",
+    "fuse",
+    "initialize_statistics",
+    "layer_likelihoods",
+    "load_merged",
+    "load_recipe",
+    "merge_norms",
+    "reestimate_statistics",
+    "standardize_once",
+    "unfuse",
+]
+
+_HOMES = {
+    "Experiment": "build",
+    "build_experiment": "build",
+    "BlnError": "errors",
+    "ImageClassifier": "export",
+    "export_run": "export",
+    "load_merged": "export",
+    "Recipe": "recipe",
+    "load_recipe": "recipe_file",
+    "EpochRecord": "records",
+    "MemoryRecord": "records",
+    "NoticeRecord": "records",
+    "StepRecord": "records",
+    "Trainer": "train.trainer",
+}
+"""Modules of the public names that are not of `bln_train.norm`."""
+
+
+if not TYPE_CHECKING:  # a type checker knows the names above, and would take any other for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'norm')}"), name)
+        globals()[name] = value  # the next use does not come here
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

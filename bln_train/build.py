@@ -40,10 +40,15 @@ class Experiment:
     """A recipe, ready to run."""
 
     trainer: Trainer
+    """Takes the steps."""
     model: nn.Module
+    """On its device, statistics set, norms folded where the recipe says so."""
     data: DataSet
+    """Training, test and perhaps validation images."""
     device: torch.device
+    """Where it runs."""
     input: InputSpec
+    """What the network's images are, for whoever uses it later."""
     notices: tuple[str, ...]
     """What the user should know before it runs."""
 
@@ -54,6 +59,7 @@ def build_experiment(
     """Turn a recipe into data, network, optimizer and trainer.
 
     Args:
+        recipe: what to build; see `load_recipe`.
         initialize: take the norms' statistics from data, or all weights from model.init; pass False where a checkpoint brings them.
         data: in place of the recipe's.
         world: the processes that train together.
@@ -144,6 +150,7 @@ def assemble(
         micro_batch_size=recipe.first_micro_batch_size,
         label_smoothing=recipe.train.label_smoothing,
         clip_norm=recipe.clip_norm,
+        clip_step=recipe.clip_step,
         autocast=partial(runtime.autocast, device, recipe.train.precision),
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
         world=world,

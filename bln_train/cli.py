@@ -14,10 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bln_train.cli_complete import complete_recipe
 from bln_train.cli_doctor import doctor
 from bln_train.cli_memory import memory, plan
-from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
+from bln_train.cli_options import (
+    DeviceOption,
+    JsonOption,
+    NormsOption,
+    OptionalRecipeArgument,
+    RecipeArgument,
+    SetOption,
+    overrides,
+    sizes,
+    split,
+)
 from bln_train.cli_recipes import recipes_app
+from bln_train.cli_report import report
 from bln_train.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -64,6 +76,7 @@ def run(
 ) -> None:
     """Train a recipe; the run folder keeps recipe, metrics, checkpoint and summary."""
     from bln_train import console, console_tables
+    from bln_train.console_progress import Progress, show_progress
     from bln_train.recipe import Recipe
     from bln_train.recipe_file import load_any_recipe
     from bln_train.report.runlog import RunFolder, free_folder, latest_folder
@@ -80,12 +93,13 @@ def run(
         folder.check_usable(loaded, resume=resume)
 
     from bln_train.run import run as run_recipe  # torch, from here on
+    from bln_train.runtime import memory_limit
 
     with ExitStack() as display:
-        listen: console.Listener  # once there is a display
+        progress: Progress  # once there is one
 
         def announce(experiment: Any) -> None:
-            nonlocal listen
+            nonlocal progress
             trainer = experiment.trainer
             console.say(
                 f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch "
@@ -95,10 +109,17 @@ def run(
             )
             if trainer.step:
                 console.say(f"resumed at step {trainer.step}")
-            listen = display.enter_context(console.show_progress(trainer.num_steps, trainer.step))
+            limit_bytes = memory_limit(experiment.device, loaded.train.memory_budget)
+            progress = display.enter_context(show_progress(trainer.num_steps, trainer.step, limit_bytes))
 
         summary = run_recipe(
-            loaded, folder, name=recipe, resume=resume, announce=announce, listen=lambda record: listen(record)
+            loaded,
+            folder,
+            name=recipe,
+            resume=resume,
+            announce=announce,
+            listen=lambda record: progress(record),
+            say_stopping=lambda text: progress.stopping(text),
         )
     if launch().rank:
         return  # rank 0 speaks for all
@@ -119,10 +140,11 @@ def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, r
         )
     folder.check_usable(loaded, resume=False)
 
+    from bln_train.console_progress import show_share
     from bln_train.console_synthetic import print_synthetic
     from bln_train.run_synthetic import run_synthetic  # torch, from here on
 
-    with console.show_share() as progress:
+    with show_share() as progress:
         summary = run_synthetic(loaded, folder, name=recipe, progress=progress)
     if json_:
         console.print_json({**summary, "folder": str(folder.path)})
@@ -132,10 +154,8 @@ def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, r
 
 @app.command()
 def compare(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
-    ] = "quickstart",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "batch,batchless",
+    recipe: OptionalRecipeArgument = "quickstart",
+    norm: NormsOption = "batch,batchless",
     effective_batch: Annotated[
         str,
         typer.Option(
@@ -160,8 +180,11 @@ def compare(
     """Run a grid of norms and batch sizes and put accuracy, peak memory and speed side by side."""
     from bln_train import compare as grid
     from bln_train import console, console_tables
+    from bln_train.console_progress import show_cells
     from bln_train.recipe_file import load_recipe
+    from bln_train.report.board import require_tensorboard
     from bln_train.report.plots import plot_comparison
+    from bln_train.units import parse_bytes
 
     loaded = load_recipe(recipe, overrides(set_, device))
     folder = out or Path("comparisons") / Path(recipe).stem
@@ -176,9 +199,11 @@ def compare(
         ],
         num_seeds=seeds,
     )
+    require_tensorboard(loaded)
     grid.open_comparison(folder, loaded)
-    with console.show_cells(len(cells)) as show:
-        grid.run_cells(cells, show)
+    budget = loaded.train.memory_budget
+    with show_cells(len(cells), None if budget is None else parse_bytes(budget)) as show:
+        grid.run_cells(cells, show, show.stopping)
     table, environment = grid.rows(cells), grid.environment_of(cells)
     grid.write_tables(folder, table, environment)
     plot_comparison(folder, table, environment.get("device", "-"))
@@ -209,6 +234,7 @@ def evaluate(
         raise UsageError(f"{source} does not exist", "Give a run folder (runs/...) or a checkpoint file.")
     from bln_train import console
     from bln_train.run import evaluate_checkpoint
+    from bln_train.units import format_percent
 
     recipe, found, step = evaluate_checkpoint(source, device, layers=layers, notify=console.note)
     if json_:
@@ -216,7 +242,7 @@ def evaluate(
     else:
         console.print_line(
             f"{recipe.model.name}, norm {recipe.norm.name}, after step {step}: test loss {found.loss:.4f}, "
-            f"accuracy {console.format_percent(found.accuracy)} over {found.num_images} images",
+            f"accuracy {format_percent(found.accuracy)} over {found.num_images} images",
         )
         for name, nll in (found.nll_by_layer or {}).items():
             console.print_line(f"nll {nll:10.4f}  {name}")
@@ -239,9 +265,9 @@ def export(
         raise UsageError("--batch: a .safetensors file holds weights, which have no batch", "Leave it out.")
     number = None if batch in ("", "dynamic") else parse_size(batch, "--batch", "dynamic, or --batch 1")
     from bln_train import console, console_tables
-    from bln_train.export import export as export_network
+    from bln_train.export import export_run
 
-    result = export_network(source, out, batch=number, force=force, notify=console.note)
+    result = export_run(source, out, batch=number, force=force, notify=console.note)
     if json_:
         console.print_json(result)
     else:
@@ -263,7 +289,11 @@ def migrate(
     ] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Take statistics that a state dict lacks from this recipe's images."),
+        typer.Option(
+            metavar="RECIPE",
+            help="Take statistics that a state dict lacks from this recipe's images.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     set_: SetOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -296,6 +326,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from bln_train import console
     from bln_train.recipe import Recipe
     from bln_train.recipe_file import load_any_recipe
+    from bln_train.report.board import require_tensorboard
 
     loaded = load_any_recipe(recipe, set_ or ())
     if not isinstance(loaded, Recipe):
@@ -303,12 +334,14 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
             f"{recipe}: ok (synthetic, {len(loaded.streams)} streams of {loaded.num_samples} samples, "
             f"{loaded.num_repetitions} repetitions, batches of {', '.join(map(str, loaded.batch_sizes))})"
         )
+    require_tensorboard(loaded)
     console.print_line(
         f"{recipe}: ok ({loaded.model.name} on {loaded.data.name}, norm {loaded.norm.name}, "
         f"effective batch {loaded.train.effective_batch_size}, micro-batch {loaded.train.micro_batch_size})",
     )
 
 
+app.command()(report)
 app.command()(doctor)
 
 

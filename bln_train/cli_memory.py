@@ -7,22 +7,33 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bln_train.cli_options import DeviceOption, JsonOption, RecipeArgument, SetOption, overrides, sizes, split
-from bln_train.errors import BlnError, DoesNotFitError, UsageError
+from bln_train.cli_complete import complete_norms
+from bln_train.cli_options import (
+    DeviceOption,
+    JsonOption,
+    NormsOption,
+    OptionalRecipeArgument,
+    RecipeArgument,
+    SetOption,
+    overrides,
+    sizes,
+    split,
+)
+from bln_train.errors import BlnError, DoesNotFitError, RunFolderError, UsageError
 
 if TYPE_CHECKING:
     from bln_train.memory.planner import Variant
 
+_MAX_TIMELINES = 12
+
 
 def memory(
-    recipe: Annotated[
-        str, typer.Argument(metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.")
-    ] = "cifar10_mb1",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated.")] = "none,batch,group,batchless",
+    recipe: OptionalRecipeArgument = "cifar10_mb1",
+    norm: NormsOption = "none,batch,group,batchless",
     micro_batch: Annotated[str, typer.Option(help="Micro-batches, comma-separated.")] = "1,8,64",
     effective_batch: Annotated[str, typer.Option(help="Effective batches, comma-separated.")] = "1,128,1024",
     set_: SetOption = None,
@@ -31,11 +42,20 @@ def memory(
     out: Annotated[
         Path | None, typer.Option(help="Folder; default memory/<recipe>. Its memory.* files are overwritten.")
     ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw live bytes through one step, a panel for each cell, 12 at most; with CUDA, snapshots for PyTorch's memory "
+            "viewer beside it.",
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Measure memory and time of training over norms and batch sizes, on random images, learning nothing."""
     from bln_train import console, console_tables
     from bln_train.compare import plan_cells
+    from bln_train.console_progress import show_cells
     from bln_train.recipe_file import load_recipe
     from bln_train.report.plots import plot_memory
 
@@ -50,20 +70,58 @@ def memory(
         effective_batches=sizes(effective_batch, "--effective-batch"),
         micro_batches=sizes(micro_batch, "--micro-batch"),
     )
+    if timeline is not None:
+        _check_timeline(timeline, len(cells))
 
     from bln_train.memory import sweep  # torch, from here on
 
-    with console.show_cells(sweep.num_stages(cells)) as show:
-        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show)
+    with show_cells(sweep.num_stages(cells)) as show:
+        document = sweep.measure(loaded, cells, folder, num_repeats=repeats, show=show, timeline=timeline)
     sweep.write_tables(folder, document)
     plot_memory(folder, document)
+    if timeline is not None:
+        _plot_timelines(timeline, document)
     if json_:
         console.print_json({**document, "folder": str(folder)})
     else:
         console_tables.print_memory(document)
-        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png")
+        console.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png{f', {timeline}' if timeline else ''}")
     if not any(row["peak_bytes"] for row in document["rows"]):
         raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
+
+
+def _check_timeline(place: Path, num_cells: int) -> None:
+    if place.suffix != ".png":
+        raise UsageError(f"--timeline: {place} is no .png file", "Example: --timeline timeline.png")
+    if num_cells > _MAX_TIMELINES:
+        raise UsageError(
+            f"--timeline: {num_cells} cells are more than {_MAX_TIMELINES} panels",
+            "Name fewer, for example --norm batch,batchless --micro-batch 1 --effective-batch 32",
+        )
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot create {place.parent}: {error.strerror}", "Choose another --timeline.") from error
+
+
+def _plot_timelines(place: Path, document: dict[str, Any]) -> None:
+    from bln_train.records import TimelineRecord
+    from bln_train.report.timeline_plot import plot_timelines
+
+    found = [
+        (
+            f"{row['norm']}, micro-batch {row['micro_batch_size']} of {row['effective_batch_size']}",
+            TimelineRecord(**row["timeline"]),
+        )
+        for row in document["rows"]
+        if row["timeline"] is not None
+    ]
+    environment = document["environment"]
+    about = f"{document['model']}, {document['precision']}, {document['optimizer']}"
+    if found:
+        plot_timelines(
+            place, found, f"{about}; {environment['device']}, torch {environment['torch']}, {document['date']}"
+        )
 
 
 def plan(
@@ -74,7 +132,9 @@ def plan(
             help="Memory that training may take, e.g. 4GiB; default train.memory_budget, or what is free on this device."
         ),
     ] = "",
-    norm: Annotated[str, typer.Option(help="Norms, comma-separated; default the recipe's.")] = "",
+    norm: Annotated[
+        str, typer.Option(help="Norms, comma-separated; default the recipe's.", autocompletion=complete_norms)
+    ] = "",
     vary: Annotated[
         list[str] | None,
         typer.Option(

@@ -6,17 +6,36 @@ from typing import Annotated
 
 import typer
 
+from bln_train.cli_complete import complete_device, complete_norms, complete_recipe, complete_setting
 from bln_train.errors import UsageError
 from bln_train.sizes import expand_dots, parse_size
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", autocompletion=complete_recipe
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. train.epochs=3; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, e.g. train.epochs=3; repeatable.",
+        autocompletion=complete_setting,
+    ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<index>; overrides the recipe.")]
+OptionalRecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[RECIPE]", help="A recipe file or a shipped recipe's name.", autocompletion=complete_recipe
+    ),
+]
+NormsOption = Annotated[str, typer.Option(help="Norms, comma-separated.", autocompletion=complete_norms)]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu, cuda or cuda:<index>; overrides the recipe.", autocompletion=complete_device),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 

@@ -29,10 +29,11 @@ from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.recipe_norms import NORM_NAMES
 from bln_train.records import EpochRecord, Record, StepRecord
 from bln_train.report.runlog import RunFolder, json_text
-from bln_train.signals import stop_requests
+from bln_train.signals import stop_requests, write_now
 
 MicroBatch = int | Literal["full"]
 CellListener = Callable[[float, Record], None]  # how far the cell is, from 0 to 1, and what it recorded
+_STOPPING = "stopping; the run under way saves its state. Ctrl-C again leaves at once"
 BASE_RECIPE = "comparison.yaml"  # not a run folder's name for it: neither passes for the other
 
 
@@ -141,16 +142,23 @@ def open_comparison(folder: Path, recipe: Recipe) -> None:
     write_atomically(base, dump_recipe(recipe))
 
 
-def run_cells(cells: Sequence[Cell], show: Callable[[int, str], CellListener]) -> None:
+def run_cells(
+    cells: Sequence[Cell],
+    show: Callable[[int, str], CellListener],
+    say_stopping: Callable[[str], None] = write_now,
+) -> None:
     """Run what is not finished of a comparison, one cell after the other.
 
     Args:
         show: called with a cell's position and name, gives what to call with its progress (0 to 1) and each record.
+        say_stopping: is told of a stop that is under way, while its signal is handled: it may not print.
 
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM; the state of the cell under way is saved.
     """
-    with stop_requests() as stop_asked:  # noted, not acted on: a cell being started must not lose its parent
+    with stop_requests(
+        lambda: say_stopping(_STOPPING)
+    ) as stop_asked:  # noted, not acted on: a cell being started must not lose its parent
         for n, cell in enumerate(cells):
             _run_cell(cell, show(n, cell.folder.path.name), stop_asked)
             if stop_asked():

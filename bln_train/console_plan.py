@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from bln_train.console import out, print_line
-from bln_train.console_tables import narrow_table
+from bln_train.console import print_line
+from bln_train.console_tables import narrow_table, print_table
 from bln_train.units import format_bytes
 
 
@@ -15,7 +15,7 @@ def print_plan(document: dict[str, Any]) -> None:
     """Predicted memory by micro-batch, what fits, and what would help, within 80 columns."""
     cuda, budget = document["predicted_for"] == "cuda", document["budget_bytes"]
     headings = ["micro-\nbatch", "weights\netc.", "activa-\ntions", "of them\nan image"]
-    headings += ["work-\nspace", "round-\ning"] if cuda else []
+    headings += ["work-\nspace", "graphs", "round-\ning"] if cuda else []
     headings += ["total"] if budget is None else ["total", "fits"]
     table = narrow_table(
         "predicted",
@@ -29,7 +29,7 @@ def print_plan(document: dict[str, Any]) -> None:
         if before not in (None, row["variant"]):
             table.add_section()
         weights = sum(row[f"{part}_bytes"] for part in ("parameter", "gradient", "optimizer", "other"))
-        scratch = [_mib(row["workspace_bytes"]), _mib(row["rounding_bytes"])] if cuda else []
+        scratch = [_mib(row[f"{part}_bytes"]) for part in ("workspace", "graph", "rounding")] if cuda else []
         table.add_row(
             escape(_short(row)) if row["variant"] != before else "",
             str(row["micro_batch_size"]),
@@ -41,7 +41,7 @@ def print_plan(document: dict[str, Any]) -> None:
             *([] if budget is None else ["yes" if row["fits"] else "no"]),
         )
         before = row["variant"]
-    out.print(table)
+    print_table(table)
     first_of = {row["variant"]: row for row in reversed(document["rows"])}
     for name, row in reversed(first_of.items()):
         parts = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bln_train.console import out, print_line
-from bln_train.console_tables import narrow_table
+from bln_train.console import print_line
+from bln_train.console_tables import narrow_table, print_table
 from bln_train.units import format_seconds
 
 
@@ -22,7 +22,7 @@ def print_synthetic(summary: dict[str, Any], folder: str) -> None:
             for label in labels:
                 found = [cells.get((num_samples, size, label, stream)) for stream in streams]
                 table.add_row(label, *(_error_pair(row) for row in found))
-            out.print(table)
+            print_table(table)
     if summary["recoveries"]:
         jumps = list(dict.fromkeys(row["stream"] for row in summary["recoveries"]))
         print_line(f"Samples after a jump until both errors are at most {summary['recovered_below']:g}")
@@ -31,7 +31,7 @@ def print_synthetic(summary: dict[str, Any], folder: str) -> None:
         for label in labels:
             found_times = [times.get((label, jump, size)) for jump in jumps for size in sizes]
             table.add_row(label, *("-" if t is None else str(t) for t in found_times))
-        out.print(table)
+        print_table(table)
     last = [row for row in summary["errors"] if row["num_samples"] == summary["errors"][-1]["num_samples"]]
     for row in last:
         if row["num_diverged"]:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from bln_train.console import format_number, format_percent, out, print_line, say
-from bln_train.units import format_bytes, format_seconds
+from bln_train.console import out, print_line, say
+from bln_train.units import format_bytes, format_number, format_percent, format_seconds
 
 
 def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
@@ -40,7 +41,7 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
     memory = summary["memory"]
     table = Table(title=f"{escape(summary['name'])}: {summary['model']}, norm {summary['norm']}", title_justify="left")
     table.add_column("result")
-    table.add_column("value", justify="right")
+    table.add_column("value", justify="right", no_wrap=True)
     for what, of in (("accuracy", format_percent), ("loss", format_number)):
         best = summary.get(f"best_validation_{what}")
         if best is not None:
@@ -55,7 +56,7 @@ def print_summary(summary: dict[str, Any], folder: str) -> None:
     table.add_row("effective batch, micro-batch", f"{memory['effective_batch_size']}, {memory['micro_batch_size']}")
     for what, value in memory_rows(memory):
         table.add_row(what, value)
-    out.print(table)
+    print_table(table)
     world_size = summary["environment"].get("world_size", 1)
     processes = f"; {world_size} processes, memory of the first" if world_size > 1 else ""
     print_line(f"device: {memory['device']}{processes}")
@@ -113,7 +114,7 @@ def print_comparison(rows: list[dict[str, Any]], device: str) -> None:
             f"{row['norm']}, effective {row['effective_batch_size']}, micro {row['micro_batch_size']}: {text}"
             for text in row["failures"]
         ]
-    out.print(table)
+    print_table(table)
     if any(row["best_validation_loss_mean"] is not None for row in rows):
         _print_best_validation(rows)
     for line in failures:
@@ -138,7 +139,7 @@ def _print_best_validation(rows: list[dict[str, Any]]) -> None:
             _format_mean(row, "best_validation_accuracy", digits=2, scale=100),
             _format_range(row["best_validation_accuracy_epoch_by_run"]),
         )
-    out.print(table)
+    print_table(table)
     print_line("test accuracy: of the last epoch's weights, looked at once")
 
 
@@ -187,7 +188,7 @@ def print_memory(document: dict[str, Any]) -> None:
             format_number(row["ms_per_image"], 2),
             format_number(row["ms_over_none"], 2),
         )
-    out.print(table)
+    print_table(table)
     for row in rows:
         if row["problem"]:
             print_line(
@@ -232,8 +233,32 @@ def print_migration(result: dict[str, Any]) -> None:
         low, high = change["smallest_std"], change["largest_std"]
         spread = "-" if low is None else f"{low:.3g} .. {high:.3g}"
         table.add_row(escape(change["layer"]), change["before"], change["after"], str(change["num_channels"]), spread)
-    out.print(table)
+    print_table(table)
     print_line(f"{len(result['changes'])} layers changed, {result['num_tensors']} tensors written to {result['out']}")
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout; where it is wider than the terminal, its rows one below the other, so that no number is cut."""
+    unbounded = out.options.update(max_width=10_000)
+    least, most = out.measure(table, options=unbounded)
+    if (most if all(column.no_wrap for column in table.columns) else least) <= out.width:
+        out.print(table)
+        return
+    if table.title is not None:
+        out.print(table.title, style="table.title")
+    names, *columns = ([*column.cells] for column in table.columns)
+    headings = [_heading(column.header) for column in table.columns[1:]]
+    room = max(map(len, headings))
+    for n, name in enumerate(names):
+        if name:  # a row without one goes on with the last
+            out.print(name, style="bold")
+        for heading, cells in zip(headings, columns, strict=True):
+            out.print(f"  {heading:{room}}  {cells[n]}")
+
+
+def _heading(header: RenderableType) -> str:
+    """A heading in one line: a word that was divided is whole again."""
+    return str(header).replace("-\n", "-").replace("/\n", "/").replace("\n/", "/").replace("\n", " ")
 
 
 def narrow_table(first: str, headings: Iterable[str], title: str | None = None) -> Table:

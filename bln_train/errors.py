@@ -9,7 +9,7 @@ EXIT_INTERRUPTED = 130
 
 
 class BlnError(Exception):
-    """A failure with a message for the person at the terminal; `hint` says what to do next."""
+    """A failure with a message for the person at the terminal: `problem` says what and where, `hint` what to do next."""
 
     exit_code = EXIT_FAILED
 

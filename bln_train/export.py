@@ -56,6 +56,10 @@ class ImageClassifier(nn.Module):
     out = network((images - mean) / std)
 
     The normalisation is not folded into the first convolution: what that pads with is 0 after it, not before.
+
+    Args:
+        network: takes normalised images of that size.
+        spec: their size, mean and standard deviation.
     """
 
     def __init__(self, network: nn.Module, spec: InputSpec) -> None:
@@ -87,7 +91,7 @@ class _Trained:
     """Whether those are the run's test images, not random ones."""
 
 
-def export(
+def export_run(
     source: Path,
     out: Path,
     *,
@@ -101,6 +105,8 @@ def export(
     with the run's own; it takes the images in [0, 1] of `ImageClassifier`, and its metadata say what it is (`_metadata`).
 
     Args:
+        source: a run folder, or a checkpoint file.
+        out: the file to write, in a folder that is there.
         batch: images at once; None for any number. .safetensors has none.
         force: replace an existing `out`.
         notify: see `run.read_checkpoint`.
@@ -141,7 +147,7 @@ def export(
 
 
 def load_merged(file: Path) -> ImageClassifier:
-    """The network of an exported .safetensors file, in eval mode; executes nothing from the file.
+    """The network of an exported .safetensors `file`, in eval mode; executes nothing from it.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not an export of bln-train.

@@ -12,6 +12,7 @@ from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, NORM_NAMES, BatchlessNor
 from bln_train.recipe_sections import (
     ConstantSection,
     Data,
+    Logging,
     Model,
     Optimizer,
     Runtime,
@@ -26,12 +27,21 @@ class Recipe(Section):
     """A whole experiment."""
 
     data: Data
+    """The images: which, how many, how they are changed."""
     model: Model
+    """The network, and what it starts from."""
     norm: Norm
+    """What normalises between the layers, by its name."""
     train: Train
+    """Epochs, batch sizes, precision."""
     optimizer: Optimizer
+    """What moves the weights, by its name."""
     schedule: Schedule = Field(default_factory=lambda: ConstantSection(name="constant"))
+    """The course of the learning rate, by its name; default `constant`."""
     runtime: Runtime = Runtime()
+    """Device, threads, checkpoints: nothing that changes the result."""
+    logging: Logging = Logging()
+    """Where figures go besides `metrics.jsonl`."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -142,6 +152,16 @@ class Recipe(Section):
         return auto if setting == "auto" else setting
 
     @property
+    def clip_step(self) -> float | None:
+        """Learning rate times gradient norm that `clip_norm` always lets pass; None where the bound is that of `clip_norm` alone.
+
+        What harms is a long step. A fixed bound on the gradient shortens nearly all where rate and effective batch are small and
+        gradients noisy. Adam's steps have the rate's length whatever the gradient's.
+        """
+        loosens = self.optimizer.clip_norm == "auto" and self.clip_norm is not None and self.optimizer.name == "sgd"
+        return 0.1 if loosens else None
+
+    @property
     def clip_update(self) -> float | None:
         """Bound on the momentum's norm times (1 - momentum), `auto` resolved; None where gradients have their own place."""
         if not isinstance(self.optimizer, SgdSection) or self.optimizer.accumulate_into == "gradient":
@@ -150,7 +170,7 @@ class Recipe(Section):
         return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
 
     def with_images(self, image_size: int, num_classes: int) -> Recipe:
-        """The recipe as a plan needs it, for images of such a size and as many classes; it is not one to run."""
+        """The recipe as a plan needs it, for images of `image_size` pixels a side and `num_classes`; it is not one to run."""
         model = self.model.model_copy(update={"num_classes": num_classes})
         data = self.data.model_copy(update={"name": "folder", "root": "unused", "image_size": image_size})
         return self.model_copy(update={"model": model, "data": data})
@@ -166,7 +186,7 @@ class Recipe(Section):
         return self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
 
     def with_norm(self, name: str) -> Recipe:
-        """The same recipe with another norm, or unchanged where that norm is the recipe's own.
+        """The same recipe with the norm of that `name`, or unchanged where it is the recipe's own.
 
         The other norm is at its defaults, except that it is initialised from as many images, if it is from any: that many are
         a property of the experiment, not of the norm.

@@ -42,7 +42,16 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe that trains a network; UsageError for one with `experiment`, otherwise as `load_any_recipe`."""
+    """Load a recipe that trains a network.
+
+    Args:
+        source: a shipped recipe's name, or a YAML file.
+        overrides: changes such as `train.epochs=3`, the last one wins; see `parse_any_recipe`.
+
+    Raises:
+        RecipeError: names every problem with its line.
+        UsageError: it is one with `experiment`, which trains no network.
+    """
     return _training(load_any_recipe(source, overrides), str(source))
 
 

@@ -22,13 +22,14 @@ class BatchlessNormSection(Section):
     """Batchless Normalization; the presets differ in the defaults of the settings below."""
 
     name: Literal["batchless", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
+    """`batchless`: what to use; `batchless-paper` and its other parametrisations: the method as published."""
     parametrization: Literal["log", "abs", "inv", "var"]
     """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
     share: Literal["channel", "layer"] = "channel"
     """One mean and standard deviation per channel, or one pair for the whole layer."""
     eps: PositiveFloat = 1e-3
-    """The smallest standard deviation that data can set; `abs` adds it to |s|, `inv` to |s| before inverting. The paper's
-    presets take 1e-5."""
+    """The smallest standard deviation that data can set, in units of the layer's input; `abs` adds it to |s|, `inv` to |s|
+    before inverting. The paper's presets take 1e-5."""
     statistics: Literal["natural", "gradient"]
     """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the
     paper."""
@@ -36,7 +37,7 @@ class BatchlessNormSection(Section):
     """natural: rate of the moving averages, at most 1, outside the schedule, default 0.1; gradient: learning rate of the
     statistics (under the schedule), default that of the weights."""
     nll_weight: PositiveFloat = 1.0
-    """Weight of the likelihood in the loss; `gradient` only, a natural gradient does not depend on it."""
+    """Factor of the likelihood in the loss; `gradient` only, a natural gradient does not depend on it."""
     nll_reduction: Literal["mean", "sum"] = "mean"
     """Over channels: the paper's mean, or their sum; `gradient` only."""
     gauge: bool = True
@@ -107,6 +108,7 @@ class GroupNormSection(Section):
     """Group normalisation (Wu & He 2018)."""
 
     name: Literal["group"]
+    """Over groups of channels of each image."""
     num_groups: Positive = 8
     """Groups of each layer; a layer whose channels do not divide uses the greatest common divisor."""
 
@@ -115,6 +117,7 @@ class BatchNormSection(Section):
     """Batch normalisation over each micro-batch, or with statistics frozen after initialisation."""
 
     name: Literal["batch", "batch-frozen"]
+    """`batch`: over each micro-batch, whose size then matters; `batch-frozen`: by statistics taken once and never changed."""
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Rate of the running averages that evaluation uses; `batch` only."""
     init_images: Positive | Literal["auto"] = "auto"
@@ -137,6 +140,7 @@ class PlainNormSection(Section):
     """Norms without settings: layer (over channels and space), instance (per channel, over space), none."""
 
     name: Literal["layer", "instance", "none"]
+    """`layer`: over channels and space of each image; `instance`: over the space of each of its channels; `none`: no norm."""
 
 
 Norm = Annotated[

@@ -47,18 +47,19 @@ class Data(Section):
     download: bool = True
     """Fetch CIFAR when it is not at `root`."""
     num_train: Positive | None = None
-    """Size of a seeded, class-balanced subset of the training images; default all (shapes: 5000)."""
+    """Images of a seeded, class-balanced subset of the training images; default all (shapes: 5000)."""
     validation_fraction: Fraction = 0.0
     """Part of each class's training images (of the subset, with num_train) that is not trained on: evaluation during training
     is then on it, and on the test images once, at the end. The same images for every norm, batch size and train.seed."""
     num_test: Positive | None = None
-    """Size of such a subset of the test images (shapes: 1000)."""
+    """Images of such a subset of the test images; default all (shapes: 1000)."""
     image_size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which a folder's images are scaled and centre-cropped; default 32. Folders only."""
     normalize: Literal["standardize", "symmetric"] = "standardize"
     """`standardize`: each colour channel to mean 0, standard deviation 1 over the training images; `symmetric`: to
     [-1, 1]."""
     augment: Augment = Augment()
+    """Random changes of training images; `{flip: false, crop_padding: 0}` for none."""
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -120,20 +121,23 @@ class Model(Section):
 
 class _Optimizer(Section):
     lr: PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate, in weights per gradient; the schedule scales it."""
     weight_decay: NonNegative = 5e-4
-    """On convolution and linear weights only; not on biases, norms and statistics."""
+    """Factor of the weights in their gradient; on convolution and linear weights only, not on biases, norms and statistics."""
     clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
-    """Bound on the global gradient norm; auto is 1.0 for `batchless` and none for every other norm, and where gradients
-    gather in the momentum, which `clip_update` bounds."""
+    """Bound on the global gradient norm; auto is none for every norm but `batchless`, and where gradients gather in the momentum,
+    which `clip_update` bounds. For `batchless` it is 1.0, with `sgd` at rates below 0.1 the looser 0.1 over the step's rate."""
 
 
 class SgdSection(_Optimizer):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"]
+    """Stochastic gradient descent with momentum."""
     momentum: Fraction = 0.9
+    """Share of the last update that goes on in the next."""
     nesterov: bool = False
+    """Nesterov's momentum: the gradient enters the update once more."""
     accumulate_into: Literal["gradient", "momentum"] = "gradient"
     """`momentum`: gradients of convolution and linear weights gather in the momentum buffer, which saves a buffer of the
     weights' size and computes the same; not with `nesterov`, `clip_norm`, fp16 or a momentum of 0."""
@@ -159,9 +163,13 @@ class AdamSection(_Optimizer):
     """Adam (L2 penalty in the gradient) or AdamW (decoupled weight decay)."""
 
     name: Literal["adam", "adamw"]
+    """`adam`: weight decay is part of the gradient; `adamw`: it is not, and scales with the rate alone."""
     weight_decay: NonNegative = 0.0
+    """Factor of the weights in their gradient (adam) or update (adamw); on convolution and linear weights only."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """Shares of the running means of the gradient and of its square that are kept at each step."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the mean square, in units of a gradient."""
 
 
 Optimizer = Annotated[SgdSection | AdamSection, Field(discriminator="name")]
@@ -169,23 +177,27 @@ Optimizer = Annotated[SgdSection | AdamSection, Field(discriminator="name")]
 
 class _Schedule(Section):
     warmup_epochs: NonNegative = 0.0
-    """Linear rise from 0, in epochs; fractions allowed."""
+    """Epochs of linear rise from 0, out of those of the run; fractions allowed."""
 
 
 class CosineSection(_Schedule):
     """Half a cosine from the peak rate down to `final_fraction` of it."""
 
     name: Literal["cosine"]
+    """Half a cosine over all epochs."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Fraction of the peak rate that is left at the end."""
 
 
 class StepSection(_Schedule):
     """Multiply the rate by `gamma` at each milestone."""
 
     name: Literal["step"]
+    """Lower the rate at milestones."""
     milestones: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False)]
     """Epochs, rising."""
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Factor of the rate at each milestone."""
 
     @model_validator(mode="after")
     def _check(self) -> StepSection:
@@ -198,6 +210,7 @@ class ConstantSection(_Schedule):
     """The peak rate throughout."""
 
     name: Literal["constant"]
+    """The peak rate throughout."""
 
 
 Schedule = Annotated[CosineSection | StepSection | ConstantSection, Field(discriminator="name")]
@@ -207,6 +220,7 @@ class Train(Section):
     """How long, in which slices, at which precision."""
 
     epochs: Positive
+    """Passes over the training images; the schedule spans them."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps even if epochs are left; the schedule still spans all epochs."""
     effective_batch_size: Positive = 128
@@ -220,7 +234,9 @@ class Train(Section):
     eval_batch_size: Positive | Literal["auto"] = "auto"
     """Images evaluated at once; auto is four times the micro-batch, at most 256: less memory than training takes."""
     eval_every_epochs: Positive = 1
+    """Epochs from one evaluation to the next; there is always one at the end."""
     label_smoothing: Fraction = 0.0
+    """Share of each label's weight that is spread evenly over all classes."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite is never taken: `stop` ends the run there, `skip` goes on with the next, up to
     ten times in a row. An overflow of fp16, which lowers its loss scale, is neither."""
@@ -228,7 +244,9 @@ class Train(Section):
     """bf16 and fp16 are autocast with fp32 weights; tf32 rounds the factors of products; fp16 and tf32 need CUDA; fp64 is for
     checking exactness."""
     channels_last: bool = True
+    """Keep images and filters with their channels innermost, which is faster for most networks."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Number that weights, order, augmentation and dropout are drawn from: the same number, the same run."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -261,12 +279,21 @@ class Runtime(Section):
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms on CUDA: faster, with more workspace memory than it would choose by itself."""
     log_every_steps: Positive = 10
+    """Steps from one record of a step in `metrics.jsonl` to the next."""
     checkpoint_every_steps: Positive | None = None
-    """Besides the checkpoint at the end of each epoch."""
+    """Steps from one checkpoint to the next, besides those at the end of each epoch and every 5 minutes; default none."""
     keep_checkpoints: Positive = 2
-    """How many there are at a time, the latest included: if that is damaged, a run resumes from the one before it."""
+    """Checkpoints there are at a time, the latest included: if that is damaged, a run resumes from the one before it."""
     process_timeout_seconds: Positive = 600
-    """Under torchrun: how long one process waits for another, a download or a whole evaluation included, before all end."""
+    """Seconds that under torchrun one process waits for another, a download or a whole evaluation included, before all end."""
+
+
+class Logging(Section):
+    """What is written besides the run folder's own files; nothing here may change the result."""
+
+    tensorboard: bool = False
+    """Event files for TensorBoard in the run folder, which needs the package (`pip install 'bln-train[tensorboard]'`):
+    `tensorboard --logdir runs`."""
 
 
 def _check_bytes(text: str) -> str:

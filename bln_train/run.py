@@ -6,7 +6,7 @@ import shlex
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -26,9 +26,10 @@ from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
 from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
+from bln_train.report.board import open_board, require_tensorboard
 from bln_train.report.runlog import METRICS, RECIPE, RunFolder
 from bln_train.run_lock import locked
-from bln_train.signals import StopRequested, never, stop_requests
+from bln_train.signals import StopRequested, never, stop_requests, write_now
 from bln_train.train.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.recovery import does_not_fit, explain, is_out_of_memory
@@ -45,6 +46,7 @@ def run(
     resume: bool = False,
     listen: Callable[[Record], None] = lambda record: None,
     announce: Callable[[Experiment], None] = lambda experiment: None,
+    say_stopping: Callable[[str], None] = write_now,
 ) -> dict[str, Any]:
     """Train `recipe` to its end and return the summary that the folder keeps.
 
@@ -54,17 +56,19 @@ def run(
             that is finished the summary is returned as it is.
         listen: is called with every record.
         announce: is called once, when everything is built and before the first step.
+        say_stopping: is told of a stop that is under way, while its signal is handled: it may not print.
 
     Raises:
         BlnError: of the kind that says what is wrong; on InterruptedRunError the state has been saved.
     """
+    require_tensorboard(recipe)
     with joined(runtime.resolve_device(recipe.runtime.device), recipe.runtime.process_timeout_seconds) as world:
         if world.rank:
-            return _run(world, recipe, folder, name, resume, lambda record: None, lambda experiment: None)
+            return _run(world, recipe, folder, name, resume, lambda record: None, lambda experiment: None, write_now)
         folder.check_usable(recipe, resume=resume)
         with locked(folder.path):
             folder.check_usable(recipe, resume=resume)  # another process may have been here in between
-            return _run(world, recipe, folder, name, resume, listen, announce)
+            return _run(world, recipe, folder, name, resume, listen, announce, say_stopping)
 
 
 def _run(
@@ -75,6 +79,7 @@ def _run(
     resume: bool,
     listen: Callable[[Record], None],
     announce: Callable[[Experiment], None],
+    say_stopping: Callable[[str], None],
 ) -> dict[str, Any]:
     """`run` in one of the processes that share it; rank 0 alone writes."""
     writes = world.rank == 0
@@ -110,12 +115,14 @@ def _run(
         "world_size": world.size,
     }
 
-    saved_step = trainer.step if resumed else None
+    saved_step = resumed_at = trainer.step if resumed else None
 
     def save() -> None:
         nonlocal saved_step
         if writes:
             folder.sync()
+            if board is not None:
+                board.flush()
             keep_checkpoint(folder.path, {**fixed, **trainer.state_dict()}, recipe.runtime.keep_checkpoints)
         saved_step = trainer.step
 
@@ -126,12 +133,14 @@ def _run(
             folder.append(NoticeRecord(text))
     epochs = [r for r in folder.records() if isinstance(r, EpochRecord)]
     memory = folder.last_memory() or trainer.memory_record()
+    layers = trainer.take_step.statistics.layers
     last_saved = began = time.monotonic()
     with (
-        stop_requests(_STOPPING) as world.stop_asked,
+        stop_requests(lambda: say_stopping(_STOPPING)) as world.stop_asked,
         planned_advice(recipe, experiment),
         explained_failures(recipe),
         kept_state(folder, lambda: saved_step),
+        open_board(recipe, folder, layers, resumed_at) if writes else nullcontext() as board,
     ):
         try:
             for record in trainer.steps(world.stop_asked if world.size == 1 else never):
@@ -142,6 +151,8 @@ def _run(
                 often = isinstance(record, StepRecord) and record.nll_by_layer is None
                 if writes and not (often and trainer.step % recipe.runtime.log_every_steps):
                     folder.append(record)
+                    if board is not None:
+                        board.add(record)
                 listen(record)
                 if isinstance(record, EpochRecord):
                     epochs.append(record)
@@ -221,7 +232,7 @@ def begin_together(world: World, recipe: Recipe, experiment: Experiment) -> None
     step, train = experiment.trainer.take_step, experiment.data.train
     world.check_equal(
         {
-            "recipe": zlib.crc32(recipe.model_dump_json(exclude={"runtime"}).encode()),
+            "recipe": zlib.crc32(recipe.model_dump_json(exclude={"runtime", "logging"}).encode()),
             "training images": fingerprint([train.images, train.labels]),
             "steps in their checkpoint": experiment.trainer.step,
             "images in the probe (norm.probe_images)": step.probe_images,

@@ -15,7 +15,7 @@ from bln_train.errors import UsageError
 from bln_train.launch import launch
 from bln_train.norm.compiled import compiled_is_wanted, use_compiled, uses_compiled
 from bln_train.norm.triton_launch import why_not_triton
-from bln_train.units import format_bytes
+from bln_train.units import format_bytes, parse_bytes
 
 _LEAST_HEADROOM = 256 * 2**20
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,6 +93,14 @@ def limit_memory(device: torch.device, num_bytes: int) -> None:
     """Let this process' allocator take no more of a CUDA device than so many bytes; above them it runs out of memory."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, num_bytes / total)), device)
+
+
+def memory_limit(device: torch.device, memory_budget: str | None) -> int | None:
+    """What a peak is held against: on CUDA what the allocator may take of the card, elsewhere the budget, None without one."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return None if memory_budget is None else parse_bytes(memory_budget)
 
 
 def _available_memory() -> int:

@@ -20,14 +20,20 @@ def never() -> bool:
     return False
 
 
+def write_now(text: str) -> None:
+    """Write a line to stderr by one call of the system: no print, as what a signal interrupted may be one."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
 @contextmanager
-def stop_requests(answer: str = "") -> Iterator[Callable[[], bool]]:
+def stop_requests(answer: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Note the first SIGINT or SIGTERM and yield a function that tells of it; at the second of either, KeyboardInterrupt.
 
     Outside the main thread, where Python delivers no signals, the answer is always no.
 
     Args:
-        answer: a line for stderr when the first one comes.
+        answer: is called when the first one comes, while it is handled: it may not print, see `write_now`.
     """
     asked = False
     previous: dict[int, Any] = {}
@@ -37,9 +43,7 @@ def stop_requests(answer: str = "") -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        if answer:
-            with contextlib.suppress(OSError):
-                os.write(2, f"{answer}\n".encode())  # no print: what was interrupted may be one
+        answer()
 
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):

@@ -31,12 +31,13 @@ LEAST_STD = 1e-3
 
 class _Stream(Section):
     name: str
+    """What the stream's samples are drawn from."""
     label: str | None = None
     """What tables and files call it; default its name."""
     mean: Finite
-    """True mean (at the beginning, where it moves)."""
+    """True mean, in the stream's units (at the beginning, where it moves)."""
     std: PositiveFloat
-    """True standard deviation (at the beginning, where it moves)."""
+    """True standard deviation, in the stream's units (at the beginning, where it moves)."""
 
     @property
     def title(self) -> str:
@@ -48,29 +49,32 @@ class GaussianStream(_Stream):
     """Independent normal samples."""
 
     name: Literal["gaussian"]
+    """Independent normal samples."""
 
 
 class SkewedStream(_Stream):
     """Independent log-normal samples, shifted and scaled to the stated mean and standard deviation."""
 
     name: Literal["skewed"]
+    """Independent log-normal samples."""
     shape: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Standard deviation of the logarithm; 0.5 gives skewness 1.75 and excess kurtosis 5.9."""
+    """Standard deviation of the logarithm, in units of 1; 0.5 gives skewness 1.75 and excess kurtosis 5.9."""
 
 
 class HeavyTailedStream(_Stream):
     """Independent samples of Student's t, scaled to the stated standard deviation."""
 
     name: Literal["heavy-tailed"]
+    """Independent samples of Student's t."""
     degrees_of_freedom: Annotated[int, Field(ge=5, le=100)] = 5
-    """At least 5: below, the sample variance has no standard error; 5 gives excess kurtosis 6."""
+    """Number of degrees of freedom, at least 5: below, the sample variance has no standard error; 5 gives excess kurtosis 6."""
 
 
 class _Moving(_Stream):
     mean_after: Finite | None = None
-    """True mean at the end; default `mean`."""
+    """True mean at the end, in the stream's units; default `mean`."""
     std_after: PositiveFloat | None = None
-    """True standard deviation at the end; default `std`."""
+    """True standard deviation at the end, in the stream's units; default `std`."""
 
     @model_validator(mode="after")
     def _check(self) -> _Moving:
@@ -83,12 +87,14 @@ class DriftingStream(_Moving):
     """Normal samples whose mean and logarithm of the standard deviation move linearly over the whole stream."""
 
     name: Literal["drifting"]
+    """Normal samples whose mean and standard deviation move all the time."""
 
 
 class JumpStream(_Moving):
     """Normal samples whose mean and standard deviation change once."""
 
     name: Literal["jump"]
+    """Normal samples whose mean and standard deviation change once."""
     at: Positive
     """Samples before the change."""
 
@@ -105,6 +111,7 @@ class NaturalEstimator(Section):
     """The batchless layer with `statistics: natural`."""
 
     name: Literal["natural"]
+    """The batchless layer's own moving averages."""
     parametrizations: Parametrizations = ("log",)
     """What stores the standard deviation; a natural step is the same in each, up to rounding."""
     rates: Averages
@@ -115,6 +122,7 @@ class GradientEstimator(Section):
     """The batchless layer with `statistics: gradient`, as in the paper: the optimizer moves mean and standard deviation."""
 
     name: Literal["sgd", "adam"]
+    """The optimizer that moves mean and standard deviation."""
     parametrizations: Parametrizations = ("log", "abs", "inv", "var")
     """What stores the standard deviation, and so what the optimizer moves."""
     rates: Rates
@@ -125,6 +133,7 @@ class BatchNormEstimator(Section):
     """The running averages of torch.nn.BatchNorm1d; it cannot train on one sample."""
 
     name: Literal["batchnorm"]
+    """The running averages of torch.nn.BatchNorm1d."""
     rates: Averages
     """Its `momentum`."""
 
@@ -133,6 +142,7 @@ class ExactEstimator(Section):
     """Mean and standard deviation of all samples so far: the best there is where nothing moves."""
 
     name: Literal["exact"]
+    """All samples so far."""
 
 
 Estimator = Annotated[
@@ -153,24 +163,30 @@ class SyntheticRecipe(Section):
     """A whole synthetic experiment."""
 
     experiment: Literal["synthetic"]
+    """Says that this recipe trains no network: the statistics alone follow streams of numbers."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Number that all streams are drawn from."""
     num_samples: Positive
-    """Length of each stream; a multiple of each batch size."""
+    """Samples of each stream; a multiple of each batch size."""
     num_repetitions: Annotated[int, Field(ge=2)] = 64
-    """Independent draws of each stream, behind every median and quartile."""
+    """Number of independent draws of each stream, behind every median and quartile."""
     batch_sizes: Annotated[tuple[Positive, ...], Field(strict=False), AtLeastOne]
     """Samples behind one update; the layer gets the same from micro-batches of any size."""
     report_after: Annotated[tuple[Positive, ...], Field(strict=False), AtLeastOne]
     """Samples after which the printed tables show the errors; multiples of each batch size, rising."""
     init_mean: Finite = 0.0
-    """Where every estimate of the mean starts."""
+    """Where every estimate of the mean starts, in the streams' units."""
     init_std: PositiveFloat = 1.0
-    """Where every estimate of the standard deviation starts."""
+    """Where every estimate of the standard deviation starts, in the streams' units."""
     recovered_below: PositiveFloat = 0.25
-    """After a jump, the median errors of mean and standard deviation that count as recovered."""
+    """After a jump, the median errors of mean (in units of the standard deviation) and standard deviation (of its logarithm) that
+    count as recovered."""
     streams: Annotated[tuple[Stream, ...], Field(strict=False), AtLeastOne]
+    """What is followed, each by its name."""
     estimators: Annotated[tuple[Estimator, ...], Field(strict=False), AtLeastOne]
+    """What follows them, each by its name; an entry stands for every pair of its parametrisations and rates."""
     runtime: SyntheticRuntime = SyntheticRuntime()
+    """Device and threads."""
 
     @model_validator(mode="after")
     def _check(self) -> SyntheticRecipe:

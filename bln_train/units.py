@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+CUDA_CONTEXT_BYTES = 400 * 2**20
+"""What CUDA's context is assumed to take of a device in predictions and budgets; no program can ask."""
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -51,3 +53,13 @@ def format_seconds(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_percent(fraction: float | None) -> str:
+    """A fraction as percent, `-` where there is none."""
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+
+
+def format_number(value: float | None, digits: int = 3) -> str:
+    """A number with fixed decimals, `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"

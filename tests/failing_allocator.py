@@ -2,7 +2,7 @@
 
 import torch
 
-from bln_train.memory.peak import StorageTracker
+from bln_train.memory.tracker import StorageTracker
 
 
 class FailingAllocator(StorageTracker):

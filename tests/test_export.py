@@ -16,7 +16,7 @@ from bln_train import cli
 from bln_train import export as export_module
 from bln_train.build import build_network
 from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError
-from bln_train.export import export, load_merged
+from bln_train.export import export_run, load_merged
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, StandardizedConv2d
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.merge import ChannelMap, merge_norms
@@ -248,7 +248,7 @@ def test_safetensors_round_trip(folder, out):
     """The weights load into the merged network, which computes what the run does; the header says what it is."""
     from safetensors import safe_open
 
-    found = export(folder, out / "model.safetensors")
+    found = export_run(folder, out / "model.safetensors")
     logits, images = outputs_of_the_run(folder)
     network = load_merged(out / "model.safetensors")
     with torch.no_grad():
@@ -271,13 +271,13 @@ def test_safetensors_round_trip(folder, out):
 def test_every_norm_survives_the_round_trip(changes, tmp_path):
     """Maps, BatchNorms and norms that stay are written and read back, of a float64 run as float32."""
     run(tiny_recipe(train__max_steps=1, **changes), RunFolder(tmp_path / "run"), name="tiny")
-    assert export(tmp_path / "run", tmp_path / "model.safetensors")["max_rel_difference"] < 1e-5
+    assert export_run(tmp_path / "run", tmp_path / "model.safetensors")["max_rel_difference"] < 1e-5
 
 
 @pytest.mark.slow
 def test_pt2_round_trip(folder, out):
     """A .pt2 loads without bln-train's classes, takes any number of images, and computes what the run does."""
-    export(folder, out / "model.pt2")
+    export_run(folder, out / "model.pt2")
     logits, images = outputs_of_the_run(folder)
     extra = {"bln_train.json": ""}
     network = torch.export.load(out / "model.pt2", extra_files=extra).module()
@@ -306,7 +306,7 @@ def test_onnx_round_trip_in_another_process(folder, out, tmp_path):
     import numpy as np
     import onnx
 
-    found = export(folder, out / "model.onnx")
+    found = export_run(folder, out / "model.onnx")
     logits, images = outputs_of_the_run(folder)
     np.save(tmp_path / "images.npy", images.numpy())
     command = [sys.executable, "-c", READ_ONNX, str(out / "model.onnx"), str(tmp_path / "images.npy")]
@@ -325,7 +325,7 @@ def test_onnx_round_trip_in_another_process(folder, out, tmp_path):
 @pytest.mark.slow
 def test_a_fixed_batch_is_in_the_file(folder, out):
     """With --batch 3 the file takes 3 images, no other number, and the comparison fills up the last batch."""
-    found = export(folder, out / "model.pt2", batch=3)
+    found = export_run(folder, out / "model.pt2", batch=3)
     assert (found["batch"], found["num_compared"]) == (3, 10)
     network = torch.export.load(out / "model.pt2").module()
     assert network(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
@@ -335,14 +335,14 @@ def test_a_fixed_batch_is_in_the_file(folder, out):
 
 def test_without_the_data_random_images_are_compared(folder, out, monkeypatch):
     """A checkpoint carries its normalisation and classes: where the data are gone the file is compared on random images."""
-    here = export(folder, out / "here.safetensors")
+    here = export_run(folder, out / "here.safetensors")
 
     def gone(recipe):
         assert not recipe.data.download
         raise DataError("gone")
 
     monkeypatch.setattr(export_module, "load", gone)
-    found = export(folder, out / "gone.safetensors")
+    found = export_run(folder, out / "gone.safetensors")
     assert (found["compared_on"], found["num_compared"], found["top1_agreement"]) == ("random images", 64, None)
     assert here["norms"] == found["norms"]
     assert content(out / "here.safetensors") == content(out / "gone.safetensors")
@@ -351,8 +351,8 @@ def test_without_the_data_random_images_are_compared(folder, out, monkeypatch):
 def test_checkpoints_from_before_inputs_were_kept(folder, out, monkeypatch):
     """A checkpoint without its normalisation takes that from its data, and cannot be exported without them."""
     old = changed(folder, out.parent / "old.pt", input=None)
-    export(old, out / "old.safetensors")
-    export(folder, out / "new.safetensors")
+    export_run(old, out / "old.safetensors")
+    export_run(folder, out / "new.safetensors")
     assert content(out / "old.safetensors") == content(out / "new.safetensors")
 
     def gone(recipe):
@@ -360,7 +360,7 @@ def test_checkpoints_from_before_inputs_were_kept(folder, out, monkeypatch):
 
     monkeypatch.setattr(export_module, "load", gone)
     with pytest.raises(DataError):
-        export(old, out / "gone.safetensors")
+        export_run(old, out / "gone.safetensors")
     assert not (out / "gone.safetensors").exists()
 
 
@@ -381,10 +381,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(folder, o
         ("no/model.pt2", {}, ExportError, "no folder"),
     ]:
         with pytest.raises(error, match=words):
-            export(folder, out / name, **settings)
+            export_run(folder, out / name, **settings)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"onnx, onnxruntime, onnxscript") as caught:
-        export(folder, out / "model.onnx")
+        export_run(folder, out / "model.onnx")
     assert "pip install 'bln-train[export]'" in caught.value.hint
     assert (out / "taken.onnx").read_text() == "mine"
     assert sorted(path.name for path in out.iterdir()) == ["folder.pt2", "taken.onnx"]
@@ -411,7 +411,7 @@ def test_unusable_sources_leave_no_file(folder, out):
     ]  # fmt: skip
     for name in names:
         with pytest.raises(CheckpointError) as caught:
-            export(place / name, out / "model.safetensors")
+            export_run(place / name, out / "model.safetensors")
         assert caught.value.exit_code == 1
         assert name in caught.value.problem
     assert list(out.iterdir()) == []
@@ -422,7 +422,7 @@ def test_outputs_that_are_not_finite_are_refused(folder, out):
     model = load_checkpoint(folder / "checkpoint.pt")["model"]
     diverged = changed(folder, out.parent / "nan.pt", model={**model, "fc.bias": torch.full((10,), torch.nan)})
     with pytest.raises(ExportError, match="not finite"):
-        export(diverged, out / "model.safetensors")
+        export_run(diverged, out / "model.safetensors")
     assert list(out.iterdir()) == []
 
 
@@ -438,7 +438,7 @@ def test_a_file_that_computes_something_else_is_not_kept(folder, out, monkeypatc
     (out / "model.safetensors").write_text("earlier")
     # load_merged merges too, but its values are replaced by the file's.
     with pytest.raises(ExportError, match=r"over the tolerance of 0\.0001; nothing was written") as caught:
-        export(folder, out / "model.safetensors", force=True)
+        export_run(folder, out / "model.safetensors", force=True)
     assert caught.value.exit_code == 1
     assert (out / "model.safetensors").read_text() == "earlier"
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
@@ -447,7 +447,7 @@ def test_a_file_that_computes_something_else_is_not_kept(folder, out, monkeypatc
 def test_the_tolerance_is_never_below_what_rounding_does(folder, out, monkeypatch):
     """A right file is kept where the run's own float32 rounding is above the tolerance, a wrong one is not."""
     monkeypatch.setattr(export_module, "TOLERANCE", 1e-12)
-    result = export(folder, out / "model.safetensors")
+    result = export_run(folder, out / "model.safetensors")
     assert 1e-12 < result["max_rel_difference"] <= result["tolerance"] < 1e-4
 
     def wrong(network):
@@ -457,7 +457,7 @@ def test_the_tolerance_is_never_below_what_rounding_does(folder, out, monkeypatc
 
     monkeypatch.setattr(export_module, "merge_norms", wrong)
     with pytest.raises(ExportError, match="over the tolerance"):
-        export(folder, out / "wrong.safetensors")
+        export_run(folder, out / "wrong.safetensors")
 
 
 class DependsOnData(nn.Module):
@@ -479,7 +479,7 @@ def test_networks_that_cannot_be_captured_leave_no_file(folder, out, monkeypatch
     model = load_checkpoint(folder / "checkpoint.pt")["model"]
     source = changed(folder, out.parent / "c.pt", model={f"network.{key}": value for key, value in model.items()})
     with pytest.raises(ExportError, match="cannot be captured"):
-        export(source, out / f"model{suffix}")
+        export_run(source, out / f"model{suffix}")
     assert list(out.iterdir()) == []
 
 
@@ -491,7 +491,7 @@ def test_a_damaged_export_is_refused(folder, out):
     """A .safetensors that is cut, foreign or missing is a CheckpointError."""
     from safetensors.torch import save_file
 
-    export(folder, out / "model.safetensors")
+    export_run(folder, out / "model.safetensors")
     (out / "cut.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-100])
     save_file({"weight": torch.zeros(3)}, out / "foreign.safetensors")
     for name in ("cut", "foreign", "missing"):

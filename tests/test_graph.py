@@ -12,6 +12,7 @@ from bln_train.errors import UsageError
 from bln_train.norm.compiled import use_compiled
 from bln_train.records import NoticeRecord
 from bln_train.train.graph import GraphedMicroStep
+from bln_train.train.recovery import Snapshot
 
 CASES = {
     "folded": {},
@@ -90,6 +91,32 @@ def test_the_size_decides_and_a_rollback_forgets_nothing():
         step(trainer.data.train, index, 0, 0)
     assert recorder.num_recorded == 2 * first
     assert float(totals.loss) == loss, "a step's totals are the caller's"
+
+
+def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
+    """What `auto` tries out and what ran out of memory leave nothing behind."""
+    recipe = tiny_recipe()
+    results = []
+    for recorder in (None, OperatorRecorder()):
+        experiment = build_experiment(recipe)
+        use_compiled(False)
+        step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(8)
+        if recorder is not None:
+            step.graphs = GraphedMicroStep(step, recorder=recorder)
+        for size in (2, 1):
+            snapshot = Snapshot(step)
+            snapshot.take()
+            step.micro_batch_size = size
+            for _ in range(3):
+                step(images, index, 0, 0)
+            snapshot.restore()
+        if recorder is not None:
+            assert recorder.num_recorded > 1
+            assert not step.graphs._graphs
+        for _ in range(3):
+            step(images, index, 0, 0)
+        results.append(experiment.model.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
 def test_graphs_without_cuda_are_refused():

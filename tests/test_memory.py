@@ -8,8 +8,9 @@ from helpers import advance, state, tiny_recipe
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bln_train.build import build_experiment
-from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
+from bln_train.memory.peak import PeakMeter
 from bln_train.memory.sweep import measure_floor
+from bln_train.memory.tracker import StorageTracker, storage_bytes
 
 KIB = 1024
 

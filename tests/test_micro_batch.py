@@ -16,7 +16,7 @@ from bln_train.recipe_file import load_recipe
 from bln_train.records import NoticeRecord
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
-from bln_train.runtime import may_spill, memory_notices, others_notice, spill_notice
+from bln_train.runtime import limit_memory, may_spill, memory_limit, memory_notices, others_notice, spill_notice
 from bln_train.train.checkpoint import load_checkpoint
 from bln_train.train.step import AccumulationStep
 
@@ -196,3 +196,22 @@ def test_the_cards_memory_is_looked_at():
     assert "3.00 GiB of the card's 8.00 GiB" in others_notice(4 * gib, gib, 8 * gib)
     assert others_notice(4 * gib, 4 * gib - 500 * 2**20, 8 * gib) == ""
     assert memory_notices(torch.device("cpu")) == []
+
+
+def test_a_peak_on_the_cpu_is_held_against_the_stated_budget():
+    """A CPU has no bound but train.memory_budget."""
+    assert memory_limit(torch.device("cpu"), "1.5GiB") == 3 * 2**29
+    assert memory_limit(torch.device("cpu"), None) is None
+
+
+@pytest.mark.gpu
+def test_a_peak_on_a_card_is_held_against_what_the_allocator_may_take():
+    """Without a budget that is the whole card, with one what is enforced."""
+    device = torch.device("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory
+    assert memory_limit(device, None) == total
+    try:
+        limit_memory(device, 2**30)
+        assert memory_limit(device, None) == pytest.approx(2**30, rel=1e-6)
+    finally:
+        limit_memory(device, total)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
 from bln_train.errors import CheckpointError, DivergedError, RecipeError
-from bln_train.memory.peak import PeakMeter, storage_bytes
+from bln_train.memory.peak import PeakMeter
+from bln_train.memory.tracker import storage_bytes
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, parse_recipe
@@ -104,7 +105,8 @@ def test_a_run_may_change_the_mode_when_it_resumes(first, second, stop, tmp_path
 def test_another_clipping_is_another_run():
     """A folder's run goes on in the other mode only where nothing is clipped, `auto` resolved."""
     auto = tiny_recipe(optimizer=SGD)
-    assert same_trajectory(auto, tiny_recipe(optimizer={**SGD, "clip_norm": 1.0}))
+    assert not same_trajectory(auto, tiny_recipe(optimizer={**SGD, "clip_norm": 1.0}))  # auto is looser at small rates
+    assert same_trajectory(*(tiny_recipe(optimizer={"name": "adam", "lr": 0.1, **o}) for o in ({}, {"clip_norm": 1.0})))
     assert not same_trajectory(auto, tiny_recipe(optimizer={**SGD, "accumulate_into": "momentum"}))
     assert not same_trajectory(auto, tiny_recipe(optimizer=INTO_MOMENTUM))
     assert same_trajectory(*(tiny_recipe(norm={"name": "group"}, optimizer=o) for o in (SGD, INTO_MOMENTUM)))
@@ -183,21 +185,22 @@ def test_settings_that_would_be_ignored_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "clip_norm", "clip_update"),
+    ("overrides", "clip_norm", "clip_step", "clip_update"),
     [
-        ((), None, 1.0),
-        (("optimizer.clip_update=null",), None, None),
-        (("optimizer.clip_update=3", "optimizer.clip_norm=null"), None, 3.0),
-        (("norm=group",), None, None),
-        (("norm=group", "optimizer.clip_update=3"), None, 3.0),
-        (("optimizer.accumulate_into=gradient",), 1.0, None),
-        (("optimizer={name: adam, lr: 0.1}",), 1.0, None),
+        ((), None, None, 1.0),
+        (("optimizer.clip_update=null",), None, None, None),
+        (("optimizer.clip_update=3", "optimizer.clip_norm=null"), None, None, 3.0),
+        (("norm=group",), None, None, None),
+        (("norm=group", "optimizer.clip_update=3"), None, None, 3.0),
+        (("optimizer.accumulate_into=gradient",), 1.0, 0.1, None),
+        (("optimizer.accumulate_into=gradient", "optimizer.clip_norm=1.0"), 1.0, None, None),
+        (("optimizer={name: adam, lr: 0.1}",), 1.0, None, None),
     ],
 )
-def test_auto_clips_what_can_be_clipped(overrides, clip_norm, clip_update):
+def test_auto_clips_what_can_be_clipped(overrides, clip_norm, clip_step, clip_update):
     """auto bounds the update in this mode, the gradient in the other, for batchless; recipes load back equal."""
     recipe = parse_recipe(TEXT, origin="r.yaml", overrides=overrides)
-    assert (recipe.clip_norm, recipe.clip_update) == (clip_norm, clip_update)
+    assert (recipe.clip_norm, recipe.clip_step, recipe.clip_update) == (clip_norm, clip_step, clip_update)
     assert parse_recipe(dump_recipe(recipe), origin="dump.yaml") == recipe
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 

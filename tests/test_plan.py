@@ -72,7 +72,7 @@ def test_law_7_the_plan_bounds_the_measured_peak(norm, overrides):
         for part in ("parameter", "optimizer", "other"):
             assert getattr(row, f"{part}_bytes") == getattr(truth, f"{part}_bytes"), (part, row)
         assert row.tensor_bytes == row.total_bytes
-        assert row.workspace_bytes is row.rounding_bytes is row.context_bytes is None
+        assert row.workspace_bytes is row.graph_bytes is row.rounding_bytes is row.context_bytes is None
 
 
 def test_activations_per_image_are_the_slope():
@@ -178,8 +178,15 @@ def test_a_cuda_plan_adds_up():
     """The parts are the total; tensors take whole blocks; a given context takes the place of the assumed one."""
     of = recipe("train.precision=fp16", "runtime.device=auto")
     row, given = plan_memory(of, [4], cuda=True)[0], plan_memory(of, [4], cuda=True, context_bytes=5 * MIB)[0]
-    beside = row.workspace_bytes + row.rounding_bytes + row.context_bytes
+    beside = row.workspace_bytes + row.graph_bytes + row.rounding_bytes + row.context_bytes
     assert row.total_bytes == row.tensor_bytes + beside
+    assert row.graph_bytes >= row.activation_bytes
+    without, large = (
+        plan_memory(recipe("train.precision=fp16", "runtime.device=auto", *also), [4], cuda=True)[0]
+        for also in (["runtime.graphs=false"], ["data={name: folder, root: nowhere, image_size: 160}"])
+    )
+    assert row.total_bytes - without.total_bytes == row.graph_bytes
+    assert without.graph_bytes == large.graph_bytes == 0
     assert row.tensor_bytes % BLOCK_BYTES == 0
     assert row.context_bytes == CONTEXT_BYTES
     assert row.total_bytes - given.total_bytes == CONTEXT_BYTES - 5 * MIB

@@ -16,7 +16,7 @@ from bln_train.models.layers import InstanceDropout
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.optim import Schedule, parameter_groups
 from bln_train.recipe_file import load_recipe
-from bln_train.records import EpochRecord, MemoryRecord, StepRecord, record_from_dict, record_to_dict
+from bln_train.records import EpochRecord, MemoryRecord, StepRecord, TimelineRecord, record_from_dict, record_to_dict
 from bln_train.rng import draw_integers, draw_uniform, instance_seeds, keep_mask
 
 
@@ -178,15 +178,28 @@ def test_clipping_bounds_the_update():
     assert moved == pytest.approx(0.01, rel=1e-4)
 
 
+@pytest.mark.parametrize(("lr", "moves"), [(1.0, 0.02), (4.0, 0.04)])
+def test_looser_of_two_bounds_holds(lr, moves):
+    """A step may always be clip_step long, a gradient always clip_norm: 0.02 at a rate of 1, 4 * 0.01 at a rate of 4."""
+    recipe = tiny_recipe(norm={"name": "group"}, optimizer={"name": "sgd", "lr": lr, "momentum": 0.0, "weight_decay": 0.0,
+                                                            "clip_norm": 0.01}, schedule={"name": "constant"})  # fmt: skip
+    trainer = build_experiment(recipe).trainer
+    trainer.take_step.clip_step = 0.02
+    before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}
+    advance(trainer, 1)
+    moved = sum(float((v - before[k]).square().sum()) for k, v in trainer.take_step.model.state_dict().items())
+    assert math.sqrt(moved) == pytest.approx(moves, rel=1e-4)
+
+
 def test_records_come_in_order_and_survive_json():
-    """Steps, memory after the second, an epoch record after each epoch's last step; each equals itself through JSON."""
+    """Steps, memory and timeline after the second, an epoch's record after its last step; each equals itself through JSON."""
     records = advance(build_experiment(tiny_recipe()).trainer)
     kinds = [type(r) for r in records]
-    step, epoch, memory = StepRecord, EpochRecord, MemoryRecord
-    assert kinds == [step, step, memory, step, epoch, step, step, step, epoch, memory]
+    step, epoch, memory, timeline = StepRecord, EpochRecord, MemoryRecord, TimelineRecord
+    assert kinds == [step, step, memory, timeline, step, epoch, step, step, step, epoch, memory]
     assert [r.num_images for r in records if isinstance(r, step)] == [16, 16, 8] * 2
     first = [r for r in records if isinstance(r, step)][:3]
-    assert records[4].train_loss == pytest.approx(sum(r.loss * r.num_images for r in first) / 40)
+    assert records[5].train_loss == pytest.approx(sum(r.loss * r.num_images for r in first) / 40)
     assert [record_from_dict(json.loads(json.dumps(record_to_dict(r)))) for r in records] == records
 
 

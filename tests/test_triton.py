@@ -12,8 +12,8 @@ import torch
 from helpers import tiny_recipe
 
 from bln_train import build, runtime
-from bln_train.memory.peak import StorageTracker
 from bln_train.memory.predict import plan_memory
+from bln_train.memory.tracker import StorageTracker
 from bln_train.norm import compiled, triton_launch
 from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
 

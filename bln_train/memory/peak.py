@@ -3,96 +3,16 @@
 from __future__ import annotations
 
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bln_train.records import MemoryRecord
+from bln_train.memory.timeline import Timeline, TrackedStep
+from bln_train.memory.tracker import storage_bytes
+from bln_train.records import MemoryRecord, TimelineRecord
 from bln_train.runtime import device_name
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each storage counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from tensors_in(value)
-
-
-class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all live tensor storages from operator to operator, and remembers the largest count.
-
-    What an operator allocates and frees inside itself (a convolution's scratch) is not a tensor and is not seen.
-
-    Args:
-        existing: tensors alive before; they count from the start.
-    """
-
-    def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._live: dict[int, tuple[weakref.ref[Any], int, int]] = {}  # id: (storage, bytes, birth)
-        self._died_since_peak: list[tuple[int, int, int]] = []  # (id, bytes, birth), alive at the peak or born after it
-        self._births = self._births_at_peak = 0
-        for tensor in existing:
-            self._add(tensor)
-        self._see_peak()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(out):
-            self._add(tensor)
-        self._see_peak()
-        return out
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._live or tensor.device.type == "meta":  # a fake tensor names the device that it stands for
-            return
-        num_bytes, self._births = storage.nbytes(), self._births + 1
-
-        def forget(_: Any, key: int = key) -> None:
-            _, size, birth = self._live.pop(key)
-            self.live_bytes -= size
-            self._died_since_peak.append((key, size, birth))
-            self._died(birth)
-
-        self._live[key] = (weakref.ref(storage, forget), num_bytes, self._births)
-        self.live_bytes += num_bytes
-        self._born(num_bytes)
-
-    def _born(self, num_bytes: int) -> None:
-        """A storage is there; its serial number is the count of births."""
-
-    def _died(self, serial: int) -> None:
-        """A storage is gone."""
-
-    def _see_peak(self) -> None:
-        if self.live_bytes > self.peak_bytes:
-            self.peak_bytes, self._births_at_peak = self.live_bytes, self._births
-            self._died_since_peak.clear()
-
-    def births(self, tensors: Iterable[Tensor]) -> set[int]:
-        """Serial numbers of the storages of these live tensors; they stay valid when the tensors are gone."""
-        return {self._live[key][2] for t in tensors if (key := t.untyped_storage()._cdata) in self._live}
-
-    def bytes_at_peak(self, births: set[int]) -> int:
-        """Of the peak, the bytes of the storages with these serial numbers."""
-        entries = [(size, birth) for _, size, birth in self._live.values()]
-        entries += [(size, birth) for _, size, birth in self._died_since_peak]
-        return sum(size for size, birth in entries if birth in births and birth <= self._births_at_peak)
 
 
 class PeakMeter:
@@ -120,6 +40,7 @@ class PeakMeter:
         self._peak: int | None = None
         self._reserved: int | None = None
         self._parts: dict[str, int] = {}
+        self._timeline: Timeline | None = None
 
     @property
     def tracks_next_step(self) -> bool:
@@ -141,6 +62,7 @@ class PeakMeter:
     def restart(self) -> None:
         """Forget what was measured: from now on steps take another amount."""
         self._steps_left, self._peak, self._reserved, self._parts = self.NUM_NOTED, None, None, {}
+        self._timeline = None
         if self._running:
             self.start()
 
@@ -163,27 +85,20 @@ class PeakMeter:
             yield self._note_cuda
             self._parts["other_bytes"] = before
         else:
-            existing = [*self.model.parameters(), *self.model.buffers(), *self._optimizer_state(), *self.gradients()]
-            tracker = StorageTracker(existing)
-            gradients: set[int] = set()
-            with tracker:
-                yield lambda: gradients.update(tracker.births(self.gradients()))
-            self._note_tracked(tracker, gradients)
+            tracked = TrackedStep(self.model, self.optimizer, self.gradients, self.device)
+            with tracked.run() as gradients_ready:
+                yield gradients_ready
+            self._note_tracked(tracked)
 
     def _optimizer_state(self) -> list[Tensor]:
         return [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
-    def _note_tracked(self, tracker: StorageTracker, gradients: set[int]) -> None:
-        if self._peak is not None and tracker.peak_bytes <= self._peak:
+    def _note_tracked(self, step: TrackedStep) -> None:
+        tracker = step.tracker
+        if self._peak is not None and tracker.peak_bytes < self._peak:
             return
-        self._peak = tracker.peak_bytes
-        optimizer = tracker.births(self._optimizer_state())
-        self._parts = {
-            "parameter_bytes": tracker.bytes_at_peak(tracker.births(self.model.parameters())),
-            "gradient_bytes": tracker.bytes_at_peak(gradients - optimizer),  # a gradient may be the momentum
-            "optimizer_bytes": tracker.bytes_at_peak(optimizer),
-            "other_bytes": tracker.bytes_at_peak(tracker.births(self.model.buffers())),
-        }
+        self._peak, self._timeline = tracker.peak_bytes, step.timeline
+        self._parts = {f"{kind}_bytes": tracker.bytes_at_peak(births) for kind, births in step.births.items()}
 
     def _note_cuda(self) -> None:
         state = self._optimizer_state()
@@ -193,6 +108,10 @@ class PeakMeter:
             "gradient_bytes": storage_bytes([*self.gradients(), *state]) - optimizer_bytes,  # it may be the momentum
             "optimizer_bytes": optimizer_bytes,
         }
+
+    def timeline(self, effective_batch_size: int, micro_batch_size: int) -> TimelineRecord | None:
+        """Live bytes through the step with the peak; None where no step was tracked."""
+        return None if self._timeline is None else self._timeline.record(effective_batch_size, micro_batch_size)
 
     def record(self, effective_batch_size: int, micro_batch_size: int) -> MemoryRecord:
         """What was measured so far; None where nothing was."""

@@ -23,9 +23,11 @@ from bln_train.norm.compiled import compiled_is_wanted, hollow_kernels, use_comp
 from bln_train.norm.triton_launch import hollow_launches
 from bln_train.recipe import Recipe
 from bln_train.signals import StopRequested
-from bln_train.train.step import AccumulationStep
+from bln_train.train.graph import MOST_PIXELS
+from bln_train.train.step import SENT_BYTES, AccumulationStep
+from bln_train.units import CUDA_CONTEXT_BYTES
 
-CONTEXT_BYTES = 400 * MIB
+CONTEXT_BYTES = CUDA_CONTEXT_BYTES
 """Assumed of CUDA's context with the libraries' kernels: some 300 MiB since CUDA 11.7 (pytorch#107667), more as kernels load."""
 MATMUL_BYTES = 8 * MIB + 128 * 1024
 """Workspace that PyTorch keeps for cuBLAS by default (CUBLAS_WORKSPACE_CONFIG, ":4096:2:16:8" in KiB)."""
@@ -46,7 +48,9 @@ class PlanRow:
     other_bytes: int
     """Buffers."""
     workspace_bytes: int | None
-    """Scratch of the libraries, assumed; None on the CPU, where it is not counted."""
+    """Scratch of the libraries, assumed, and images on their way; None on the CPU, where it is not counted."""
+    graph_bytes: int | None
+    """What recorded micro-steps keep for themselves, at most; None on the CPU."""
     rounding_bytes: int | None
     """What the allocator has to take from the device beyond all that; None on the CPU."""
     context_bytes: int | None
@@ -105,12 +109,25 @@ def _rows(recipe: Recipe, micro_batch_sizes: Sequence[int], *, context_bytes: in
         trace, single = traces[size], size in rest or size == effective
         seen = trace.all_but_second() if single else torch.ones(trace.num_events + 1, dtype=torch.bool)
         row = _row(trace, twins.get(size), seen, context_bytes=context_bytes)
+        row = _with_graphs(row, recipe) if cuda else row
         if size in rest:  # gradients are there when the second and last micro-batch comes, which is smaller
             smaller = traces[rest[size]]
             second = _row(smaller, twins.get(rest[size]), smaller.second_micro_batch(), context_bytes=context_bytes)
-            row = max(row, replace(second, micro_batch_size=size), key=lambda r: r.total_bytes)
+            second = replace(second, micro_batch_size=size)
+            row = max(row, _with_graphs(second, recipe) if cuda else second, key=lambda r: r.total_bytes)
         rows.append(row)
     return rows
+
+
+def _with_graphs(row: PlanRow, recipe: Recipe) -> PlanRow:
+    """The row with the memory of recorded micro-steps: what one allocates, apart from what all else finds in the allocator."""
+    num_pixels = row.micro_batch_size * recipe.image_size**2
+    wanted = recipe.runtime.graphs
+    if wanted is False or (wanted == "auto" and num_pixels > MOST_PIXELS):
+        return replace(row, graph_bytes=0)
+    own = row.activation_bytes + (row.workspace_bytes or 0) - MATMUL_BYTES
+    num_bytes = -(-own // (2 * MIB)) * 2 * MIB  # in whole segments of the allocator
+    return replace(row, graph_bytes=num_bytes, total_bytes=row.total_bytes + num_bytes)
 
 
 def _on_cpu(recipe: Recipe) -> Recipe:
@@ -120,6 +137,7 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "train": recipe.train.model_copy(update=change),
+            "runtime": recipe.runtime.model_copy(update={"graphs": False}),
             "data": recipe.data.model_copy(update={"normalize": "symmetric"}),
             "model": recipe.model.model_copy(
                 update={"init": None, "weight_standardization": recipe.weight_standardization}
@@ -270,7 +288,7 @@ def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int |
         per_image = float(twin.live_bytes()[peak] - trace.live_bytes()[peak])
     workspace = rounding = None
     if cuda:
-        workspace = int(trace.scratch[peak]) + MATMUL_BYTES
+        workspace = int(trace.scratch[peak]) + MATMUL_BYTES + SENT_BYTES
         rounding = max(0, _reserved_bytes(trace, seen) - int(in_use[peak]) - MATMUL_BYTES)
     beside = (workspace or 0) + (rounding or 0) + (context_bytes or 0)
     return PlanRow(
@@ -279,6 +297,7 @@ def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int |
         activation_bytes_per_image=per_image,
         **{f"{kind}_bytes": num_bytes for kind, num_bytes in parts.items()},
         workspace_bytes=workspace,
+        graph_bytes=None,
         rounding_bytes=rounding,
         context_bytes=context_bytes,
         total_bytes=sum(parts.values()) + activation_bytes + beside,

@@ -29,14 +29,17 @@ from bln_train.build import Experiment, build_experiment
 from bln_train.compare import Cell, plan_cells
 from bln_train.data import DataSet, ImageSet
 from bln_train.errors import BlnError, RunFolderError
-from bln_train.memory.peak import PeakMeter, StorageTracker, storage_bytes
+from bln_train.memory.peak import PeakMeter
+from bln_train.memory.snapshot import recorded_snapshot
+from bln_train.memory.timeline import TrackedStep
+from bln_train.memory.tracker import StorageTracker, storage_bytes
 from bln_train.recipe import Recipe
-from bln_train.records import MemoryRecord
-from bln_train.report.runlog import json_text
+from bln_train.records import MemoryRecord, TimelineRecord
+from bln_train.report.runlog import MEMORY_TABLE, json_text
 from bln_train.run import explained_failures
 from bln_train.train.step import AccumulationStep
 
-TABLE_JSON, TABLE_CSV = "memory.json", "memory.csv"
+TABLE_JSON, TABLE_CSV = MEMORY_TABLE, "memory.csv"
 _MIN_TIMED_IMAGES, _MIN_TIMED_MICRO_BATCHES = 128, 4
 
 
@@ -80,6 +83,8 @@ class Row:
     """Images of each timed step; below the effective batch where that would take long."""
     problem: str = ""
     """Why figures are missing."""
+    timeline: TimelineRecord | None = None
+    """Live bytes through one step, where that was asked for; not in the CSV."""
 
 
 def random_data(recipe: Recipe, num_images: int) -> DataSet:
@@ -105,6 +110,7 @@ def measure(
     *,
     num_repeats: int,
     show: Callable[[int, str], object],
+    timeline: Path | None = None,
 ) -> dict[str, Any]:
     """Measure every cell of a plan and return the document that `write_tables` writes; what cannot be measured says why.
 
@@ -112,6 +118,8 @@ def measure(
         recipe: what the cells were planned from; the floor is that of its network without a norm.
         folder: made, and tried, before anything is measured.
         num_repeats: timed steps of each cell, after one that is not timed.
+        timeline: where timelines will be drawn; each row then has its own, and on CUDA a snapshot for PyTorch's memory viewer is
+            written beside it, in a file for each cell.
         show: is called before each of `num_stages(cells)` stages with its position and name.
 
     Raises:
@@ -137,7 +145,11 @@ def measure(
         if cell.recipe is None:
             continue
         with _kept_problem() as problem, explained_failures(cell.recipe):
-            _measure_memory(row, _build(cell.recipe, data), data)
+            experiment = _build(cell.recipe, data)
+            _measure_memory(row, experiment, data)
+            if timeline is not None:
+                row.timeline = _measure_timeline(experiment, row, timeline)
+            del experiment
         row.problem = problem()
         if row.peak_bytes is not None and floor is not None:
             row.peak_over_floor = row.peak_bytes / floor.floor_bytes
@@ -292,6 +304,21 @@ def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
         setattr(row, f"{name}_bytes", getattr(record, f"{name}_bytes"))
 
 
+def _measure_timeline(experiment: Experiment, row: Row, place: Path) -> TimelineRecord | None:
+    meter, step, device = experiment.trainer.meter, experiment.trainer.take_step, experiment.trainer.take_step.device
+    sizes = row.effective_batch_size, step.micro_batch_size
+    if device.type != "cuda":
+        return meter.timeline(*sizes)
+    take_step = _prepare_step(experiment, row.effective_batch_size)
+    name = f"{place.stem}-{row.norm}-micro{row.micro_batch_size}-effective{row.effective_batch_size}.pickle"
+    with recorded_snapshot(place.with_name(name), device):
+        take_step()
+    tracked = TrackedStep(step.model, step.optimizer, step.gradients, device)
+    with tracked.run() as gradients_ready:
+        take_step(gradients_ready)
+    return None if tracked.timeline is None else tracked.timeline.record(*sizes)
+
+
 def num_timed_images(micro: int, effective: int) -> int:
     """Images of a timed step: the effective batch, or four micro-batches and at least 128 images where that is less."""
     return min(effective, max(_MIN_TIMED_MICRO_BATCHES * micro, _MIN_TIMED_IMAGES))
@@ -345,7 +372,8 @@ def write_tables(folder: Path, document: dict[str, Any]) -> None:
         "torch": environment["torch"],
         "date": document["date"],
     }
-    writer = csv.DictWriter(text, fieldnames=[*(field.name for field in fields(Row)), *beside])
+    columns = [*(field.name for field in fields(Row) if field.name != "timeline"), *beside]
+    writer = csv.DictWriter(text, fieldnames=columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows({**row, **beside} for row in document["rows"])
     write_atomically(folder / TABLE_CSV, text.getvalue())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from bln_train.memory.peak import StorageTracker, tensors_in
+from bln_train.memory.tracker import StorageTracker, tensors_in
 
 SMALL_BYTES = 1 << 15
 _EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}

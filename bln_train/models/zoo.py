@@ -253,7 +253,7 @@ def pretrained_file(name: str) -> Path:
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise CheckpointError(
             f"cannot download torchvision's weights of {name} from {url}: {error}",
-            f"Put that file at {file}, or give a state dict that you have: --set model.init=PATH.",
+            f"Put that file at {file}, or name a state dict that you have instead: --set model.init=PATH, or migrate PATH.",
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

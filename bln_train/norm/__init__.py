@@ -13,7 +13,8 @@ from bln_train.norm.functional import batchless_norm
 from bln_train.norm.fuse import FuseReport, folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
 from bln_train.norm.likelihood import layer_likelihoods
-from bln_train.norm.reestimate import reestimate_statistics
+from bln_train.norm.merge import MergeReport, merge_norms
+from bln_train.norm.reestimate import Reestimate, reestimate_statistics
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "BatchlessStatistics",
     "FoldedConvNorm",
     "FuseReport",
+    "MergeReport",
+    "Reestimate",
     "StandardizedConv2d",
     "batchless_norm",
     "convert_batchnorm",
@@ -33,6 +36,7 @@ __all__ = [
     "fuse",
     "initialize_statistics",
     "layer_likelihoods",
+    "merge_norms",
     "reestimate_statistics",
     "standardize_once",
     "standardize_weight",

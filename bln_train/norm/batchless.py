@@ -65,7 +65,7 @@ class _BatchlessNorm(nn.Module):
         eps: the smallest standard deviation that data can set, in units of the input; part of `std_from_raw` for abs, inv
             (a largest one there, 1/eps) and var, while log, left to an optimizer, has no bound.
         affine: learn weight and bias, each (C,).
-        init_mean, init_std: statistics before any data, in units of the input.
+        init_mean, init_std: statistics before any data, in units of the input. device, dtype: of parameters and buffers.
         statistics: "natural" updates them by `BatchlessStatistics.update` (a natural-gradient step, an exact moving average
             of the second moment); "gradient" leaves their gradients to the optimizer, as the paper does.
         statistics_rate: step of the natural update, in (0, 1].
@@ -154,13 +154,13 @@ class _BatchlessNorm(nn.Module):
         self.register_buffer("imputation", imputation)
 
         self.account = _Account()
+        self.first_moment: Tensor | None = None
         self.second_moment: Tensor | None = None
-        """(C,) or (1,), of the last effective batch: mean of xhat^2."""
+        """(C,) or (1,), of the last effective batch: means of xhat and of xhat^2."""
         self.following: Following | None = None
         """The layer's part in the probe's forward after a step."""
-        self.old_moments: tuple[Tensor, Tensor] | None = (
-            None  # of the probe's images, under the weights before the step
-        )
+        self.old_moments: tuple[Tensor, Tensor] | None = None
+        """Of the probe's images, under the weights before the step."""
 
     @property
     def std(self) -> Tensor:
@@ -197,10 +197,10 @@ class _BatchlessNorm(nn.Module):
     def watch(
         self, num_images: int, num_positions: int, unit: Tensor | None = None, shows_relu: bool = False
     ) -> tuple[int, Tensor | None]:
-        """How many of a training forward's first images belong to the probe, and where their sums are to be added, (4, C).
+        """How many of a training forward's `num_images` belong to the probe, and where their sums are to be added, (4, C).
 
-        The sums are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of the output of the relu that follows less
-        the residual that entered it, and of how often that output is above 0.
+        The sums, over `num_positions` of each, are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of the output of
+        the relu that follows less the residual that entered it, and of how often that output is above 0.
         """
         account, self.account.is_open = self.account, False  # the first use counts where a network uses the layer twice
         number = min(num_images, account.num_to_watch)
@@ -379,7 +379,7 @@ class BatchlessStatistics:
             layer.discard()
 
     def watch(self, num_images: int) -> None:
-        """Begin an effective batch: note the moments of its first images for `follow`."""
+        """Begin an effective batch: note the moments of its first `num_images` images for `follow`."""
         for layer in self.layers.values():
             layer.account = _Account(num_images)
 

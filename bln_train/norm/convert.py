@@ -176,7 +176,13 @@ def _copy_affine(source: nn.Module, target: nn.Module) -> None:
 
 
 def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
-    """Replace every BatchNorm inside `model` by its batchless counterpart, in place; see `to_batchless`.
+    """Replace every BatchNorm inside `model` by its batchless counterpart, in place: the same function in eval mode.
+
+        mean = running_mean,   std = sqrt(running_var + eps),   the same weight and bias
+
+    Args:
+        model: torch.nn's BatchNorms and SyncBatchNorm, torchvision's and timm's frozen ones, and timm's with an activation.
+        settings: further arguments of the new layers, see `BatchlessNorm` and `to_batchless`.
 
     Returns: the model, or the new layer where `model` itself is a BatchNorm. A layer used in two places stays one layer.
 
@@ -187,7 +193,13 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def convert_to_batchnorm(model: nn.Module, *, eps: float = 1e-5) -> nn.Module:
-    """Replace every batchless layer inside `model` by a BatchNorm, in place; see `to_batch`.
+    """Replace every batchless layer inside `model` by a BatchNorm, in place: the same function in eval mode; see `to_batch`.
+
+    Args:
+        model: what is to be used where only BatchNorm is known.
+        eps: of the new layers; no variance of the old ones may be below it.
+
+    Returns: the model, or the new layer where `model` itself is a batchless one.
 
     Raises:
         ValueError: names every layer that cannot be converted; the model is unchanged then.

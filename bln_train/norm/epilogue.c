@@ -185,7 +185,8 @@ int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, l
         }
         for (long c = 0; c < channels; c++) {
             const double m = shared ? all_shift / channels : shift[c], s = shared ? all_square / channels : square[c];
-            const double old_std = table[STD * channels + c], guard = 1e-4 * old_std * old_std, variance = fmax(s - m * m, 0);
+            const double old_std = table[STD * channels + c], variance = fmax(s - m * m, 0);
+            const double guard = (1e-4 + 1.0 / num_rows) * old_std * old_std;
             const double ratio = pow((variance + guard) / (table[OLD_VARIANCE * channels + c] + guard), gain / 2.0);
             const double std = fmax(old_std * ratio, eps), change = gain * (m + table[DRIFT * channels + c]);
             const double scale = table[GAMMA * channels + c] / std;

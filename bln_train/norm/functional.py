@@ -226,6 +226,7 @@ def batchless_norm(
         mean, raw_std: (C,) or (1,); `raw_std` as in `std_from_raw`.
         weight, bias: (C,), both or neither.
         correction: (2, C), running means A of g and B of g*xhat per position, for a loss that weighs each image with 1.
+        parametrization, eps: what `raw_std` stores, see `std_from_raw`.
         nll_weight, nll_reduction: weight of the likelihood; over channels its "mean" (the paper's) or "sum".
 
     Source: arXiv 2212.14729, section 3; the correction follows Online Normalization (Chiley et al., arXiv 1905.05894).

@@ -54,6 +54,9 @@ class FoldedConvNorm(nn.Module):
 
     Shapes: x as `linear` takes it (Linear: (N, features)), residual and the result as it gives them.
 
+    Raises:
+        ValueError: linear and norm cannot be one operation, or the slope cannot be undone.
+
     Source: design of In-Place ABN (Rota Bulo et al., arXiv 1712.02616) for what a backward pass can do without.
     """
 
@@ -127,7 +130,9 @@ class FoldedConvNorm(nn.Module):
     def linear_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], gathered: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, weight and bias, where needed; None for the weight's if it was added to `gathered`."""
+        """Gradients of x, weight and bias from that of the output, `grad`, None for those that `needs` says no to, and for the
+        weight's if it was added to `gathered`.
+        """
         linear = self._parts[0]
         if isinstance(linear, nn.Linear):
             return (

@@ -5,7 +5,9 @@
 *_old are moments of the images that the training forward saw under the old weights, *_new those under the new ones, layer after
 layer. The images are the same on both sides, so their sampling noise cancels; what upstream layers changed has already been
 normalised away in part. A gain of 1 undoes at once what the gradient, which holds statistics fixed, meant to do to mean and
-scale; a gain of 0 lets the lag compound with depth. Where images barely vary the ratio says nothing: 1 % of std is added to both.
+scale; a gain of 0 lets the lag compound with depth. The ratio is of std^2 + (1e-4 + 1/n) * std_now^2 for n positions: where images
+barely vary it says nothing, and of few values, as the two that a dense layer has of two images, it says little: now and then they
+all but agree, and their ratio would multiply the deviation by any number, step after step.
 
 Everything that needs no image is worked out before and after, layers of one kind side by side, (L, C) at a time.
 """
@@ -87,7 +89,7 @@ class Following:
         std, old_variance, drift, gamma, beta = self.table.unbind(0)
         shift, square = sums / num
         mean, variance = moments(torch.zeros_like(shift), shift, square, unit, shared=self.shared)
-        guard = 1e-4 * std * std
+        guard = (1e-4 + 1 / num) * std * std
         ratio = ((variance + guard) / (old_variance + guard)) ** (self.gain / 2)
         change, new_std = self.gain * (mean + drift), (std * ratio).clamp(min=self.eps)
         self.found = torch.stack((change, new_std))

@@ -144,13 +144,16 @@ class RawGradient:
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose weight passes through `standardize_weight`; arguments, shapes and state dict of nn.Conv2d."""
+    """A convolution whose weight passes through `standardize_weight`; arguments, shapes and state dict of nn.Conv2d.
+
+    Source: Qiao et al., arXiv 1903.10520; scaled form Brock et al., arXiv 2101.08692.
+    """
 
     shared_weight: Tensor | None = None
     """Inside `standardize_once`: the standardised weight that every forward uses."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) to (N, C_out, H', W')."""
+        """Convolve x, (N, C_in, H, W), to (N, C_out, H', W')."""
         weight = standardize_weight(self.weight) if self.shared_weight is None else self.shared_weight
         return self._conv_forward(x, weight, self.bias)
 
@@ -175,7 +178,7 @@ def conv_like(conv: nn.Conv2d, kind: type[nn.Conv2d], weight: nn.Parameter) -> n
 
 @contextmanager
 def standardize_once(convs: list[StandardizedConv2d]) -> Iterator[None]:
-    """Standardise each weight once for all forwards and backwards inside, instead of once for each micro-batch.
+    """Standardise the weight of each of `convs` once for all forwards and backwards inside, not once for each micro-batch.
 
     Gradients gather at the standardised weight and go through the standardisation together at the end. That is linear, so
     the sum is the same; and a convolution saves its standardised weight for backward anyway, so the peak is too.

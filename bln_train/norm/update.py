@@ -123,8 +123,8 @@ def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> Tens
     m1 = stack(layer.mean.grad for layer in layers) * std / scale
     slope = std_slope(raw, std, first.parametrization)
     excess = stack(layer.raw_std.grad for layer in layers) * std / (scale * slope)  # m2 - 1
-    for layer, second_moment in zip(layers, (excess + 1).unbind(0), strict=True):
-        layer.second_moment = second_moment
+    for layer, first_moment, second_moment in zip(layers, m1.unbind(0), (excess + 1).unbind(0), strict=True):
+        layer.first_moment, layer.second_moment = first_moment, second_moment
     if first.statistics == "natural":
         rate = first.statistics_rate
         growth = (1 + rate * excess).clamp(min=0).sqrt()

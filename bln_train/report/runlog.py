@@ -4,6 +4,7 @@ recipe.yaml       the resolved recipe, every default written out
 environment.json  versions, device, threads
 metrics.jsonl     one record per line (records.py), each with its `kind`
 checkpoint.pt     the latest state (train/checkpoint.py); those before it and checkpoints.json: checkpoint_list.py
+events.out.tfevents.*   the metrics for TensorBoard, where the recipe has logging.tensorboard (board.py)
 summary.json      the end result; there only when the run finished
 run.lock          there while a process trains here (run_lock.py)
 
@@ -32,6 +33,9 @@ from bln_train.synthetic_recipe import SyntheticRecipe
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 SUMMARY = "summary.json"
+EVENTS = "events.out.tfevents.*"
+MEMORY_TABLE = "memory.json"
+"""What a memory sweep leaves in a folder of its own."""
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
@@ -53,7 +57,7 @@ def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe
         return type(old) is type(new) and old.model_dump(exclude={"runtime"}) == new.model_dump(exclude={"runtime"})
 
     def essence(recipe: Recipe) -> dict[str, Any]:
-        data = recipe.model_dump(mode="json", exclude={"runtime"})
+        data = recipe.model_dump(mode="json", exclude={"runtime", "logging"})
         free = ["memory_budget", "max_steps", "eval_batch_size", "eval_every_epochs", "on_nonfinite"]
         if recipe.norm.name != "batch":  # with BatchNorm the micro-batch changes the result
             free.append("micro_batch_size")
@@ -61,7 +65,8 @@ def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe
         data["optimizer"].pop(
             "accumulate_into", None
         )  # where the sum is kept, not what it is; clipping tells them apart
-        data["optimizer"] |= {"clip_norm": recipe.clip_norm, "clip_update": recipe.clip_update}
+        clipping = {"clip_norm": recipe.clip_norm, "clip_step": recipe.clip_step, "clip_update": recipe.clip_update}
+        data["optimizer"] |= clipping
         return data
 
     return essence(old) == essence(new)
@@ -124,7 +129,12 @@ class RunFolder:
             raise RunFolderError(f"cannot create {self.path}: {error.strerror}", "Choose another --out.") from error
         self.keep_recipe(recipe)  # first: with it alone the folder is a run's, which --resume begins anew
         write_atomically(self.path / ENVIRONMENT, json_text(environment, indent=2))
-        (self.path / METRICS).unlink(missing_ok=True)
+        for path in (self.path / METRICS, *self.event_files()):
+            path.unlink(missing_ok=True)
+
+    def event_files(self) -> list[Path]:
+        """TensorBoard's files, one for each time that the run went on."""
+        return sorted(self.path.glob(EVENTS))
 
     def keep_recipe(self, recipe: Recipe | SyntheticRecipe) -> None:
         """Write the recipe; a resumed run may be sliced differently, or go on for longer, than the one begun."""

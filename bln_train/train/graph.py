@@ -32,22 +32,23 @@ class Recorder:
     """Records the work of a CUDA device, to be replayed; all recordings share memory, as they never run at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Work inside runs where recordings are made, which is not where all else does."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` launches, without running it; returns what runs it."""
         graph = torch.cuda.CUDAGraph()
         # Of this thread alone: a collective library may ask the device about something else meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), recording:
             work()
         return graph.replay
 
@@ -160,6 +161,12 @@ class GraphedMicroStep:
         notices, self._notices = tuple(self._notices), []
         return notices
 
+    def forget(self) -> None:
+        """Drop all recordings, and with them their memory."""
+        self._graphs.clear()
+        self._gradients.clear()
+        self._num_eager.clear()
+
     def _replay(self, graph: _Graph, batch: MicroBatch) -> None:
         for own, new in zip(graph.batch, batch, strict=True):
             own.copy_(new)
@@ -181,7 +188,7 @@ class GraphedMicroStep:
         except (RuntimeError, MemoryError) as error:
             self._notices.append(f"CUDA graphs are off, this network's steps cannot be recorded: {first_line(error)}")
             self._is_off = True
-            self._forget()
+            self.forget()
             self._set_counts(before)
             self.step.micro_step(batch, sums)
             return
@@ -217,7 +224,7 @@ class GraphedMicroStep:
         """Give parameters back the gradients, now 0, that recordings add to; a momentum that they gather in must be the same."""
         theirs = {p: p.grad for p in self._gradients}
         if any(grad is not None and grad.data_ptr() != self._gradients[p].data_ptr() for p, grad in theirs.items()):
-            self._forget()
+            self.forget()
             return
         missing = {p: self._gradients[p] for p, grad in theirs.items() if grad is None}
         if missing:
@@ -229,7 +236,7 @@ class GraphedMicroStep:
         """Copy the folded layers' constants of this step to where those of the first were."""
         new = [layer.constants for layer in self.step.folded if layer.constants is not None]
         if [_form(own) for own in new] != [_form(own) for own in self._constants]:
-            self._forget()
+            self.forget()
             self._constants = new
         elif new:
             pairs = [
@@ -240,12 +247,6 @@ class GraphedMicroStep:
             torch._foreach_copy_([own for own, _ in pairs], [value for _, value in pairs])
         for layer, own in zip(self.step.folded, self._constants, strict=True):
             layer.constants = own
-
-    def _forget(self) -> None:
-        """Drop all recordings, and with them their memory."""
-        self._graphs.clear()
-        self._gradients.clear()
-        self._num_eager.clear()
 
 
 def _form(constants: Constants) -> tuple[object, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.records import LayerRecord
 from bln_train.train.check_state import check_numbers, check_tensors
 
 FACTOR = 1e3
@@ -44,7 +45,7 @@ _KINDS = {
 @torch.no_grad()
 def layer_health(layer: _BatchlessNorm, initial_std: Tensor) -> LayerHealth:
     """What has become of a layer since its standard deviations were `initial_std`, (C,) or (1,)."""
-    std, floor = layer.std, layer.eps * (1 + 1e-3)
+    std, floor = layer.std, _highest_floor(layer)
     ratio = std / initial_std
     seen = layer.second_moment
     flags = (
@@ -55,6 +56,35 @@ def layer_health(layer: _BatchlessNorm, initial_std: Tensor) -> LayerHealth:
     )
     low, high, *counts = torch.stack([std.min(), std.max(), *(flag.sum().to(std.dtype) for flag in flags)]).tolist()
     return LayerHealth(low, high, *map(int, counts))
+
+
+@torch.no_grad()
+def layer_records(layers: Mapping[str, _BatchlessNorm]) -> dict[str, LayerRecord]:
+    """Learned statistics of each layer, and what the last effective batch showed of them; layers that saw none are left out."""
+    found = {}
+    for name, layer in layers.items():
+        m1, m2, std = layer.first_moment, layer.second_moment, layer.std
+        if m1 is None or m2 is None:
+            continue
+        log_ratio = (m2 - m1.square()).clamp(min=DEAD_BELOW).log() / 2
+        mean_low, mean_high, std_low, std_high, offset, low, middle, high, dead, at_floor = torch.stack(
+            [
+                *layer.mean.aminmax(),
+                *std.aminmax(),
+                m1.square().mean().sqrt(),
+                *(log.exp() for log in (log_ratio.min(), log_ratio.mean(), log_ratio.max())),
+                (m2 < DEAD_BELOW).sum().to(std.dtype),
+                (std <= _highest_floor(layer)).sum().to(std.dtype),
+            ]
+        ).tolist()
+        ends = mean_low, mean_high, std_low, std_high
+        found[name] = LayerRecord(layer.mean.numel(), *ends, offset, low, middle, high, int(dead), int(at_floor))
+    return found
+
+
+def _highest_floor(layer: _BatchlessNorm) -> float:
+    """The smallest standard deviation that there is, with room for rounding."""
+    return layer.eps * (1 + 1e-3)
 
 
 class HealthWatch:

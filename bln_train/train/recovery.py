@@ -126,11 +126,13 @@ class Snapshot:
         step, state = self.step, self.step.optimizer.state
         if isinstance(step.optimizer, MomentumAccumulatingSGD):
             step.optimizer.give_up()
+        if step.graphs is not None:
+            step.graphs.forget()  # another size comes next, and theirs may be the memory that it needs
         step.model.zero_grad(set_to_none=True)
         step.statistics.discard()
         set_instance_seeds(step.dropouts, None)
         for layer in self._unseen:
-            layer.second_moment = None
+            layer.first_moment = layer.second_moment = None
         for p in [p for p in state if p not in self._entries]:
             del state[p]
         for p, entry in self._entries.items():

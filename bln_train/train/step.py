@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
 from bln_train.errors import DivergedError
-from bln_train.memory.peak import StorageTracker
+from bln_train.memory.tracker import StorageTracker
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.fuse import folded_layers
@@ -26,7 +26,8 @@ from bln_train.rng import instance_seeds
 from bln_train.signals import StopRequested, never
 
 _BLOCK_IMAGES = 128
-_BLOCK_BYTES = 2**18  # of images that are sent to a device at once
+SENT_BYTES = 2**18
+"""Of images that go to a device at once, at most, unless one micro-batch has more."""
 _SMALLEST_LOSS_SCALE = 2.0**-14  # far below any scale at which healthy gradients overflow
 
 
@@ -83,6 +84,9 @@ class Graphs(Protocol):
     def end(self, sums: Sums) -> Sums:
         """After the last: the sums, for the caller to keep."""
 
+    def forget(self) -> None:
+        """Let go of what is kept from step to step."""
+
     def take_notices(self) -> tuple[str, ...]:
         """What the user should know, once."""
 
@@ -103,6 +107,7 @@ class AccumulationStep:
         probe_images: images of the effective batch on which statistics follow the weights; 0 for none.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
+        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate).
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
         world: the processes that share each effective batch; all take every step together.
@@ -130,13 +135,14 @@ class AccumulationStep:
         probe_images: int = 0,
         label_smoothing: float = 0.0,
         clip_norm: float | None = None,
+        clip_step: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]],
         scaler: torch.amp.GradScaler | None = None,
         world: World = ALONE,
     ) -> None:
         self.model, self.optimizer, self.statistics, self.preprocess = model, optimizer, statistics, preprocess
         self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
-        self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
+        self.label_smoothing, self.clip_norm, self.clip_step = label_smoothing, clip_norm, clip_step
         self.autocast, self.scaler, self.world = autocast, scaler, world
         self.reduced = False
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
@@ -194,7 +200,7 @@ class AccumulationStep:
         else:
             nll = self.statistics.update(num_images)
         if self.clip_norm is not None and grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self._bound(self.clip_norm), grad_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -210,6 +216,11 @@ class AccumulationStep:
         update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
         notices = () if self.graphs is None else self.graphs.take_notices()
         return StepTotals(loss_sum, correct, grad_norm, update_norm, nll, notices)
+
+    def _bound(self, clip_norm: float) -> float:
+        """The gradient norm that this step clips to."""
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return clip_norm if self.clip_step is None or rate <= 0 else max(clip_norm, self.clip_step / rate)
 
     def give_up(self) -> None:
         """Forget a step that was not finite: no weight, momentum, statistic or correction has moved.
@@ -324,7 +335,7 @@ class AccumulationStep:
         # Labels and seeds of many micro-batches in one call, but not of all: memory is flat in the effective batch.
         size = self.micro_batch_size
         image_bytes = images.images.shape[1:].numel()  # no view: it would count as a tensor of training
-        most = _BLOCK_IMAGES if self.device.type == "cpu" else min(_BLOCK_IMAGES, _BLOCK_BYTES // image_bytes)
+        most = _BLOCK_IMAGES if self.device.type == "cpu" else min(_BLOCK_IMAGES, SENT_BYTES // image_bytes)
         for block in index.split(max(1, most // size) * size):
             labels, seeds = images.labels[block].to(self.device), instance_seeds(seed, epoch, block).to(self.device)
             # To another device a block of images goes at once: each transfer costs as much as a small image's forward.

@@ -26,7 +26,7 @@ from bln_train.train.check_state import (
 )
 from bln_train.train.diagnose import find_fault
 from bln_train.train.evaluate import Evaluation
-from bln_train.train.health import HealthWatch
+from bln_train.train.health import HealthWatch, layer_records
 from bln_train.train.recovery import RecoveringStep
 from bln_train.train.step import AccumulationStep, StepTotals
 
@@ -45,7 +45,10 @@ class Trainer:
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
         evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `step.stop_asked` says yes.
+        schedule: sets the learning rate of each step.
+        epochs, eval_every_epochs: how long; epochs from one evaluation to the next, one more at the end.
         effective_batch_size: images behind each step; the last of an epoch may be shorter.
+        seed: of the order of images and of every random draw.
         max_steps: stop early; the schedule still spans all epochs.
         detail_every_steps: how often a step's record carries each layer's likelihood.
         on_nonfinite: what a step does whose loss or gradient is not finite: `stop` raises, `skip` leaves it out.
@@ -117,6 +120,9 @@ class Trainer:
             yield from self._take_notices()
             if self.step - self._measured_from == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
+                timeline = self.meter.timeline(*self._batch_sizes())
+                if timeline is not None:
+                    yield timeline
         yield self.memory_record()
 
     def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord | NoticeRecord | None:
@@ -135,8 +141,7 @@ class Trainer:
             # A record pairs the peak with the micro-batch that needs it: neither the failed attempt nor what fitted before.
             self.meter.restart()
             self._measured_from = self.step
-        detail = self.step % self.detail_every_steps == 0 or self.step == self.num_steps
-        record = self._read(totals, len(index), learning_rate, began, detail)
+        record = self._read(totals, len(index), learning_rate, began)
         if not tracked:
             self._epoch_sums.timed_images += len(index)
             self._epoch_sums.timed_seconds += record.seconds
@@ -172,10 +177,8 @@ class Trainer:
             else None
         )
 
-    def _read(
-        self, totals: StepTotals, num_images: int, learning_rate: float, began: float, detail: bool
-    ) -> StepRecord:
-        """Bring a step's sums to the host: the one synchronisation of the step."""
+    def _read(self, totals: StepTotals, num_images: int, learning_rate: float, began: float) -> StepRecord:
+        """Bring a step's sums to the host: the one synchronisation of the step, but for the layers' at an epoch's last."""
         norm, of = (totals.grad_norm, "gradient") if totals.update_norm is None else (totals.update_norm, "update")
         assert norm is not None
         values = [totals.loss, totals.correct, norm]
@@ -194,6 +197,8 @@ class Trainer:
         self._epoch_sums.correct += correct
         followed = [value for value in layers if math.isfinite(value)]  # NaN: a layer whose statistics are frozen
         names = list(self.take_step.statistics.layers)
+        last_of_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.num_steps
+        detail = self.step % self.detail_every_steps == 0 or last_of_epoch
         return StepRecord(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
@@ -206,6 +211,7 @@ class Trainer:
             update_norm=size if of == "update" else None,
             seconds=seconds,
             nll_by_layer=dict(zip(names, layers, strict=True)) if layers and detail else None,
+            layers=layer_records(self.take_step.statistics.layers) if layers and last_of_epoch else None,
         )
 
     def _take_notices(self) -> Iterator[NoticeRecord]:
@@ -245,11 +251,13 @@ class Trainer:
         )
 
     def memory_record(self) -> MemoryRecord:
-        """Peak memory so far; an effective batch cannot be larger than the data set."""
-        return self.meter.record(
-            min(self.effective_batch_size, len(self.data.train)),
-            min(self.take_step.micro_batch_size, len(self.data.train)),
-        )
+        """Peak memory so far."""
+        return self.meter.record(*self._batch_sizes())
+
+    def _batch_sizes(self) -> tuple[int, int]:
+        """Effective batch and micro-batch; neither can be larger than the data set."""
+        num_images = len(self.data.train)
+        return min(self.effective_batch_size, num_images), min(self.take_step.micro_batch_size, num_images)
 
     @property
     def epoch_is_open(self) -> bool:

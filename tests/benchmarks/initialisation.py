@@ -17,7 +17,7 @@ import time
 import torch
 from torch import nn
 
-from bln_train.memory.peak import StorageTracker
+from bln_train.memory.tracker import StorageTracker
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import initialize_statistics

@@ -183,7 +183,7 @@ class _LiveCells:
             elif isinstance(record, NoticeRecord):
                 for line in _lines(record):
                     say(Text.assemble(f"{self._name} ", line))
-            else:
+            elif isinstance(record, EpochRecord):
                 self._epoch = next(_lines(record))
             if done:
                 self.view.done = (n + done) / self.num_cells

@@ -81,7 +81,7 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
     events, records = check_equal_to_metrics(folder)
     peaks = [r for r in records if isinstance(r, MemoryRecord)]
     assert [value for _, value in scalars(events, "memory_mib/peak")] == [
-        np.float32(r.peak_bytes / 2**20) for r in peaks
+        np.float32(r.peak_bytes / 2**20) for n, r in enumerate(peaks) if r not in peaks[:n]
     ]
     assert scalars(events, "memory_mib/activation")[0] == (2, np.float32(peaks[0].activation_bytes / 2**20))
     assert "memory_mib/reserved" not in events.Tags()["scalars"]  # was not measured

@@ -42,7 +42,7 @@ offer() {
     COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
     _bln_train_completion bln-train; echo "${COMPREPLY[*]}"
 }
-offer bln-train re
+offer bln-train rec
 offer bln-train run qu
 offer bln-train compare --norm batch,gr
 offer bln-train run ./elsewhere/my_rec

@@ -55,10 +55,10 @@ def step_of(*norms, num_images=5, side=8):
 
 @pytest.mark.parametrize("num_images", [1, 5])
 def test_saved_bytes_equal_arithmetic(num_images):
-    """Without a norm: input, relu's output, pooled features, log-probabilities, labels, and the loss's total weight."""
+    """Without a norm: input, relu's output, pooled features, log-probabilities, labels, and the loss's total weight and divisor."""
     step, images = step_of(num_images=num_images)
     values = 3 * 64 + 4 * 64 + 4 + 10  # float32 each
-    assert sweep.measure_saved_bytes(step, images, num_images) == num_images * (4 * values + 8) + 4
+    assert sweep.measure_saved_bytes(step, images, num_images) == num_images * (4 * values + 8) + 4 + 4
     assert all(p.grad is None for p in step.model.parameters())
 
 

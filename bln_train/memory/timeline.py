@@ -169,7 +169,10 @@ class TrackedStep:
             "optimizer": optimizer,
             "other": tracker.births(self.model.buffers()),
         }
-        self.timeline = tracker.timeline(self.births)  # now: the tracker sees storages go for as long as it is there
+        with torch._C._DisableTorchDispatch():  # these are no tensors of training, whoever else counts
+            self.timeline = tracker.timeline(
+                self.births
+            )  # now: the tracker sees storages go for as long as it is there
 
 
 @contextmanager

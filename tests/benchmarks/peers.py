@@ -91,7 +91,7 @@ def endless(batches):
         yield from batches
 
 
-def ours(args, device, *, micro_batch=1, norm="batchless", fold=True):
+def ours(args, device, *, micro_batch=1, norm="batchless", fold=True, graphs="auto"):
     """`bln-train run`'s trainer as it is."""
     images, labels = data(args.images)
     recipe = Recipe.model_validate(
@@ -101,7 +101,7 @@ def ours(args, device, *, micro_batch=1, norm="batchless", fold=True):
             "norm": {"name": norm, **({} if fold else {"fold": False})},
             "train": {"epochs": 1000, "effective_batch_size": args.effective_batch, "micro_batch_size": micro_batch},
             "optimizer": {"name": "sgd", "lr": 0.01},
-            "runtime": {"device": args.device, "num_threads": args.threads},
+            "runtime": {"device": args.device, "num_threads": args.threads, "graphs": graphs},
         }
     )
     experiment = build_experiment(recipe)
@@ -207,6 +207,7 @@ def contenders(args, device):
     """By name: what makes a training of some optimizer steps, which gives the seconds of each."""
     found = {
         "ours": lambda: ours(args, device),
+        "ours, without CUDA graphs": lambda: ours(args, device, graphs=False),
         "ours, not folded": lambda: ours(args, device, fold=False),
         "loop, no norm, channels-last": lambda: bare(args, device, "none", channels_last=True),
         "loop, no norm": lambda: bare(args, device, "none"),
@@ -221,6 +222,8 @@ def contenders(args, device):
             args, device, "batch", channels_last=True, micro_batch=args.effective_batch
         ),
     }
+    if device.type == "cpu":
+        del found["ours, without CUDA graphs"]
     for package in ("lightning", "accelerate"):
         if importlib.util.find_spec(package) is None:
             del found[f"{package.capitalize()}, GroupNorm"]

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,14 @@ def records_of(folder, kind):
 
 def cells(line):
     return [cell.strip() for cell in line.strip("|\n ").split(" | ")]
+
+
+def test_a_run_made_again_is_no_second_seed(single, tmp_path):
+    """A run and its copy: one accuracy, without a spread."""
+    twin = shutil.copytree(single, tmp_path / "again")
+    text = markdown_of(single, twin, out=tmp_path / "r.html")
+    accuracy = 100 * records_of(single, "epoch")[-1]["test_accuracy"]
+    assert f"test accuracy {accuracy:.2f} % on 10 images" in text
 
 
 def test_verdict_of_a_comparison_comes_first(folders, tmp_path):

@@ -62,8 +62,9 @@ class Group:
 
     @cached_property
     def accuracy(self) -> Mean | None:
-        """Test accuracy after each run's last epoch."""
-        return mean_of([run.last.test_accuracy if run.last else None for run in self.runs])
+        """Test accuracy after each run's last epoch; a run that was named twice, or made again, counts once."""
+        of_seed = {run.recipe.train.seed: run.last.test_accuracy for run in reversed(self.runs) if run.last}
+        return mean_of(list(of_seed.values()))
 
     @cached_property
     def images_per_second(self) -> Mean | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -157,7 +158,7 @@ def format_left(seconds: float | None) -> str:
     return f"{'-' if seconds is None else f'{seconds:.0f} s' if seconds < 59.5 else format_seconds(seconds)} left"
 
 
-class View:
+class View(ABC):
     """Lines of text that depend on the width; `stopping` adds one, and may be called while a signal is handled."""
 
     def __init__(self) -> None:
@@ -167,9 +168,9 @@ class View:
         """Say, from the next drawing on, that a stop is under way."""
         self._stopping = text
 
+    @abstractmethod
     def lines(self, width: int, *, ascii_only: bool) -> Iterator[Text]:
         """What is shown, each at most `width` wide."""
-        raise NotImplementedError
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         width = max(1, options.max_width - _ROOM_FOR_CTRL_C)

@@ -146,7 +146,7 @@ def test_measuring_live_bytes_changes_nothing():
 def test_peak_at_micro_batch_1_is_near_the_floor():
     """Folded, with gradients in the momentum: at most 1.10 times parameters, momentum and one image's tensors without norm.
 
-    It may be a little less: the compiled kernel adds a filter's gradient where it gathers, PyTorch's makes it apart, first.
+    It may be less by one filter's gradient, no more: the compiled kernel adds it where it gathers, PyTorch's makes it apart, first.
     """
     size = {"model__name": "resnet20", "train__micro_batch_size": 1}
     optimizer = {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}
@@ -154,7 +154,8 @@ def test_peak_at_micro_batch_1_is_near_the_floor():
     floor = measure_floor(bare).floor_bytes
     norm = {"name": "batchless", "init_images": 4}
     record, _ = measured(norm=norm, optimizer=optimizer, data__num_train=16, **size)
-    assert 0.95 * floor <= record.peak_bytes <= 1.10 * floor
+    largest = max(storage_bytes([p]) for p in bare.trainer.take_step.parameters)
+    assert floor - largest <= record.peak_bytes <= 1.10 * floor
 
 
 def test_nothing_is_left_alive_between_steps():

@@ -7,6 +7,7 @@ every process computes for itself, from equal numbers to equal numbers.
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -224,14 +225,22 @@ def joined(device: torch.device, timeout_seconds: int) -> Iterator[World]:
         yield World()
         return
     cuda = device.type == "cuda"
+    # Its functions have the process group as a default value: imported later (torch.optim does), it would keep the group and
+    # its threads alive after `destroy_process_group`, and a thread that frees a tensor while Python ends aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"process {own.rank} of {own.size} cannot reach the others: {str(error).splitlines()[0]}"
         ) from error
-    yield World(own.rank, own.size, device)
-    dist.destroy_process_group()  # not after a failure: it would wait for the others
+    try:
+        yield World(own.rank, own.size, device)
+    except BaseException:
+        if not cuda:  # nccl's would wait for the others
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int:

@@ -41,6 +41,27 @@ def test_only_training_runs_take_several_processes(command, tmp_path):
     assert "is for one process, and torchrun started 2" in found.stderr
 
 
+LEFT_AT_THE_END = """
+import os
+import torch
+from bln_train.parallel import joined
+with joined(torch.device("cpu"), 60) as world:
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)  # imports what would hold the group, see `joined`
+    world.wait()
+    within = len(os.listdir("/proc/self/task"))
+assert within > 1 == len(os.listdir("/proc/self/task"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts native threads in /proc")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """A thread of gloo's that frees a tensor while Python ends aborts the process: none is left to do so."""
+    (tmp_path / "ends.py").write_text(LEFT_AT_THE_END)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ends.py"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

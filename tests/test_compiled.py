@@ -55,6 +55,7 @@ SHAPES = [(5, 8, 9, 7), (1, 256, 3, 3), (3, 16), (2, 16, 40, 40)]
 def test_both_paths_forward(shape, activation, dtype):
     """Result, sums, likelihood and the probe's sums, with and without residual, at one thread and at two."""
     table = drawn((len(Row), shape[1]), dtype, 1)
+    table[Row.SPREAD].abs_()
 
     def run(residual, watched, threads):
         torch.set_num_threads(threads)
@@ -82,6 +83,7 @@ def test_both_paths_forward(shape, activation, dtype):
 def test_both_paths_backward(shape, activation, dtype):
     """Both gradients and the four vectors, for q read off z and q given, corrected or not, overwriting or not."""
     table, sums = drawn((len(Row), shape[1]), dtype, 1), drawn((2, shape[1]), dtype, 2)
+    table[Row.SPREAD].abs_()
 
     def run(residual, given, corrects, overwrite):
         z = epilogue.activate_(drawn(shape, dtype, 3), activation, 0.1)

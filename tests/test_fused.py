@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bln_train.build import build_experiment
 from bln_train.memory.sweep import measure_saved_bytes
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics, convert_batchnorm
+from bln_train.norm.epilogue import cut_off
 from bln_train.norm.fuse import folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
 from bln_train.norm.standardize import StandardizedConv2d
@@ -135,7 +137,7 @@ def test_law_3_holds_for_dense_and_one_dimensional_layers(once):
 
 
 def test_imputed_correction_is_its_formula():
-    """Mode imputed: where the relu cut xhat off, h = z - r - beta stands in, shifted and scaled by the norm's buffers."""
+    """Mode imputed: h, shifted and scaled by the norm's buffers, stands in for gamma * xhat; `cut_off` where the relu cut."""
     torch.manual_seed(0)
     linear = nn.Conv2d(4, 6, 3, 1, 1)
     norm = drawn_norm(BatchlessNorm2d, 6, correction_mode="imputed")
@@ -157,9 +159,9 @@ def test_imputed_correction_is_its_formula():
     xhat = ((y - c(norm.mean)) / c(norm.std)).detach()
     v = c(norm.weight) * xhat + c(norm.bias) + r
     g = gz * p * (v > 0)
-    h = v.relu() - r - c(norm.bias)
-    (a, b), (hidden, alive) = norm.correction, norm.imputation
-    used = (h - c(hidden)) / (c(norm.weight) * c(alive))
+    h = torch.where(v > 0, c(norm.weight) * xhat, cut_off(r + c(norm.bias), c(norm.weight) ** 2 * 8 / math.pi))
+    (a, b), (hidden, slope) = norm.correction, norm.imputation
+    used = (h - c(hidden)) / (c(norm.weight) * c(slope))
     y.backward(c(norm.weight) / c(norm.std) * (g - p * (c(a) + c(b) * used)))
     torch.testing.assert_close(z, v.relu())
     torch.testing.assert_close(x1.grad, x2.grad, rtol=1e-10, atol=1e-12)
@@ -169,24 +171,41 @@ def test_imputed_correction_is_its_formula():
 
 @pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
 def test_imputation_is_measured_on_the_probe(channels):
-    """update averages the mean of relu(v) - r - beta over the watched images, and the share of positions with v > 0."""
+    """update averages, over the watched images, the mean of h and its slope against gamma * xhat."""
     torch.manual_seed(0)
     linear, norm = nn.Conv2d(4, channels, 3, 1, 1), drawn_norm(BatchlessNorm2d, channels, correction_mode="imputed")
     layer = FoldedConvNorm(linear, norm, activation="relu")
     statistics = BatchlessStatistics(norm)
     x, r = (torch.randn(9, c, 6, 6).to(memory_format=torch.channels_last) for c in (4, channels))
-    v = norm.eval()(linear(x[:5])).detach() + r[:5]
+    r *= 0.2
+    shown = norm.eval()(linear(x[:5])).detach()
     norm.train()
     start = norm.imputation.clone()
-    torch.testing.assert_close(start[:, 0], torch.tensor([0.3989422804, 0.5]))
+    torch.testing.assert_close(start[:, 0], torch.tensor([0.0, 0.5 + 1 / math.pi]))
     statistics.watch(5)
     for part in (slice(0, 3), slice(3, 7), slice(7, 9)):
         (layer(x[part], r[part]).sum() + statistics.nll()).div(9).backward()
     assert torch.equal(norm.imputation, start)
     statistics.update(9)
-    hidden = (v.relu() - r[:5] - norm.bias.detach().view(-1, 1, 1)).mean((0, 2, 3))
-    alive = (v > 0).double().mean((0, 2, 3)).clamp(min=0.1)
-    torch.testing.assert_close(norm.imputation, start + 0.1 * (torch.stack((hidden, alive)) - start))
+    gamma, beta = (p.detach().view(-1, 1, 1) for p in (norm.weight, norm.bias))
+    h = torch.where(shown + r[:5] > 0, shown - beta, cut_off(r[:5] + beta, gamma**2 * 8 / math.pi))
+    centred = shown - shown.mean((0, 2, 3), keepdim=True)
+    slope = (h * centred).sum((0, 2, 3)) / (centred * centred).sum((0, 2, 3))
+    assert (slope > 0.1).any()
+    expected = torch.stack((h.mean((0, 2, 3)), slope.clamp(min=0.1)))
+    torch.testing.assert_close(norm.imputation, start + 0.1 * (expected - start))
+
+
+def test_what_a_relu_cut_off_is_expected_of_a_normal():
+    """`cut_off` against -s * phi(b/s) / Phi(-b/s): exact at b = 0 and far out, within 0.23 s between."""
+    b, s = torch.linspace(-40, 8, 2000), 0.7
+    normal = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    exact = -s * (normal.log_prob(b / s) - torch.special.log_ndtr(-b / s)).exp()
+    difference = cut_off(b, torch.full_like(b, 8 / math.pi * s * s)) - exact
+    assert difference.abs().max() < 0.23 * s
+    assert difference.abs()[[0, -1]].max() < 0.05 * s
+    zero = cut_off(torch.zeros(1), torch.full((1,), 8 / math.pi * s * s))
+    torch.testing.assert_close(zero, torch.tensor([-s * math.sqrt(2 / math.pi)]))
 
 
 def gradients(model, x, once):

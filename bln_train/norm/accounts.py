@@ -32,6 +32,7 @@ def watched_sums(layers: Sequence[_BatchlessNorm]) -> list[Tensor]:
         elif account.unit is not None:
             account.watched[0] *= account.unit
             account.watched[1] *= account.unit.square()
+            account.watched[3] *= account.unit
         account.unit = None
     return [layer.account.watched for layer in layers if layer.account.watched is not None]
 

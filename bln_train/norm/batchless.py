@@ -78,9 +78,9 @@ class _BatchlessNorm(nn.Module):
     Attributes:
         mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
         correction (2, C): buffer, running means of the output gradient g and of g*xhat per position, for a summed loss.
-        imputation (2, C): buffer of mode "imputed": where a relu follows, running means over the probe's images of
-            h = relu(v) - v + weight*xhat, v being what enters the relu, and the share of positions with v > 0, which for a
-            normal xhat is the mean of h*xhat / weight (Stein's lemma). Both start as a standard normal's.
+        imputation (2, C): buffer of mode "imputed": where a relu follows, running means over the probe's images of the mean of
+            h (norm/fused_function.py), and of its slope against weight*xhat, at least 0.1. Both start as those of a standard
+            normal that nothing is added to.
 
     Raises:
         ValueError: an argument is out of range, a correction without affine, or an input of another shape.
@@ -148,8 +148,8 @@ class _BatchlessNorm(nn.Module):
         correction = torch.zeros(2, num_features, device=device, dtype=dtype) if correction_rate else None
         self.register_buffer("correction", correction)
         imputation = None
-        if correction is not None and correction_mode == "imputed":  # a standard normal's with weight 1 and bias 0
-            imputation = torch.tensor([[1 / math.sqrt(2 * math.pi)], [0.5]], device=device, dtype=dtype)
+        if correction is not None and correction_mode == "imputed":  # with weight 1 and bias 0
+            imputation = torch.tensor([[0.0], [0.5 + 1 / math.pi]], device=device, dtype=dtype)
             imputation = imputation.repeat(1, num_features)
         self.register_buffer("imputation", imputation)
 
@@ -199,8 +199,8 @@ class _BatchlessNorm(nn.Module):
     ) -> tuple[int, Tensor | None]:
         """How many of a training forward's `num_images` belong to the probe, and where their sums are to be added, (4, C).
 
-        The sums, over `num_positions` of each, are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of the output of
-        the relu that follows less the residual that entered it, and of how often that output is above 0.
+        The sums, over `num_positions` of each, are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of q, what the
+        relu that follows shows of weight*xhat + bias (norm/epilogue.py), and of q*y.
         """
         account, self.account.is_open = self.account, False  # the first use counts where a network uses the layer twice
         number = min(num_images, account.num_to_watch)

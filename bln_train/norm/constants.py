@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
@@ -81,19 +82,19 @@ def _measure(
         bias, inverse = bias / iw, inverse * iw
     zero = torch.zeros(size, dtype=mean.dtype, device=mean.device)
     scale, shift = inverse, zero
-    offset = gain = gamma_scale = gamma_shift = zero
+    offset = gain = gamma_scale = gamma_shift = spread = zero
     if norm.affine:
         gamma, shift = stack(n.weight for n in norms), stack(n.bias for n in norms)
-        scale = gamma * inverse
+        scale, spread = gamma * inverse, 8 / math.pi * gamma * gamma
         gamma_scale = inverse if recompute[0] else gamma.reciprocal()
         gamma_shift = zero if recompute[0] else -shift / gamma
     if norm.correction is not None:
         a, b = stack(n.correction for n in norms).unbind(1)
         if recompute[0]:  # q is yc
             offset, gain = -scale * a, -scale * b * inverse
-        else:  # xhat is taken for (q - beta - hidden) / (gamma * alive)
-            hidden, alive = stack(n.imputation for n in norms).unbind(1) if _imputes(first) else (zero, 1 + zero)
-            gain = -inverse * b / alive
+        else:  # xhat is taken for (q - beta - hidden) / (gamma * slope)
+            hidden, slope = stack(n.imputation for n in norms).unbind(1) if _imputes(first) else (zero, 1 + zero)
+            gain = -inverse * b / slope
             offset = -scale * a - gain * (shift + hidden)
 
     # As in norm/functional.py, with sums of yc in the place of sums of xhat.
@@ -113,6 +114,7 @@ def _measure(
         Row.MEAN_MOMENT: -per_std * inverse,
         Row.RAW_MOMENT: -to_raw * square,
         Row.RAW_IMAGE: to_raw,
+        Row.SPREAD: spread,
     }
     tables = torch.stack([rows[row].expand(size) for row in Row], 1)
     gradients = torch.zeros(len(layers), 4, norm.num_features, dtype=mean.dtype, device=mean.device) if gather else None

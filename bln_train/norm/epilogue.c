@@ -17,6 +17,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 #include "vectors.h"
 
+#define SQRT(x) (sizeof(REAL) == sizeof(float) ? (REAL)sqrtf((float)(x)) : (REAL)sqrt(x))
 #define TILE 1024 /* entries of a tile, in each tensor */
 #define MIN_ROWS 8
 
@@ -25,9 +26,17 @@ typedef __typeof__((vec){0} < (vec){0}) mask;
 enum { IDENTITY, RELU, LEAKY_RELU };
 
 /* Rows of a layer's table of constants: Row in norm/epilogue.py. */
-enum { SCALE, SHIFT, OFFSET, GAIN, GAMMA_SCALE, GAMMA_SHIFT, NLL_SQUARE, NLL_IMAGE, MEAN_MOMENT, RAW_MOMENT, RAW_IMAGE };
+enum { SCALE, SHIFT, OFFSET, GAIN, GAMMA_SCALE, GAMMA_SHIFT, NLL_SQUARE, NLL_IMAGE, MEAN_MOMENT, RAW_MOMENT, RAW_IMAGE, SPREAD };
 
 static inline vec choose(mask which, vec yes, vec no) { return (vec)((which & (mask)yes) | (~which & (mask)no)); }
+
+/* What is expected of a normal x with variance pi/8 * spread where a relu of x + shift is 0; Row.SPREAD. */
+static inline vec cut_off(vec shift, vec spread) {
+    const vec square = shift * shift + spread;
+    vec root;
+    for (long lane = 0; lane < LANES; lane++) root[lane] = SQRT(square[lane]);
+    return (shift + root) * (REAL)-0.5;
+}
 
 static inline void add_to(double *sums, vec v) {
     for (long lane = 0; lane < LANES; lane++) sums[lane] += v[lane];
@@ -42,7 +51,7 @@ static void add_threads(double *sums, const double *shares, long length, int thr
 }
 
 /* Rows first to last: y becomes act(scale * y + shift + residual), or stays where table is null; sums, (4, channels), gain
-   those of y and y^2 and, for a probe, those of what came out less the residual, and of how often it is above 0. */
+   those of y and y^2 and, for a probe of a relu, those of q, as backward reads it off, and of q * y. */
 static int forward_rows(REAL *y, const REAL *residual, const REAL *table, long first, long last, long channels,
                         int activation, REAL slope, int threads, int is_probe, double *sums) {
     const long height = rows_of_tile(channels);
@@ -53,12 +62,14 @@ static int forward_rows(REAL *y, const REAL *residual, const REAL *table, long f
         const long begin = top * channels, end = smaller(top + height, last) * channels;
         double *own = shares + omp_get_thread_num() * 4 * channels;
         for (long c = 0; c < channels; c += LANES) {
-            const vec zero = {0}, one = zero + 1;
+            const vec zero = {0};
             const vec scale = table ? load(table + SCALE * channels + c) : zero;
             const vec shift = table ? load(table + SHIFT * channels + c) : zero;
-            vec sum = zero, square = zero, shown = zero, alive = zero;
+            const vec spread = is_probe ? load(table + SPREAD * channels + c) : zero;
+            vec sum = zero, square = zero, shown = zero, product = zero;
             for (long i = begin + c; i < end; i += channels) {
-                vec v = load(y + i);
+                const vec was = load(y + i);
+                vec v = was;
                 sum += v;
                 square += v * v;
                 if (!table) continue;
@@ -68,13 +79,16 @@ static int forward_rows(REAL *y, const REAL *residual, const REAL *table, long f
                 if (activation == LEAKY_RELU) v = choose(v < zero, v * slope, v);
                 store(y + i, v);
                 if (is_probe) {
-                    shown += residual ? v - load(residual + i) : v;
-                    alive += choose(v > zero, one, zero);
+                    const vec other = residual ? load(residual + i) : zero;
+                    vec q = v - other;
+                    if (activation == RELU) q = choose(v <= zero, shift + cut_off(other + shift, spread), q);
+                    shown += q;
+                    product += q * was;
                 }
             }
             add_to(own + c, sum);
             add_to(own + channels + c, square);
-            if (is_probe) add_to(own + 2 * channels + c, shown), add_to(own + 3 * channels + c, alive);
+            if (is_probe) add_to(own + 2 * channels + c, shown), add_to(own + 3 * channels + c, product);
         }
     }
     add_threads(sums, shares, 4 * channels, threads);
@@ -117,6 +131,7 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
              REAL slope, int corrects, int threads, REAL *grad_y, REAL *grad, REAL *vectors) {
     const long height = rows_of_tile(channels), num_rows = num_images * num_positions;
     const REAL weight = grad_nll ? *grad_nll : 0;
+    const int imputes = corrects && activation == RELU && !given;
     double *shares = calloc((threads + 1) * 2 * channels, sizeof(double)), *total = shares + threads * 2 * channels;
     if (!shares) return 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -127,6 +142,7 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
             const vec zero = {0}, scale = load(table + SCALE * channels + c);
             const vec offset = corrects ? weight * load(table + OFFSET * channels + c) : zero;
             const vec gain = corrects ? weight * load(table + GAIN * channels + c) : zero;
+            const vec shift = load(table + SHIFT * channels + c), spread = load(table + SPREAD * channels + c);
             vec sum = zero, product = zero;
             for (long i = begin + c; i < end; i += channels) {
                 vec g = load(grad_out + i), q = zero;
@@ -139,7 +155,9 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
                     if (activation == LEAKY_RELU) g = choose(out <= zero, g * slope, g), q = choose(out < zero, out / slope, out);
                     if (given) q = load(given + i);
                 }
-                if (residual) q -= load(residual + i);
+                const vec other = residual ? load(residual + i) : zero;
+                q -= other;
+                if (imputes) q = choose(load(z + i) <= zero, shift + cut_off(other + shift, spread), q);
                 sum += g;
                 product += g * q;
                 if (grad) store(grad + i, g);

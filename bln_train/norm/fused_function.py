@@ -11,10 +11,14 @@ needs x, which the layer before keeps as its z, and z. Its convolution takes
     gc = s * (g - p * (A + B * xhat))        g = gz * act'(z),  s = gamma / std * iw,  p: weight of one image in the loss
 
 where (A, B) is the running correction. Where a gradient arrives, xhat is (z - r - beta) / gamma; where a relu cut it off
-nothing shows it, and the correction wants it: `correction_mode` "exact" runs the convolution again, "imputed" takes what z
-shows, h = z - r - beta, shifted and scaled to a mean of 0 and a covariance of 1 with xhat, both measured on the probe's
-images (`imputation` of the norm). Times s no gamma is divided by; a layer with a gamma too small to read xhat from z, or
-whose z or r nothing else keeps alive, runs its convolution again.
+nothing shows it, and the correction wants it: `correction_mode` "exact" runs the convolution again, "imputed" takes
+
+    h = z - r - beta where z > 0,  else what is expected of gamma * xhat, were it normal, below -(beta + r): `cut_off`
+
+less its mean and over its slope against gamma * xhat, both measured on the probe's images (`imputation` of the norm). So what
+stands in for xhat has the mean 0 and xhat's own covariance with xhat: with less, the scale of the layers below would drift, slowly
+and always one way, since the loss, too, wants it one way. Times s no gamma is divided by; a layer with a gamma too small
+to read xhat from z, or whose z or r nothing else keeps alive, runs its convolution again.
 
 Layers that follow each other are one function: between them no node of the autograd engine is visited, what is saved is let go
 layer by layer, and a gradient that nobody else can see is overwritten by the next. Its values are numbered, the inputs first,

@@ -25,6 +25,7 @@ NLL_IMAGE = tl.constexpr(int(Row.NLL_IMAGE))
 MEAN_MOMENT = tl.constexpr(int(Row.MEAN_MOMENT))
 RAW_MOMENT = tl.constexpr(int(Row.RAW_MOMENT))
 RAW_IMAGE = tl.constexpr(int(Row.RAW_IMAGE))
+SPREAD = tl.constexpr(int(Row.SPREAD))
 
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
@@ -91,6 +92,11 @@ def _add_partials(
     return tl.sum(total, 0)
 
 
+@triton.jit
+def _cut_off(shift, spread):
+    return (tl.sqrt(shift * shift + spread) + shift) * -0.5
+
+
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_TABLES)
 def forward(
     y, residual, table, partials, length, tiles_per_part, num_tiles, tiles_per_program, watched_rows, num_channels,
@@ -98,7 +104,7 @@ def forward(
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y becomes act(scale * y + shift + residual); sums of y and y^2 and, where NUM_SUMS is 6, of the first `watched_rows` rows
-    those, that of what came out less the residual, and how often it is above 0.
+    those and, for a relu, those of q, as backward reads it off, and of q * y.
 
     None: residual; table, then y stays; partials, where NUM_SUMS is 0.
     """
@@ -108,9 +114,10 @@ def forward(
         [BLOCK_POSITIONS if AXIS == 0 else BLOCK_CHANNELS, BLOCK_CHANNELS if AXIS == 0 else BLOCK_POSITIONS], REAL
     )
     total, square = zero, zero
-    seen_total, seen_square, shown, alive = zero, zero, zero, zero
+    seen_total, seen_square, shown, product = zero, zero, zero, zero
     if table is not None:
         scale, shift = _row(table, SCALE, channels, num_channels), _row(table, SHIFT, channels, num_channels)
+        spread = _row(table, SPREAD, channels, num_channels)
     begin = tl.program_id(0) * tiles_per_program
     for tile in range(begin, tl.minimum(begin + tiles_per_program, num_tiles)):
         part, positions = _positions(tile, tiles_per_part, AXIS, BLOCK_POSITIONS)
@@ -137,10 +144,14 @@ def forward(
             _store(y, offsets, v, there)
             if NUM_SUMS == 6:
                 v = v.to(y.dtype.element_ty).to(REAL)  # backward will see it rounded
-                alive += tl.where(is_seen & (v > 0), zero + 1, zero)
-                if residual is not None:
-                    v -= other
-                shown += tl.where(is_seen, v, zero)
+                if residual is None:
+                    other = zero
+                q = v - other
+                if ACTIVATION == RELU:
+                    q = tl.where(v <= 0, shift + _cut_off(other + shift, spread), q)
+                q = tl.where(is_seen, q, zero)
+                shown += q
+                product += q * seen
     if NUM_SUMS:
         _store_partial(partials, 0, total, channels, num_channels, AXIS, NUM_SUMS)
         _store_partial(partials, 1, square, channels, num_channels, AXIS, NUM_SUMS)
@@ -148,7 +159,7 @@ def forward(
         _store_partial(partials, 2, seen_total, channels, num_channels, AXIS, NUM_SUMS)
         _store_partial(partials, 3, seen_square, channels, num_channels, AXIS, NUM_SUMS)
         _store_partial(partials, 4, shown, channels, num_channels, AXIS, NUM_SUMS)
-        _store_partial(partials, 5, alive, channels, num_channels, AXIS, NUM_SUMS)
+        _store_partial(partials, 5, product, channels, num_channels, AXIS, NUM_SUMS)
 
 
 @triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_TABLES)
@@ -199,6 +210,7 @@ def backward(
     )
     total, product = zero, zero
     scale = _row(table, SCALE, channels, num_channels)
+    shift, spread = _row(table, SHIFT, channels, num_channels), _row(table, SPREAD, channels, num_channels)
     if grad_nll is not None:
         weight = tl.load(grad_nll)
         offset = weight * _row(table, OFFSET, channels, num_channels)
@@ -221,8 +233,12 @@ def backward(
             q = tl.where(out > 0, out, out / SLOPE)
         else:
             q = out
+        other = zero
         if residual is not None:
-            q -= _load(residual, offsets, there, REAL)
+            other = _load(residual, offsets, there, REAL)
+            q -= other
+        if given is None and ACTIVATION == RELU:
+            q = tl.where(out <= 0, shift + _cut_off(other + shift, spread), q)
         total += g
         product += g * q
         if grad is not None:

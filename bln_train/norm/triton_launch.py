@@ -220,11 +220,12 @@ def _trial(device: torch.device) -> str:
 
 @torch.no_grad()
 def _try_on(device: torch.device) -> str:
-    from bln_train.norm.epilogue import Row
+    from bln_train.norm.epilogue import Row, cut_off
 
     shape = (3, 5)
     numbers = torch.arange(float(len(Row) * shape[1]), device=device)
     table = torch.sin(numbers).view(len(Row), shape[1])
+    table[Row.SPREAD].abs_()
     y, residual, grad_out, weight = (torch.cos(n * numbers[:15] + n).view(shape) for n in range(1, 5))
     out, sums, nll = y.clone(), torch.empty(2, 5, device=device), torch.zeros((), device=device)
     forward(out, residual, table, 1, 0.0, sums, nll)
@@ -233,7 +234,9 @@ def _try_on(device: torch.device) -> str:
     vectors, grad_y, grad_nll = torch.zeros(4, 5, device=device), torch.empty_like(y), weight[0, 0]
     backward(grad_out, out, None, residual, table, sums, grad_nll, 1, 0.0, True, grad_y, None, vectors)
     g = grad_out * (z > 0)
-    gives = g * table[Row.SCALE] + grad_nll * (table[Row.OFFSET] + table[Row.GAIN] * (z - residual))
+    shift = table[Row.SHIFT]
+    q = torch.where(z > 0, z - residual, shift + cut_off(residual + shift, table[Row.SPREAD]))
+    gives = g * table[Row.SCALE] + grad_nll * (table[Row.OFFSET] + table[Row.GAIN] * q)
     pairs = (
         (out, z),
         (sums, torch.stack((y.sum(0), (y * y).sum(0)))),

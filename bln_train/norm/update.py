@@ -77,7 +77,7 @@ def _learns_correction(layer: _BatchlessNorm) -> bool:
 def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
     """Turn the probe's sums into its moments and, where a relu follows, average what it shows into `imputation`."""
     first = layers[0]
-    shift, square, shown, alive = (
+    shift, square, shown, product = (
         stack(layer.account.watched for layer in layers) / first.account.num_watched
     ).unbind(1)  # fmt: skip
     unit = None if first.account.unit is None else stack(layer.account.unit for layer in layers)
@@ -86,8 +86,14 @@ def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
     for layer, *own in zip(layers, *(part.unbind(0) for part in old), strict=True):
         layer.old_moments = own[0], own[1]
     if first.imputation is not None and first.account.shows_relu:
+        in_units = torch.ones_like(shift) if unit is None else unit
+        covariance = (product - shown * shift) * in_units
+        variance = (square - shift * shift).clamp(min=0) * in_units.square()
+        gamma = stack(layer.weight for layer in layers)
+        std = std_from_raw(stack(layer.raw_std for layer in layers), first.parametrization, first.eps)
         # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
-        seen = torch.stack((shown - stack(layer.bias for layer in layers), alive.clamp(min=0.1)), 1)
+        slope = (covariance * std / (gamma * variance)).nan_to_num(0, 0, 0).clamp(min=0.1)
+        seen = torch.stack((shown - stack(layer.bias for layer in layers), slope), 1)
         torch._foreach_lerp_(
             [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), first.correction_rate
         )

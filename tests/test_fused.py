@@ -196,6 +196,38 @@ def test_imputation_is_measured_on_the_probe(channels):
     torch.testing.assert_close(norm.imputation, start + 0.1 * (expected - start))
 
 
+@pytest.mark.parametrize("mode", ["imputed", "exact"])
+@pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
+def test_correction_at_its_fixed_point_moves_neither_mean_nor_scale(mode, channels):
+    """With true statistics, and A, B and imputation those of the batch, the input gradient's sums with 1 and xhat are 0.
+
+    Also where xhat is far from normal and a residual follows it: what is left over would move the scale always one way.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(40, channels, 5, 5).exp().to(memory_format=torch.channels_last)
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    norm = BatchlessNorm2d(channels, correction_rate=1.0, correction_mode=mode)
+    norm.set_statistics(mean, variance.sqrt())
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.5, 0.5)
+    linear = nn.Conv2d(channels, channels, 1, bias=False)
+    linear.weight.data.copy_(torch.eye(channels)[..., None, None])
+    layer, statistics = FoldedConvNorm(linear, norm, activation="relu"), BatchlessStatistics(norm)
+    xhat = (x - mean.view(-1, 1, 1)) / variance.sqrt().view(-1, 1, 1)
+    residual, gz = 0.6 * xhat.abs() + 0.3 * torch.randn_like(x), torch.randn_like(x) - 0.5 * xhat + 0.2
+    for _ in range(2):  # the second has what the first measured
+        inputs = x.clone().requires_grad_()
+        statistics.watch(40)
+        ((layer(inputs, residual) * gz).sum() + statistics.nll()).div(40).backward()
+        statistics.update(40)
+        norm.zero_grad()
+    assert norm.correction[1].abs().min() > 0.05
+    for along in (torch.ones_like(x), xhat):
+        left = (inputs.grad * along).mean((0, 2, 3)) * 40
+        assert (left / norm.correction[1]).abs().max() < 1e-9
+
+
 def test_what_a_relu_cut_off_is_expected_of_a_normal():
     """`cut_off` against -s * phi(b/s) / Phi(-b/s): exact at b = 0 and far out, within 0.23 s between."""
     b, s = torch.linspace(-40, 8, 2000), 0.7

@@ -46,11 +46,11 @@ class BatchlessNormSection(Section):
     """Rate of the running backward correction; 0 turns it off."""
     correction_mode: Literal["auto", "exact", "imputed"] = "auto"
     """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
-    it off the output and takes a constant where a relu cut it off; auto is imputed where there are a fold and a probe."""
+    it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe."""
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
     turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
-    probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.5
+    probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or

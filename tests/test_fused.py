@@ -18,6 +18,7 @@ from bln_train.norm.epilogue import cut_off
 from bln_train.norm.fuse import folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
 from bln_train.norm.standardize import StandardizedConv2d
+from bln_train.norm.update import IMPUTATION_RATE
 
 ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
 
@@ -193,16 +194,17 @@ def test_imputation_is_measured_on_the_probe(channels):
     slope = (h * centred).sum((0, 2, 3)) / (centred * centred).sum((0, 2, 3))
     assert (slope > 0.1).any()
     expected = torch.stack((h.mean((0, 2, 3)), slope.clamp(min=0.1)))
-    torch.testing.assert_close(norm.imputation, start + 0.1 * (expected - start))
+    torch.testing.assert_close(norm.imputation, start + IMPUTATION_RATE * (expected - start))
 
 
 @pytest.mark.parametrize("mode", ["imputed", "exact"])
 @pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
-def test_correction_at_its_fixed_point_moves_neither_mean_nor_scale(mode, channels):
+def test_correction_at_its_fixed_point_moves_neither_mean_nor_scale(mode, channels, monkeypatch):
     """With true statistics, and A, B and imputation those of the batch, the input gradient's sums with 1 and xhat are 0.
 
     Also where xhat is far from normal and a residual follows it: what is left over would move the scale always one way.
     """
+    monkeypatch.setattr("bln_train.norm.update.IMPUTATION_RATE", 1.0)
     torch.manual_seed(0)
     x = torch.randn(40, channels, 5, 5).exp().to(memory_format=torch.channels_last)
     variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)

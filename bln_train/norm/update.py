@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Measured on the probe's few images, and moves slowly: at the correction's rate its noise is worse than its lag.
+IMPUTATION_RATE = 0.03
+
 
 def by_kind(items: Iterable[T], kind: Callable[[T], Hashable]) -> list[list[T]]:
     """The items that share a kind, kinds in the order of their first item."""
@@ -61,7 +64,7 @@ def _kind(layer: _BatchlessNorm) -> Hashable:
 def _watched_kind(layer: _BatchlessNorm) -> Hashable:
     account = layer.account
     has = (account.unit is None, account.shows_relu and layer.imputation is not None)
-    return _kind(layer), account.num_watched, layer.correction_rate, has
+    return _kind(layer), account.num_watched, has
 
 
 def _correction_kind(layer: _BatchlessNorm) -> Hashable:
@@ -95,7 +98,7 @@ def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
         slope = (covariance * std / (gamma * variance)).nan_to_num(0, 0, 0).clamp(min=0.1)
         seen = torch.stack((shown - stack(layer.bias for layer in layers), slope), 1)
         torch._foreach_lerp_(
-            [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), first.correction_rate
+            [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), IMPUTATION_RATE
         )
 
 

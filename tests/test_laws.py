@@ -66,12 +66,21 @@ def test_law_1_holds_for_every_model_family(model):
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 0.2)])
 def test_law_1_in_lower_precision(precision, bound):
-    """Law 1 to 1e-5 in float32, in the state two real steps lead to; bf16 rounds activations, differently in each split."""
-    experiment = build_experiment(tiny_recipe(train__precision=precision))
+    """Law 1 to 1e-5 in float32, in the state two real steps lead to; bf16 rounds activations, differently in each split.
+
+    In float32 image by image is also within 1e-5 of float64. Whole batches are not, in every state: in the first convolution's
+    gradient nearly all cancels, and PyTorch's sum over 16 images was off by 4e-6 to 3e-5 in five states, ours by 0.7e-6 to 1.1e-6.
+    """
+    experiment = build_experiment(tiny_recipe(train__precision=precision, train__seed=1))
     advance(experiment.trainer, 2)
     whole, single = gradients(experiment, 16, 16), gradients(experiment, 1, 16)
     for name, gradient in whole.items():
         assert (gradient - single[name]).norm() <= bound * gradient.norm(), name
+    if precision == "fp32":
+        double = build_experiment(tiny_recipe(train__precision="fp64", train__seed=1))
+        double.model.load_state_dict(experiment.model.state_dict())
+        for name, gradient in gradients(double, 16, 16).items():
+            assert (gradient - single[name]).norm() <= bound * gradient.norm(), name
 
 
 @pytest.mark.parametrize(
@@ -222,7 +231,7 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
                 a, (mean_old, var_old) = args[0], old[m]
                 guard = (1e-4 + 1 / (a.numel() / a.shape[1])) * m.std.detach() ** 2
                 ratio = (a.var((0, 2, 3), correction=0) + guard) / (var_old + guard)
-                m.set_statistics(m.mean + 0.5 * (a.mean((0, 2, 3)) - mean_old), m.std * ratio ** (0.5 / 2))
+                m.set_statistics(m.mean + 0.25 * (a.mean((0, 2, 3)) - mean_old), m.std * ratio ** (0.25 / 2))
 
             handles = [m.register_forward_pre_hook(follow) for m in norms]
             model(probe)

@@ -86,16 +86,16 @@ def forward_(
         _compiled_forward(kernels, y, residual, table, num_watched, activation, slope, sums, watched, nll)
         return sums
     sums = sums_of(y, table.dtype)
-    was = None
+    before = None
     if watched is not None:
         watched[:2] += sums_of(y[:num_watched], table.dtype)
-        was = y[:num_watched].to(table.dtype, copy=True) if activation == "relu" else None
+        before = y[:num_watched].to(table.dtype, copy=True) if activation == "relu" else None
     map_(y, residual, table, activation, slope)
-    if watched is not None and was is not None:
+    if watched is not None and before is not None:
         other = None if residual is None else residual[:num_watched]
         rows, axes = _flat(_shown(y[:num_watched], other, table, activation, slope).to(table.dtype))
         watched[2] += rows.sum(axes)
-        watched[3] += (rows * _flat(was)[0]).sum(axes)
+        watched[3] += (rows * _flat(before)[0]).sum(axes)
     per_image = torch.addcmul(
         num_images * table[Row.NLL_IMAGE], table[Row.NLL_SQUARE], sums[1], value=1 / num_positions
     )

@@ -88,9 +88,7 @@ def _reestimate(norm: nn.Module, moments: Moments) -> bool:
     if norm.correction is not None:  # E[g xhat'], with xhat' = (xhat - shift / old_std) / ratio
         of_g, of_g_xhat = _copy(norm.correction)
         norm.correction[1] = (of_g_xhat - of_g * shift / old_std) / ratio
-    if (
-        norm.imputation is not None
-    ):  # h is what the relu shows less bias'; what it cut off is expected a little differently now
+    if norm.imputation is not None:  # h is what the relu shows, less bias'
         norm.imputation[0] += old_bias - norm.bias.double()
     return bool(too_small.any())
 

@@ -117,7 +117,8 @@ def forward(
     seen_total, seen_square, shown, product = zero, zero, zero, zero
     if table is not None:
         scale, shift = _row(table, SCALE, channels, num_channels), _row(table, SHIFT, channels, num_channels)
-        spread = _row(table, SPREAD, channels, num_channels)
+        if NUM_SUMS == 6:  # a map's table ends after SHIFT
+            spread = _row(table, SPREAD, channels, num_channels)
     begin = tl.program_id(0) * tiles_per_program
     for tile in range(begin, tl.minimum(begin + tiles_per_program, num_tiles)):
         part, positions = _positions(tile, tiles_per_part, AXIS, BLOCK_POSITIONS)

@@ -28,11 +28,11 @@ from bln_train.recipe import Recipe
 from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
-from bln_train.train.graph import MOST_PIXELS, GraphedMicroStep
+from bln_train.train.graph import MOST_PIXELS, GraphedSteps
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
-_AUTO_PROBE = (4, 8)  # fewer images let deep nets drift; more were measured to gain nothing
+AUTO_PROBE = (4, 8)  # least and most images: fewer images let deep nets drift; more were measured to gain nothing
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def assemble(
         world=world,
     )
     step.probe_images = probe_images(recipe, step, data)
-    step.graphs = _graphs(recipe, step)
+    step.graphs = _graphs(recipe, step, images.image_size)
     trainer = Trainer(
         step,
         data,
@@ -173,15 +173,15 @@ def assemble(
     return Experiment(trainer, model, data, device, images, tuple(notices))
 
 
-def _graphs(recipe: Recipe, step: AccumulationStep) -> GraphedMicroStep | None:
-    """What replays micro-steps, where they are to be."""
+def _graphs(recipe: Recipe, step: AccumulationStep, image_size: int) -> GraphedSteps | None:
+    """What replays steps, where they are to be."""
     wanted = recipe.runtime.graphs
     if wanted is True and step.device.type != "cuda":
         raise UsageError("runtime.graphs: true needs CUDA", "Use --set runtime.graphs=auto.")
     if wanted is False or step.device.type != "cuda":
         return None
     if not step.standardized:
-        return GraphedMicroStep(step, most_pixels=None if wanted is True else MOST_PIXELS)
+        return GraphedSteps(step, image_size, most_pixels=None if wanted is True else MOST_PIXELS)
     if wanted is True:
         raise UsageError(
             "runtime.graphs: true needs standardised convolutions to be folded with their norms",
@@ -214,7 +214,7 @@ def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
         return 0
     number = norm.probe_images
     if number == "auto":
-        low, high = _AUTO_PROBE
+        low, high = AUTO_PROBE
         one, few = step.live_bytes(data.train, 1, gradients=True), step.live_bytes(data.train, low, gradients=False)
         more = step.live_bytes(data.train, 2 * low, gradients=False)
         per_image = max(1, (more - few) // low)

@@ -18,6 +18,11 @@ from bln_train.norm.triton_launch import why_not_triton
 from bln_train.units import format_bytes, parse_bytes
 
 _LEAST_HEADROOM = 256 * 2**20
+# PyTorch keeps these for the life of the process, for each stream: by default 8 MiB, and 32 on Hopper, for a network of 1 MiB whose
+# only matrix product is its last layer. Both sizes are of one buffer in KiB; with a fixed one cuBLAS is deterministic.
+_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
+WORKSPACE_BYTES = 128 * 1024
+"""Of matrix products, kept for each stream."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,15 +97,20 @@ def free_budget(device: torch.device) -> Budget:
 def limit_memory(device: torch.device, num_bytes: int) -> None:
     """Let this process' allocator take no more of a CUDA device than so many bytes; above them it runs out of memory."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, num_bytes / total)), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, num_bytes / total)), _with_index(device))
 
 
 def memory_limit(device: torch.device, memory_budget: str | None) -> int | None:
     """What a peak is held against: on CUDA what the allocator may take of the card, elsewhere the budget, None without one."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        return int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return int(torch.cuda.get_per_process_memory_fraction(_with_index(device)) * total)
     return None if memory_budget is None else parse_bytes(memory_budget)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The current CUDA device where none is named: not every function of PyTorch takes it for that."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def _available_memory() -> int:
@@ -157,8 +167,9 @@ def set_up(
     use_compiled(compiled)
     if device.type == "cpu":
         _keep_freed_memory()
-    if deterministic:  # cuBLAS is deterministic only with a fixed workspace, which it reads when CUDA starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.type == "cuda":
+        for name, value in _WORKSPACES.items():
+            os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # we write what we allocate
     torch.backends.cudnn.deterministic = deterministic

@@ -30,13 +30,13 @@ class OperatorRecorder:
     def apart(self):
         return nullcontext()
 
-    def record(self, work):
+    def record(self, work, memory):
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.num_recorded += 1
         tape = _Tape()
         with tape:
-            work()
+            result = work()
         has_run = False  # unlike CUDA's capture, the recording itself has done the work
 
         def replay():
@@ -46,7 +46,7 @@ class OperatorRecorder:
                 self._again(tape)
             has_run = True
 
-        return replay
+        return replay, result
 
     @staticmethod
     @torch.no_grad()

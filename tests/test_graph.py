@@ -11,7 +11,7 @@ from bln_train.build import build_experiment
 from bln_train.errors import UsageError
 from bln_train.norm.compiled import use_compiled
 from bln_train.records import NoticeRecord
-from bln_train.train.graph import GraphedMicroStep
+from bln_train.train.graph import NUM_STEPS_TO_RECORD, GraphedSteps
 from bln_train.train.recovery import Snapshot
 
 CASES = {
@@ -34,7 +34,7 @@ def train(recipe, recorder=None, device="cpu"):
         use_compiled(False)  # kernels in C are no operators
     step = experiment.trainer.take_step
     if recorder is not None:
-        step.graphs = GraphedMicroStep(step, recorder=recorder)
+        step.graphs = GraphedSteps(step, 32, recorder=recorder)
     records = list(experiment.trainer.steps())
     return experiment.model.state_dict(), records
 
@@ -60,6 +60,25 @@ def test_law_6_replay_equals_eager(case):
     assert [getattr(r, "train_loss", None) for r in records] == [getattr(r, "train_loss", None) for r in eager]
 
 
+def test_every_part_of_a_step_is_recorded_once():
+    """After some steps nothing but replays, and no part is forgotten."""
+    experiment = build_experiment(tiny_recipe(train__epochs=6, train__micro_batch_size=1))
+    use_compiled(False)
+    trainer, recorder = experiment.trainer, OperatorRecorder()
+    step = trainer.take_step
+    step.graphs = GraphedSteps(step, 8, recorder=recorder)
+    parts = ["begin fold", "micro-step", "end fold", "update", "follow"]
+    for n in range(NUM_STEPS_TO_RECORD + 1):
+        num_replayed, num_recorded = recorder.num_replayed, recorder.num_recorded
+        step(trainer.data.train, torch.arange(8), 0, n)
+    micro_steps = len([kind for kind in step.graphs._recordings if kind[0] == "micro-step"])
+    assert {kind[0] for kind in step.graphs._recordings} == set(parts)
+    assert recorder.num_recorded == num_recorded
+    assert recorder.num_recorded == len(step.graphs._recordings) == len(parts) - 1 + micro_steps
+    assert recorder.num_replayed - num_replayed == len(parts) - 1 + 8
+    assert len(step.graphs._num_eager) <= 2, "the probe before the update was recorded"
+
+
 def test_what_cannot_be_recorded_runs_eagerly_and_is_said():
     recipe = tiny_recipe()
     expected, _ = train(recipe)
@@ -76,20 +95,21 @@ def test_the_size_decides_and_a_rollback_forgets_nothing():
     use_compiled(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
     step = trainer.take_step
-    step.graphs = GraphedMicroStep(step, recorder=recorder, most_pixels=1023)
+    step.graphs = GraphedSteps(step, 32, recorder=recorder, most_pixels=1023)
     index = torch.arange(8)
     step(trainer.data.train, index, 0, 0)
     step(trainer.data.train, index, 0, 0)
-    assert recorder.num_recorded == 0
+    assert {kind[0] for kind in step.graphs._recordings} == {"begin fold"}
+    before = recorder.num_recorded
     step.graphs.most_pixels = None
     for _ in range(4):
         totals = step(trainer.data.train, index, 0, 0)
-    first, loss = recorder.num_recorded, float(totals.loss)
+    first, loss = recorder.num_recorded - before, float(totals.loss)
     assert first > 0
     trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
     for _ in range(4):
         step(trainer.data.train, index, 0, 0)
-    assert recorder.num_recorded == 2 * first
+    assert recorder.num_recorded == before + 2 * first + 1, "one more: what a momentum held before is worked out anew"
     assert float(totals.loss) == loss, "a step's totals are the caller's"
 
 
@@ -102,7 +122,7 @@ def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
         use_compiled(False)
         step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(8)
         if recorder is not None:
-            step.graphs = GraphedMicroStep(step, recorder=recorder)
+            step.graphs = GraphedSteps(step, 32, recorder=recorder)
         for size in (2, 1):
             snapshot = Snapshot(step)
             snapshot.take()
@@ -112,7 +132,7 @@ def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
             snapshot.restore()
         if recorder is not None:
             assert recorder.num_recorded > 1
-            assert not step.graphs._graphs
+            assert not step.graphs._recordings
         for _ in range(3):
             step(images, index, 0, 0)
         results.append(experiment.model.state_dict())

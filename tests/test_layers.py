@@ -32,6 +32,7 @@ LAYERS = [
         "norm.accounts",
         "norm.functional",
         "norm.probe",
+        "norm.replay",
         "norm.update",
         "norm.standardize",
         "norm.batchless",

@@ -204,7 +204,7 @@ def test_markdown_holds_no_markup_of_others(hostile, tmp_path):
 def test_memory_timeline(tmp_path, monkeypatch):
     """memory --timeline draws a file, puts each cell's timeline into memory.json and the report, and leaves the CSV as it is."""
     monkeypatch.chdir(tmp_path)
-    command = "memory quickstart --norm none,batchless --micro-batch 2 --effective-batch 4 --repeats 1 --out swept"
+    command = "memory quickstart --norm none,batchless --micro-batch 2 --effective-batch 4 --repeats 1 --out swept --device cpu"
     picture = tmp_path / "new" / "t.png"
     result = CliRunner().invoke(app, [*command.split(), "--timeline", str(picture)], catch_exceptions=False)
     assert result.exit_code == 0

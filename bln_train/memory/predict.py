@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from bln_train.build import assemble, network_on
+from bln_train.build import AUTO_PROBE, assemble, network_on
 from bln_train.build_data import build_preprocess, input_spec
 from bln_train.data import DataSet, ImageSet
 from bln_train.memory.allocator import BLOCK_BYTES, MIB, Block, CachingAllocator
@@ -22,6 +22,8 @@ from bln_train.memory.trace import HollowTracker, Trace
 from bln_train.norm.compiled import compiled_is_wanted, hollow_kernels, use_compiled
 from bln_train.norm.triton_launch import hollow_launches
 from bln_train.recipe import Recipe
+from bln_train.recipe_norms import BatchlessNormSection
+from bln_train.runtime import WORKSPACE_BYTES
 from bln_train.signals import StopRequested
 from bln_train.train.graph import MOST_PIXELS
 from bln_train.train.step import SENT_BYTES, AccumulationStep
@@ -29,8 +31,8 @@ from bln_train.units import CUDA_CONTEXT_BYTES
 
 CONTEXT_BYTES = CUDA_CONTEXT_BYTES
 """Assumed of CUDA's context with the libraries' kernels: some 300 MiB since CUDA 11.7 (pytorch#107667), more as kernels load."""
-MATMUL_BYTES = 8 * MIB + 128 * 1024
-"""Workspace that PyTorch keeps for cuBLAS by default (CUBLAS_WORKSPACE_CONFIG, ":4096:2:16:8" in KiB)."""
+MATMUL_BYTES = 2 * WORKSPACE_BYTES
+"""Workspaces that PyTorch keeps for cuBLAS: of the stream that trains and of the one that records."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class PlanRow:
     workspace_bytes: int | None
     """Scratch of the libraries, assumed, and images on their way; None on the CPU, where it is not counted."""
     graph_bytes: int | None
-    """What recorded micro-steps keep for themselves, at most; None on the CPU."""
+    """What recordings keep for themselves, at most; None on the CPU."""
     rounding_bytes: int | None
     """What the allocator has to take from the device beyond all that; None on the CPU."""
     context_bytes: int | None
@@ -120,13 +122,20 @@ def _rows(recipe: Recipe, micro_batch_sizes: Sequence[int], *, context_bytes: in
 
 
 def _with_graphs(row: PlanRow, recipe: Recipe) -> PlanRow:
-    """The row with the memory of recorded micro-steps: what one allocates, apart from what all else finds in the allocator."""
-    num_pixels = row.micro_batch_size * recipe.image_size**2
-    wanted = recipe.runtime.graphs
-    if wanted is False or (wanted == "auto" and num_pixels > MOST_PIXELS):
-        return replace(row, graph_bytes=0)
-    own = row.activation_bytes + (row.workspace_bytes or 0) - MATMUL_BYTES
-    num_bytes = -(-own // (2 * MIB)) * 2 * MIB  # in whole segments of the allocator
+    """The row with the memory of recordings: what the recorded work allocates, apart from what all else finds in the allocator."""
+    wanted, norm = recipe.runtime.graphs, recipe.norm
+
+    def is_recorded(num_images: int) -> bool:
+        return wanted is not False and (wanted is True or num_images * recipe.image_size**2 <= MOST_PIXELS)
+
+    own = 0.0
+    if is_recorded(row.micro_batch_size):
+        own = row.activation_bytes + (row.workspace_bytes or 0) - MATMUL_BYTES
+    elif isinstance(norm, BatchlessNormSection) and norm.probe_images:
+        number = norm.probe_images if norm.probe_images != "auto" else AUTO_PROBE[1]
+        if is_recorded(number):  # the probe's forward alone, which is no more than one image's way forth and back
+            own = row.activation_bytes_per_image
+    num_bytes = int(-(-own // (2 * MIB))) * 2 * MIB  # in whole segments of the allocator
     return replace(row, graph_bytes=num_bytes, total_bytes=row.total_bytes + num_bytes)
 
 

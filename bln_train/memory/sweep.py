@@ -37,6 +37,7 @@ from bln_train.recipe import Recipe
 from bln_train.records import MemoryRecord, TimelineRecord
 from bln_train.report.runlog import MEMORY_TABLE, json_text
 from bln_train.run import explained_failures
+from bln_train.train.graph import NUM_STEPS_TO_RECORD
 from bln_train.train.step import AccumulationStep
 
 TABLE_JSON, TABLE_CSV = MEMORY_TABLE, "memory.csv"
@@ -234,11 +235,21 @@ def measure_floor(experiment: Experiment) -> Floor:
     beside = [*step.model.parameters(), *step.model.buffers(), *state, *step.gradients()]
     tracker = StorageTracker(beside)
     beside_bytes = tracker.live_bytes
-    with tracker:
+    with _eager(step), tracker:
         step.accumulate(images, index, 0, 0)
     parameter_bytes, optimizer_bytes = storage_bytes(step.model.parameters()), storage_bytes(state)
     live_bytes = tracker.peak_bytes - beside_bytes
     return Floor(parameter_bytes, optimizer_bytes, live_bytes, parameter_bytes + optimizer_bytes + live_bytes)
+
+
+@contextlib.contextmanager
+def _eager(step: AccumulationStep) -> Iterator[None]:
+    """Inside, no work is replayed: a replay shows no tensor."""
+    graphs, step.graphs = step.graphs, None
+    try:
+        yield
+    finally:
+        step.graphs = graphs
 
 
 def measure_saved_bytes(step: AccumulationStep, images: ImageSet, num_images: int) -> int:
@@ -269,7 +280,7 @@ def measure_saved_bytes(step: AccumulationStep, images: ImageSet, num_images: in
     index = torch.arange(num_images)
     step.model.train()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _eager(step), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             step.accumulate(images, index, 0, 0, note_weights)
     finally:
         start.remove()
@@ -314,7 +325,7 @@ def _measure_timeline(experiment: Experiment, row: Row, place: Path) -> Timeline
     with recorded_snapshot(place.with_name(name), device):
         take_step()
     tracked = TrackedStep(step.model, step.optimizer, step.gradients, device)
-    with tracked.run() as gradients_ready:
+    with _eager(step), tracked.run() as gradients_ready:
         take_step(gradients_ready)
     return None if tracked.timeline is None else tracked.timeline.record(*sizes)
 
@@ -332,13 +343,15 @@ def _measure_speed(group: Sequence[tuple[Cell, Row]], data: DataSet, num_repeats
         with _kept_problem() as problem:
             running[row.norm] = _build(cell.recipe, data), row
         row.problem = problem()
-    for turn in range(1 + num_repeats):  # the first one warms up
+    replays = any(experiment.trainer.take_step.graphs is not None for experiment, _ in running.values())
+    num_untimed = NUM_STEPS_TO_RECORD if replays else 1
+    for turn in range(num_untimed + num_repeats):
         for norm, (experiment, row) in list(running.items()):
             num_images = num_timed_images(row.micro_batch_size, row.effective_batch_size)
             with _kept_problem() as problem:
                 began = time.perf_counter()
                 _prepare_step(experiment, num_images)()
-                if turn:
+                if turn >= num_untimed:
                     times.setdefault(norm, []).append(1e3 * (time.perf_counter() - began) / num_images)
             row.problem = problem()
             if row.problem:  # does not fit beside the others

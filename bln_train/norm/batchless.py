@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from bln_train.norm.functional import (
     std_from_raw,
 )
 from bln_train.norm.probe import Following, prepare_following, settle_following
+from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.update import update_layers
 
 
@@ -358,8 +359,10 @@ class BatchlessStatistics:
             account.is_open = account.num_to_watch > 0
         return torch.stack(pending).sum() if pending else 0.0
 
-    def update(self, num_images: int) -> Tensor | None:
+    def update(self, num_images: int, run: Run = at_once) -> Tensor | None:
         """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each, None if L = 0.
+
+        `run` does it (norm/replay.py).
 
         Raises:
             RuntimeError: a forward's likelihood was never taken by `nll`, so the statistics would not follow the data.
@@ -371,7 +374,7 @@ class BatchlessStatistics:
                     f"the likelihood of layer '{name}' was not added to the loss: call nll() after each training forward. "
                     "Activation checkpointing runs forwards again during backward and cannot be used with this layer."
                 )
-        return update_layers(list(self.layers.values()), num_images) if self.layers else None
+        return update_layers(list(self.layers.values()), num_images, run) if self.layers else None
 
     def discard(self) -> None:
         """Forget a half-done effective batch."""
@@ -383,12 +386,24 @@ class BatchlessStatistics:
         for layer in self.layers.values():
             layer.account = _Account(num_images)
 
-    @torch.no_grad()
-    def follow(self, forward: Callable[[], object]) -> None:
-        """After the step run `forward`, a no-argument call of the network in training mode on the images that were watched.
+    def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
+        """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.
 
-        Layer after layer, statistics move by what the step did to those images.
+        Layer after layer, statistics move by what the step did to those images. `run` does it (norm/replay.py).
         """
+        layers = list(self.layers.values())
+
+        def kind() -> tuple[Hashable, ...]:
+            old = [moment for layer in layers for moment in layer.old_moments or (None, None)]
+            return "follow", tuple(x.shape for x in inputs), addresses(old)
+
+        old_moments = run(lambda *own: self._follow(lambda: forward(*own)), kind, inputs)
+        for layer, old in zip(layers, old_moments, strict=True):
+            layer.old_moments = old
+
+    @torch.no_grad()
+    def _follow(self, forward: Callable[[], object]) -> list[tuple[Tensor, Tensor] | None]:
+        """Returns what is left of each layer's `old_moments`."""
         layers = list(self.layers.values())
         try:
             prepare_following(layers)
@@ -397,3 +412,4 @@ class BatchlessStatistics:
         finally:
             for layer in layers:
                 layer.following = None
+        return [layer.old_moments for layer in layers]

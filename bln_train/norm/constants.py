@@ -23,16 +23,18 @@ def measure(layer: FoldedConvNorm) -> Constants:
     """Constants for one forward and backward, whose gradients are autograd's business."""
     linear = layer.linear
     weight = standardize_weight(linear.weight) if isinstance(linear, StandardizedConv2d) else linear.weight
-    return _measure([layer], [weight], [None], _must_recompute([layer]), gather=False)[0]
+    return _measure([layer], [weight], [None], must_recompute([layer]), gather=False)[0]
 
 
-def measure_once(layers: Sequence[FoldedConvNorm], scales: Sequence[Tensor | None]) -> list[Constants]:
+def measure_once(
+    layers: Sequence[FoldedConvNorm], scales: Sequence[Tensor | None], recompute: Sequence[bool]
+) -> list[Constants]:
     """Constants for many forwards and backwards, whose gradients gather in them.
 
     Args:
         scales: of each layer's filters, (C,), where they are standardised and centred.
+        recompute: see `must_recompute`.
     """
-    recompute = _must_recompute(layers)
     found: dict[int, Constants] = {}
     for group in by_kind(range(len(layers)), lambda n: (_kind(layers[n]), scales[n] is None, recompute[n])):
         some = [layers[n] for n in group]
@@ -129,8 +131,8 @@ def _measure(
 
 
 @torch.no_grad()
-def _must_recompute(layers: Sequence[FoldedConvNorm]) -> list[bool]:
-    """Of each layer whether xhat cannot be read off z - r, or only by keeping what nothing else keeps."""
+def must_recompute(layers: Sequence[FoldedConvNorm]) -> list[bool]:
+    """Of each layer whether xhat cannot be read off z - r, or only by keeping what nothing else keeps; waits for the device."""
 
     def hidden(layer: FoldedConvNorm) -> bool:
         norm = layer.norm

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.compiled import TYPES, library
-from bln_train.norm.constants import measure, measure_once
+from bln_train.norm.constants import measure, measure_once, must_recompute
 from bln_train.norm.convolution import DirectConvolution, direct_convolution
 from bln_train.norm.epilogue import Activation, activate_, dense, map_
 from bln_train.norm.fused_function import (
@@ -24,6 +24,7 @@ from bln_train.norm.fused_function import (
     run_chain,
     split_gradients,
 )
+from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale
 
 _LAST = torch.channels_last
@@ -194,15 +195,6 @@ class FoldedConvNorm(nn.Module):
         dtype = autocast_dtype(x) or x.dtype
         return self.apply_linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
-    def give_gradients(self) -> None:
-        """Add what gathered in the constants to the norm's parameters' gradients."""
-        norm = self.norm
-        assert self.constants is not None
-        assert self.constants.gradients is not None
-        parameters = (norm.mean, norm.raw_std, norm.weight, norm.bias)
-        for parameter, gradient in zip(parameters, split_gradients(norm.share, self.constants.gradients), strict=True):
-            add_gradient(parameter, gradient)
-
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
         return f"{type(self.linear).__name__} + {type(self.norm).__name__} + {self.activation}"
@@ -275,8 +267,15 @@ def _keeps_shape(linear: Any) -> bool:
     )
 
 
+class _Begun(NamedTuple):
+    """What `fold_once` works out before the first forward."""
+
+    constants: list[Constants]
+    standardized: list[RawGradient]
+
+
 @contextmanager
-def fold_once(layers: Iterable[FoldedConvNorm]) -> Iterator[None]:
+def fold_once(layers: Iterable[FoldedConvNorm], run: Run = at_once) -> Iterator[None]:
     """Work out the layers' constants once for all forwards and backwards inside, in which no parameter may change.
 
     Of standardised convolutions the filters are centred in place, which changes nothing that they compute; the plain filters
@@ -284,25 +283,55 @@ def fold_once(layers: Iterable[FoldedConvNorm]) -> Iterator[None]:
     were constant, to be projected together at the end: no copy of a weight or of a gradient is ever made. What `weight.grad`
     held on entry passes through untouched. Gradients of the norms' parameters gather apart and are added to theirs at the end. No
     gradient of these layers' parameters passes through autograd: hooks on them are not called.
+
+    Args:
+        run: does what is to be done before and after (norm/replay.py).
     """
     layers = list(layers)
-    standardized: dict[Tensor, RawGradient] = {}
-    scales: list[Tensor | None] = []
+    if not layers:
+        yield
+        return
+    weights = list({layer.linear.weight: None for layer in layers})
+    recompute = must_recompute(layers)
+
+    def kind(name: str) -> tuple[Hashable, ...]:
+        return name, tuple(recompute), addresses([weight.grad for weight in weights])
+
     try:
-        for layer in layers:
-            linear, iw = layer.linear, None
-            if isinstance(linear, StandardizedConv2d):
-                if linear.weight not in standardized:
-                    standardized[linear.weight] = RawGradient(linear.weight)
-                iw = standardized[linear.weight].scale.flatten()
-            scales.append(iw)
-        for layer, constants in zip(layers, measure_once(layers, scales), strict=True):
+        begun = run(lambda: _begin(layers, recompute), lambda: kind("begin fold"), twice=True)
+        for layer, constants in zip(layers, begun.constants, strict=True):
             layer.constants = constants
         yield
-        for gradient in standardized.values():
-            gradient.project()
-        for layer in layers:
-            layer.give_gradients()
+        _give(layers, run(lambda: _end(layers, begun), lambda: (*kind("end fold"), id(begun))))
     finally:
         for layer in layers:
             layer.constants = None
+
+
+def _begin(layers: Sequence[FoldedConvNorm], recompute: Sequence[bool]) -> _Begun:
+    standardized: dict[Tensor, RawGradient] = {}
+    scales: list[Tensor | None] = []
+    for layer in layers:
+        linear, iw = layer.linear, None
+        if isinstance(linear, StandardizedConv2d):
+            if linear.weight not in standardized:
+                standardized[linear.weight] = RawGradient(linear.weight)
+            iw = standardized[linear.weight].scale.flatten()
+        scales.append(iw)
+    return _Begun(measure_once(layers, scales, recompute), list(standardized.values()))
+
+
+def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, ...]]:
+    """Project the filters' gradients; returns those of each norm's mean, raw_std, weight and bias."""
+    for gradient in begun.standardized:
+        gradient.project()
+    gathered = [own.gradients for own in begun.constants if own.gradients is not None]
+    return [split_gradients(layer.norm.share, own) for layer, own in zip(layers, gathered, strict=True)]
+
+
+def _give(layers: Sequence[FoldedConvNorm], gradients: Sequence[tuple[Tensor, ...]]) -> None:
+    """Add gradients to those of the norms' parameters."""
+    for layer, own in zip(layers, gradients, strict=True):
+        norm = layer.norm
+        for parameter, gradient in zip((norm.mean, norm.raw_std, norm.weight, norm.bias), own, strict=True):
+            add_gradient(parameter, gradient)

@@ -6,13 +6,15 @@ arithmetic.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from bln_train.norm.functional import raw_from_std, std_from_raw, std_slope
+from bln_train.norm.replay import Run, addresses, at_once
 
 if TYPE_CHECKING:
     from bln_train.norm.batchless import _BatchlessNorm
@@ -36,23 +38,61 @@ def stack(vectors: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([vector.detach() for vector in vectors if vector is not None])
 
 
-@torch.no_grad()
-def update_layers(layers: Sequence[_BatchlessNorm], num_images: int) -> Tensor:
+class _Moments(NamedTuple):
+    """What the gradients of the likelihood say of a layer's last effective batch."""
+
+    first: Tensor
+    second: Tensor
+    nll: Tensor
+
+
+class _Said(NamedTuple):
+    """What an effective batch said of some layers; those that it said nothing of are missing."""
+
+    nll: Tensor
+    """(L,)"""
+    probe: dict[_BatchlessNorm, tuple[Tensor, Tensor]]
+    """Mean and variance of the probe's images."""
+    moments: dict[_BatchlessNorm, _Moments]
+
+
+def update_layers(layers: Sequence[_BatchlessNorm], num_images: int, run: Run = at_once) -> Tensor:
     """Update layers from the gradients of an effective batch; see `_BatchlessNorm.update`, whose results it gives, (L,)."""
-    values: dict[_BatchlessNorm, Tensor] = {}
+    said = run(lambda: _update(layers, num_images), lambda: ("update", num_images, *map(_inputs, layers)))
+    for layer, old in said.probe.items():
+        layer.old_moments = old
+    for layer, found in said.moments.items():
+        layer.first_moment, layer.second_moment = found.first, found.second
+        if layer.statistics == "natural":
+            layer.mean.grad = layer.raw_std.grad = None
+    for layer in layers:
+        layer.close_account()
+    return said.nll.clone()  # a replay will write there again
+
+
+def _inputs(layer: _BatchlessNorm) -> Hashable:
+    """What the update of a layer depends on besides the values of tensors."""
+    account, parameters = layer.account, (layer.mean, layer.raw_std, layer.weight, layer.bias)
+    counts = (account.num_images, account.num_positions, account.num_watched, account.shows_relu)
+    gradients = addresses([None if parameter is None else parameter.grad for parameter in parameters])
+    return counts, gradients, addresses([account.watched, account.unit])
+
+
+@torch.no_grad()
+def _update(layers: Sequence[_BatchlessNorm], num_images: int) -> _Said:
+    said = _Said(torch.empty(0), {}, {})
     seen = [layer for layer in layers if layer.account.num_images]
     for group in by_kind([layer for layer in seen if layer.account.watched is not None], _watched_kind):
-        _note_watched(group)
+        said.probe.update(_note_watched(group))
     for group in by_kind([layer for layer in seen if _learns_correction(layer)], _correction_kind):
         _learn_correction(group, num_images)
     for group in by_kind(
         [layer for layer in seen if layer.mean.grad is not None and layer.raw_std.grad is not None], _kind
     ):
-        values.update(zip(group, _follow_gradients(group, num_images).unbind(0), strict=True))
-    for layer in layers:
-        layer.close_account()
+        said.moments.update(_follow_gradients(group, num_images))
     missing = torch.full((), torch.nan, device=layers[0].mean.device, dtype=layers[0].mean.dtype)
-    return torch.stack([values.get(layer, missing) for layer in layers])
+    nll = [said.moments[layer].nll if layer in said.moments else missing for layer in layers]
+    return said._replace(nll=torch.stack(nll))
 
 
 def _kind(layer: _BatchlessNorm) -> Hashable:
@@ -77,7 +117,7 @@ def _learns_correction(layer: _BatchlessNorm) -> bool:
     return layer.weight.grad is not None and layer.bias.grad is not None  # else they are frozen
 
 
-def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
+def _note_watched(layers: Sequence[_BatchlessNorm]) -> dict[_BatchlessNorm, tuple[Tensor, Tensor]]:
     """Turn the probe's sums into its moments and, where a relu follows, average what it shows into `imputation`."""
     first = layers[0]
     shift, square, shown, product = (
@@ -85,9 +125,7 @@ def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
     ).unbind(1)  # fmt: skip
     unit = None if first.account.unit is None else stack(layer.account.unit for layer in layers)
     mean = stack(layer.mean for layer in layers)
-    old = moments(mean, shift, square, unit, shared=first.share == "layer")
-    for layer, *own in zip(layers, *(part.unbind(0) for part in old), strict=True):
-        layer.old_moments = own[0], own[1]
+    old_mean, old_variance = moments(mean, shift, square, unit, shared=first.share == "layer")
     if first.imputation is not None and first.account.shows_relu:
         in_units = torch.ones_like(shift) if unit is None else unit
         covariance = (product - shown * shift) * in_units
@@ -100,6 +138,7 @@ def _note_watched(layers: Sequence[_BatchlessNorm]) -> None:
         torch._foreach_lerp_(
             [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), IMPUTATION_RATE
         )
+    return dict(zip(layers, zip(old_mean.unbind(0), old_variance.unbind(0), strict=True), strict=True))
 
 
 def moments(mean: Tensor, shift: Tensor, square: Tensor, unit: Tensor | None, *, shared: bool) -> tuple[Tensor, Tensor]:
@@ -123,8 +162,8 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
     )
 
 
-def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> Tensor:
-    """Read m1 and m2 off the gradients of the likelihood, take the natural step if it is ours; returns the nll of each, (L,)."""
+def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict[_BatchlessNorm, _Moments]:
+    """Read m1 and m2 off the gradients of the likelihood, and take the natural step if it is ours."""
     first = layers[0]
     mean, raw = stack(layer.mean for layer in layers), stack(layer.raw_std for layer in layers)
     std = std_from_raw(raw, first.parametrization, first.eps)
@@ -132,15 +171,13 @@ def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> Tens
     m1 = stack(layer.mean.grad for layer in layers) * std / scale
     slope = std_slope(raw, std, first.parametrization)
     excess = stack(layer.raw_std.grad for layer in layers) * std / (scale * slope)  # m2 - 1
-    for layer, first_moment, second_moment in zip(layers, m1.unbind(0), (excess + 1).unbind(0), strict=True):
-        layer.first_moment, layer.second_moment = first_moment, second_moment
     if first.statistics == "natural":
         rate = first.statistics_rate
         growth = (1 + rate * excess).clamp(min=0).sqrt()
         new_raw = raw_from_std((std * growth).clamp(min=first.eps), first.parametrization, first.eps)
         torch._foreach_copy_([layer.mean for layer in layers], list(torch.addcmul(mean, std, m1, value=rate).unbind(0)))
         torch._foreach_copy_([layer.raw_std for layer in layers], list(new_raw.unbind(0)))
-        for layer in layers:
-            layer.mean.grad = layer.raw_std.grad = None
     nll = excess.mean(1) / 2
-    return nll if first.gauge else nll + 0.5 + std.log().mean(1)
+    nll = nll if first.gauge else nll + 0.5 + std.log().mean(1)
+    parts = zip(m1.unbind(0), (excess + 1).unbind(0), nll.unbind(0), strict=True)
+    return dict(zip(layers, itertools.starmap(_Moments, parts), strict=True))

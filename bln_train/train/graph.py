@@ -1,39 +1,47 @@
-"""Micro-steps captured once and replayed.
+"""Steps recorded once and replayed.
 
-At one small image the host takes longer to launch a step's kernels than the device to run them. A CUDA graph launches all of them
-at once. It replays addresses, so everything that a micro-step reads or writes stays where it was captured: the images, the sums,
-the gradients, the folded layers' constants and what the probe's images leave.
+At one small image the host takes longer to launch a step's kernels than the device to run them, and so it does for the many short
+vectors that are worked out between two micro-steps of different weights. A CUDA graph launches all of them at once. It replays
+addresses, so everything that is recorded reads and writes where it did then: the images, the sums, the gradients, the folded
+layers' constants, what the probe's images leave.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from bln_train.errors import first_line
-from bln_train.norm.fused_function import Constants
+from bln_train.norm.replay import T, addresses
 from bln_train.train.step import AccumulationStep, MicroBatch, Sums
 
 if TYPE_CHECKING:
     from bln_train.norm.batchless import _BatchlessNorm
 
 MOST_PIXELS = 65_536
-"""Of a micro-batch for which launching is likely to take longer than computing; a guess, not measured."""
-# Eager micro-steps before a recording: libraries make their handles and choose algorithms, gradients come to be.
+"""Of a micro-batch, or of the probe, for which launching is likely to take longer than computing; a guess, not measured."""
+# Eager runs of some work before it is recorded: libraries make their handles and choose algorithms, gradients come to be.
 _NUM_WARM_UPS = 2
+_BEGIN, _MICRO_STEP = "begin fold", "micro-step"  # micro-steps read what the former leaves
+# Work whose results are read by what is replayed after it has memory of its own. The other work leaves nothing there, and shares.
+_APART = (_BEGIN, "update")
+NUM_STEPS_TO_RECORD = 6
+"""Equal steps after which no work is recorded any more: what the probe's forward reads is recorded two steps before it."""
+_MOST_KINDS = 64  # that are counted: a kind that never comes again must not stay
 
 
 class Recorder:
-    """Records the work of a CUDA device, to be replayed; all recordings share memory, as they never run at once."""
+    """Records the work of a CUDA device, to be replayed."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.device, self.stream = device, _stream(device)
+        self._pools: dict[str, Any] = {}
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -43,18 +51,31 @@ class Recorder:
             yield
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` launches, without running it; returns what runs it."""
+    def record(self, work: Callable[[], T], memory: str) -> tuple[Callable[[], None], T]:
+        """Record what `work` launches, without running it; returns what runs it, and what `work` returned.
+
+        Args:
+            memory: recordings of one name share memory; none may read what another left there.
+        """
         graph = torch.cuda.CUDAGraph()
+        if memory not in self._pools:
+            self._pools[memory] = torch.cuda.graph_pool_handle()
         # Of this thread alone: a collective library may ask the device about something else meanwhile.
-        recording = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(
+            graph, pool=self._pools[memory], stream=self.stream, capture_error_mode="thread_local"
+        )
         with torch.cuda.device(self.device), recording:
-            work()
-        return graph.replay
+            result = work()
+        return graph.replay, result
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all recorders: libraries keep workspaces for each
 
 
 class _Counts(NamedTuple):
-    """What a micro-step leaves in a layer's account besides tensors, which no replay repeats."""
+    """What a micro-step leaves in a layer's account besides tensors."""
 
     num_images: int
     num_positions: int
@@ -64,25 +85,27 @@ class _Counts(NamedTuple):
     shows_relu: bool
 
 
-class _Graph(NamedTuple):
+class _Recording(NamedTuple):
     replay: Callable[[], None]
-    batch: MicroBatch
-    """Where the recording reads its images."""
-    gains: list[_Counts]
-    """What each layer's account gains by it."""
+    inputs: list[Tensor]
+    """Where it reads those."""
+    result: Any
 
 
-class GraphedMicroStep:
-    """`AccumulationStep.micro_step`, recorded once for each size of micro-batch and replayed from then on, with equal results.
+class GraphedSteps:
+    """Takes the work of an `AccumulationStep`, records it and replays it from then on, with equal results.
 
-    The first micro-steps of a size run eagerly. What the probe watches is a size of its own. If recording fails, micro-steps run
-    eagerly from there on, and a notice says why.
+    Work runs eagerly at first. Micro-steps are recorded for each size of micro-batch, what the probe watches being a size of
+    its own; what is done between them once for each kind (norm/replay.py). If recording fails, all runs eagerly from there on,
+    and a notice says why.
 
-    Memory: the recordings keep one micro-step's tensors for themselves; gradients stay between steps.
+    Memory: the recordings keep the tensors of a micro-step or, if those are more, of the probe's forward; gradients stay between
+    steps.
 
     Args:
-        step: whose micro-steps are recorded; its network must do the same for all images of a size.
-        most_pixels: of a micro-batch that is recorded, None for any; larger ones are worth no memory.
+        step: whose work it is; its network must do the same for all images of a size.
+        image_size: side of an image, in pixels.
+        most_pixels: of a micro-batch, or of the probe, that is recorded, None for any; larger ones are worth no memory.
         recorder: records device work; by default a CUDA graph.
 
     Raises:
@@ -90,24 +113,45 @@ class GraphedMicroStep:
     """
 
     def __init__(
-        self, step: AccumulationStep, *, most_pixels: int | None = None, recorder: Recorder | None = None
+        self,
+        step: AccumulationStep,
+        image_size: int,
+        *,
+        most_pixels: int | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         if step.standardized:
             raise ValueError("CUDA graphs need standardised convolutions to be folded with their norms")
         self.step, self.most_pixels, self.recorder = step, most_pixels, recorder or Recorder(step.device)
         self.layers: list[_BatchlessNorm] = list(step.statistics.layers.values())
-        self._graphs: dict[object, _Graph] = {}
-        self._num_eager: Counter[object] = Counter()
+        self._recordings: dict[tuple[Hashable, ...], _Recording] = {}
+        self._num_eager: Counter[tuple[Hashable, ...]] = Counter()
         self._gradients: dict[Tensor, Tensor] = {}
-        self._constants: list[Constants] = []
         self._watched: dict[_BatchlessNorm, Tensor] = {}
+        self._constants: tuple[int, ...] = ()
         self._sums: Sums | None = None
+        self._rest_is_worth = self.is_worth(max(1, step.probe_images), image_size, image_size)
         self._notices: list[str] = []
         self._is_off = False
 
     def is_worth(self, size: int, height: int, width: int) -> bool:
-        """Whether micro-batches of so many images are small enough."""
+        """Whether so many images are small enough."""
         return self.most_pixels is None or size * height * width <= self.most_pixels
+
+    def run(
+        self,
+        work: Callable[..., T],
+        kind: Callable[[], tuple[Hashable, ...]],
+        inputs: Sequence[Tensor] = (),
+        *,
+        twice: bool = False,
+    ) -> T:
+        """What is done between micro-steps; see norm/replay.py."""
+        if self._is_off:
+            return work(*inputs)
+        own = kind()
+        is_worth = self._rest_is_worth or own[0] == _BEGIN
+        return self._run(work, own, inputs, twice=twice) if is_worth else work(*inputs)
 
     @torch.no_grad()
     def begin(self, sums: Sums) -> Sums:
@@ -115,14 +159,17 @@ class GraphedMicroStep:
         if self._is_off:
             return sums
         self._place_gradients()
-        self._place_constants()
-        for layer in self.layers:
-            if layer.account.num_to_watch:
-                if layer not in self._watched:
-                    self._watched[layer] = torch.zeros(
-                        4, layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device
-                    )
-                layer.account.watched = self._watched[layer].zero_()
+        watching = [layer for layer in self.layers if layer.account.num_to_watch]
+        for layer in watching:
+            if layer not in self._watched:
+                self._watched[layer] = torch.zeros(
+                    4, layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device
+                )
+            layer.account.watched = self._watched[layer]
+        if watching:
+            torch._foreach_zero_([self._watched[layer] for layer in watching])
+        constants = [layer.constants for layer in self.step.folded if layer.constants is not None]
+        self._constants = addresses([tensor for own in constants for tensor in (own.table, own.bias, own.iw)])
         if self._sums is None:
             self._sums = sums
         else:
@@ -131,26 +178,26 @@ class GraphedMicroStep:
         return self._sums
 
     def __call__(self, batch: MicroBatch, sums: Sums) -> None:
-        """Take a micro-step: by replay if one of its kind is recorded."""
-        size = len(batch.labels)
-        watches = min(size, self.layers[0].account.num_to_watch) if self.layers else 0
-        kind = (batch.images.shape, watches)
-        graph = self._graphs.get(kind)
-        if graph is not None:
-            self._replay(graph, batch)
-        elif self._is_off or not self.is_worth(size, *batch.images.shape[2:]):
+        """Take a micro-step."""
+        size, shape = len(batch.labels), batch.images.shape
+        if self._is_off or not self.is_worth(size, *shape[2:]):
             self.step.micro_step(batch, sums)
-        elif self._num_eager[kind] < _NUM_WARM_UPS:
-            self._num_eager[kind] += 1
-            with self.recorder.apart():
-                self.step.micro_step(batch, sums)
-            parameters = self.step.model.parameters()
-            self._gradients.update({p: p.grad for p in parameters if p.grad is not None})
-        else:
-            self._record(kind, batch, sums)
+            return
+        watches = min(size, self.layers[0].account.num_to_watch) if self.layers else 0
+        before = self._counts()
+
+        def work(*own: Tensor) -> list[_Counts]:
+            self._set_counts(before)
+            self.step.micro_step(MicroBatch(*own), sums)
+            return [_sum(now, then, -1) for now, then in zip(self._counts(), before, strict=True)]
+
+        gains = self._run(work, (_MICRO_STEP, shape, watches, self._constants), batch)
+        self._set_counts([_sum(gain, then) for then, gain in zip(before, gains, strict=True)])
 
     def end(self, sums: Sums) -> Sums:
         """After a step's last micro-step: the sums, in tensors that the next step does not write to."""
+        if not self._is_off and (self._rest_is_worth or any(kind[0] == _MICRO_STEP for kind in self._recordings)):
+            self._gradients.update({p: p.grad for p in self.step.model.parameters() if p.grad is not None})
         for layer in self.layers:
             if not layer.account.num_watched:
                 layer.account.watched = None
@@ -163,48 +210,48 @@ class GraphedMicroStep:
 
     def forget(self) -> None:
         """Drop all recordings, and with them their memory."""
-        self._graphs.clear()
-        self._gradients.clear()
+        self._recordings.clear()
         self._num_eager.clear()
+        self._gradients.clear()
 
-    def _replay(self, graph: _Graph, batch: MicroBatch) -> None:
-        for own, new in zip(graph.batch, batch, strict=True):
+    def _run(
+        self, work: Callable[..., T], kind: tuple[Hashable, ...], inputs: Sequence[Tensor] = (), *, twice: bool = False
+    ) -> T:
+        if self._is_off:
+            return work(*inputs)
+        if kind not in self._recordings:
+            if self._num_eager[kind] < (1 if twice else _NUM_WARM_UPS):
+                with self.recorder.apart():
+                    result = work(*inputs)
+                self._note_eager(kind)
+                if not twice:
+                    return result
+            if not self._record(work, kind, inputs):
+                return work(*inputs)
+        recording = self._recordings[kind]
+        for own, new in zip(recording.inputs, inputs, strict=True):
             own.copy_(new)
-        graph.replay()
-        for layer, gain in zip(self.layers, graph.gains, strict=True):
-            account = layer.account
-            account.num_images += gain.num_images
-            account.num_positions += gain.num_positions
-            account.num_to_watch += gain.num_to_watch
-            account.num_watched += gain.num_watched
-            account.is_open = account.num_to_watch > 0
-            if gain.num_watched:
-                account.unit, account.shows_relu = gain.unit, gain.shows_relu
+        recording.replay()
+        return cast("T", recording.result)
 
-    def _record(self, kind: object, batch: MicroBatch, sums: Sums) -> None:
-        own, before = MicroBatch(*(value.clone() for value in batch)), self._counts()
+    def _note_eager(self, kind: tuple[Hashable, ...]) -> None:
+        if len(self._num_eager) > _MOST_KINDS:
+            self._num_eager.clear()
+        self._num_eager[kind] += 1
+
+    def _record(self, work: Callable[..., object], kind: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> bool:
+        own = [tensor.clone() for tensor in inputs]
+        name = str(kind[0])
         try:
-            replay = self.recorder.record(lambda: self.step.micro_step(own, sums))
+            replay, result = self.recorder.record(lambda: work(*own), name if name in _APART else "")
         except (RuntimeError, MemoryError) as error:
             self._notices.append(f"CUDA graphs are off, this network's steps cannot be recorded: {first_line(error)}")
             self._is_off = True
             self.forget()
-            self._set_counts(before)
-            self.step.micro_step(batch, sums)
-            return
-        gains = [
-            _Counts(
-                now.num_images - then.num_images,
-                now.num_positions - then.num_positions,
-                now.num_to_watch - then.num_to_watch,
-                now.num_watched - then.num_watched,
-                now.unit,
-                now.shows_relu,
-            )
-            for now, then in zip(self._counts(), before, strict=True)
-        ]
-        self._graphs[kind] = _Graph(replay, own, gains)
-        replay()
+            return False
+        self._recordings[kind] = _Recording(replay, own, result)
+        del self._num_eager[kind]
+        return True
 
     def _counts(self) -> list[_Counts]:
         accounts = [layer.account for layer in self.layers]
@@ -224,7 +271,10 @@ class GraphedMicroStep:
         """Give parameters back the gradients, now 0, that recordings add to; a momentum that they gather in must be the same."""
         theirs = {p: p.grad for p in self._gradients}
         if any(grad is not None and grad.data_ptr() != self._gradients[p].data_ptr() for p, grad in theirs.items()):
-            self.forget()
+            # What was worked out before the first micro-step, in this step, is of the new ones.
+            self._recordings = {kind: own for kind, own in self._recordings.items() if kind[0] == _BEGIN}
+            self._num_eager.clear()
+            self._gradients.clear()
             return
         missing = {p: self._gradients[p] for p, grad in theirs.items() if grad is None}
         if missing:
@@ -232,30 +282,12 @@ class GraphedMicroStep:
         for p, grad in missing.items():
             p.grad = grad
 
-    def _place_constants(self) -> None:
-        """Copy the folded layers' constants of this step to where those of the first were."""
-        new = [layer.constants for layer in self.step.folded if layer.constants is not None]
-        if [_form(own) for own in new] != [_form(own) for own in self._constants]:
-            self.forget()
-            self._constants = new
-        elif new:
-            pairs = [
-                (own, value)
-                for kept, fresh in zip(self._constants, new, strict=True)
-                for own, value in zip(_values(kept), _values(fresh), strict=True)
-            ]
-            torch._foreach_copy_([own for own, _ in pairs], [value for _, value in pairs])
-        for layer, own in zip(self.step.folded, self._constants, strict=True):
-            layer.constants = own
 
-
-def _form(constants: Constants) -> tuple[object, ...]:
-    """What a recording takes for granted of a layer's constants."""
-    own = constants
-    shapes = tuple(value.shape for value in _values(own))
-    return own.weight.data_ptr(), own.corrects, own.recompute, own.iw is None, shapes
-
-
-def _values(constants: Constants) -> list[Tensor]:
-    own = constants
-    return [value for value in (own.bias, own.iw, own.table, own.gradients) if value is not None]
+def _sum(own: _Counts, other: _Counts, factor: int = 1) -> _Counts:
+    """Numbers of one plus those of another times a factor; the rest is of the first."""
+    return own._replace(
+        num_images=own.num_images + factor * other.num_images,
+        num_positions=own.num_positions + factor * other.num_positions,
+        num_to_watch=own.num_to_watch + factor * other.num_to_watch,
+        num_watched=own.num_watched + factor * other.num_watched,
+    )

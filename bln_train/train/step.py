@@ -19,6 +19,7 @@ from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.fuse import folded_layers
 from bln_train.norm.fused import fold_once
+from bln_train.norm.replay import Run, at_once
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.parallel import ALONE, World, reduce_step
@@ -74,6 +75,10 @@ class Sums(NamedTuple):
 
 class Graphs(Protocol):
     """What takes micro-steps in the place of AccumulationStep.micro_step; see train/graph.py."""
+
+    @property
+    def run(self) -> Run:
+        """What takes the work between micro-steps; see norm/replay.py."""
 
     def begin(self, sums: Sums) -> Sums:
         """Before the first micro-step of an optimizer step: the sums that micro-steps are to be given."""
@@ -198,7 +203,7 @@ class AccumulationStep:
             nll = None
             self.statistics.discard()
         else:
-            nll = self.statistics.update(num_images)
+            nll = self.statistics.update(num_images, self._run)
         if self.clip_norm is not None and grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self._bound(self.clip_norm), grad_norm)
         if self.scaler is None:
@@ -210,12 +215,17 @@ class AccumulationStep:
         if self.probe_images and self.statistics.layers and nll is not None:
             for layer in self.folded:  # with larger micro-batches training takes more than the probe can
                 layer.in_parts = self.micro_batch_size < self.probe_images
-            inputs, _, seeds = self._load_first(images, index, self.probe_images, seed, epoch)
-            self.statistics.follow(lambda: self._forward(inputs, seeds))
+            first = self._send_first(images, index, self.probe_images, seed, epoch)
+            self.statistics.follow(self._probe, first, self._run)
         set_instance_seeds(self.dropouts, None)
         update_norm = self.into_momentum.update_norm if self.into_momentum is not None else None
         notices = () if self.graphs is None else self.graphs.take_notices()
         return StepTotals(loss_sum, correct, grad_norm, update_norm, nll, notices)
+
+    @property
+    def _run(self) -> Run:
+        """What does the work beside micro-steps."""
+        return at_once if self.graphs is None else self.graphs.run
 
     def _bound(self, clip_norm: float) -> float:
         """The gradient norm that this step clips to."""
@@ -275,7 +285,7 @@ class AccumulationStep:
             self.scaler.scale(sums.loss)  # makes its scale, which no backward does where this process has no image
         take = self.micro_step if self.graphs is None else self.graphs
         with standardize_once(self.standardized):
-            with fold_once(self.folded):
+            with fold_once(self.folded, self._run):
                 if self.graphs is not None:
                     sums = self.graphs.begin(sums)
                 for num_done, batch in enumerate(self._micro_batches(images, self.world.share(index), seed, epoch)):
@@ -360,13 +370,21 @@ class AccumulationStep:
         self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, (n, 3, H, W), labels and seeds of the first images."""
+        batch = self._send_first(images, index, num_images, seed, epoch)
+        return self._preprocessed(batch), batch.labels, batch.seeds
+
+    def _send_first(self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int) -> MicroBatch:
         index = index[:num_images]
-        batch = MicroBatch(
+        return MicroBatch(
             self._send(images.images[index]),
             images.labels[index].to(self.device),
             instance_seeds(seed, epoch, index).to(self.device),
         )
-        return self._preprocessed(batch), batch.labels, batch.seeds
+
+    def _probe(self, *first: Tensor) -> None:
+        """The forward after a step, of the first images."""
+        batch = MicroBatch(*first)
+        self._forward(self._preprocessed(batch), batch.seeds)
 
     def _forward(self, inputs: Tensor, seeds: Tensor) -> Tensor:
         set_instance_seeds(self.dropouts, seeds)

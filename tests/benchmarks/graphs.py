@@ -18,6 +18,7 @@ from bln_train import runtime
 from bln_train.build import build_experiment
 from bln_train.memory.sweep import random_data
 from bln_train.recipe import Recipe
+from bln_train.train.graph import NUM_STEPS_TO_RECORD
 
 EFFECTIVE = 128
 
@@ -42,7 +43,7 @@ def a_step(args, *, micro_batch, norm="batchless", graphs=False):
         if args.device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(3):  # two micro-steps of each kind are eager, the third is recorded
+    for _ in range(NUM_STEPS_TO_RECORD):
         take()
     return take
 
@@ -105,8 +106,6 @@ def main():
           f"ratio {found['batchless'] / found['batch']:.3f}")  # fmt: skip
     for key, value in runtime.environment(torch.device(args.device)).items():
         print(f"{key}: {value}")
-    if cuda:
-        print(f"driver: {torch._C._cuda_getDriverVersion()}")
 
 
 if __name__ == "__main__":

@@ -272,8 +272,8 @@ class Runtime(Section):
     PyTorch for Linux (compute capability 7.0 or more). Where that cannot be, and with false: PyTorch's operators, slower, the
     same up to rounding."""
     graphs: Literal["auto"] | bool = "auto"
-    """On CUDA, record a micro-step once and replay it, which launches all its kernels at once: for one more micro-batch's
-    activations in memory. `auto`: where micro-batches are small, up to 65,536 pixels."""
+    """On CUDA, record a step's work once and replay it, which launches all its kernels at once: for one more micro-batch's
+    activations in memory. `auto`: where micro-batches are small, up to 131,072 pixels."""
     deterministic: bool = False
     """Only algorithms that repeat bit for bit on CUDA (slower); the CPU always does."""
     cudnn_benchmark: bool = False

@@ -183,7 +183,7 @@ def test_a_cuda_plan_adds_up():
     assert row.graph_bytes >= row.activation_bytes
     without, large = (
         plan_memory(recipe("train.precision=fp16", "runtime.device=auto", *also), [4], cuda=True)[0]
-        for also in (["runtime.graphs=false"], ["data={name: folder, root: nowhere, image_size: 160}"])
+        for also in (["runtime.graphs=false"], ["data={name: folder, root: nowhere, image_size: 224}"])
     )
     assert row.total_bytes - without.total_bytes == row.graph_bytes
     assert without.graph_bytes == large.graph_bytes == 0

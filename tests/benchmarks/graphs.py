@@ -100,10 +100,11 @@ def main():
             ratio = found[False] / found[True]
             graphed = [f"{1e3 * found[True]:.2f}", f"{ratio:.2f}", f"{busy(steps[True]):.0%}"]
         print(f"{size:11} {1e3 * found[False]:14.2f} {graphed[0]:>16} {graphed[1]:>16} {graphed[2]:>19}")
-    whole = {norm: a_step(args, micro_batch=EFFECTIVE, norm=norm) for norm in ("batchless", "batch")}
-    found = medians(whole, args.repeats)
-    print(f"micro-batch {EFFECTIVE}, eager: batchless {1e3 * found['batchless']:.2f} ms, batch {1e3 * found['batch']:.2f} ms, "
-          f"ratio {found['batchless'] / found['batch']:.3f}")  # fmt: skip
+    for graphs in (False, True) if cuda else (False,):
+        whole = {norm: a_step(args, micro_batch=EFFECTIVE, norm=norm, graphs=graphs) for norm in ("batchless", "batch")}
+        found = medians(whole, args.repeats)
+        print(f"micro-batch {EFFECTIVE}, {'graphed' if graphs else 'eager'}: batchless {1e3 * found['batchless']:.2f} ms, "
+              f"batch {1e3 * found['batch']:.2f} ms, ratio {found['batchless'] / found['batch']:.3f}")  # fmt: skip
     for key, value in runtime.environment(torch.device(args.device)).items():
         print(f"{key}: {value}")
 

@@ -1,6 +1,7 @@
 """`train.micro_batch_size: auto` and `train.memory_budget`: what is chosen fits, and choosing it changes nothing else."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -202,6 +203,24 @@ def test_a_peak_on_the_cpu_is_held_against_the_stated_budget():
     """A CPU has no bound but train.memory_budget."""
     assert memory_limit(torch.device("cpu"), "1.5GiB") == 3 * 2**29
     assert memory_limit(torch.device("cpu"), None) is None
+
+
+def test_matrix_products_keep_little_of_a_card(monkeypatch):
+    """PyTorch's workspaces are set before CUDA starts, unless somebody has."""
+    names = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
+    monkeypatch.setenv(names[0], ":4096:2")
+    monkeypatch.setenv(names[1], "")  # so that it is put back
+    monkeypatch.delenv(names[1])
+    switches = {"num_threads": None, "compiled": True, "deterministic": False, "cudnn_benchmark": False, "tf32": False}
+    runtime.set_up(torch.device("cpu"), **switches)
+    assert names[1] not in os.environ
+    runtime.set_up(torch.device("cuda"), **switches)
+    assert os.environ[names[0]] == ":4096:2"
+    assert 1024 * int(os.environ[names[1]]) == runtime.WORKSPACE_BYTES
+    monkeypatch.delenv(names[0])
+    runtime.set_up(torch.device("cuda"), **switches)
+    _, size, count = os.environ[names[0]].split(":")
+    assert 1024 * int(size) * int(count) == runtime.WORKSPACE_BYTES
 
 
 @pytest.mark.gpu

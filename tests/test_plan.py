@@ -19,6 +19,7 @@ from bln_train.memory.planner import largest_fit, plan_sizes
 from bln_train.memory.predict import CONTEXT_BYTES, plan_memory
 from bln_train.memory.trace import HollowTracker
 from bln_train.recipe_file import load_recipe
+from bln_train.train.graph import MOST_PIXELS
 from bln_train.units import parse_bytes
 
 SMALL = ["--set", "model.name=resnet8", "--set", "data={name: folder, root: nowhere, image_size: 16}"]
@@ -190,6 +191,18 @@ def test_a_cuda_plan_adds_up():
     assert row.tensor_bytes % BLOCK_BYTES == 0
     assert row.context_bytes == CONTEXT_BYTES
     assert row.total_bytes - given.total_bytes == CONTEXT_BYTES - 5 * MIB
+
+
+def test_a_cuda_plan_counts_what_recordings_keep():
+    """Where micro-steps are too large to be recorded and the probe is not: no more than one image's way forth and back."""
+    changes = ["data={name: folder, root: nowhere}", "runtime.device=auto"]
+    with_probe, without = (
+        plan_memory(recipe(*changes, *also, effective=256), [256], cuda=True)[0]
+        for also in ([], ["norm.probe_images=0"])
+    )
+    assert 256 * 32**2 > MOST_PIXELS >= 8 * 32**2
+    assert without.graph_bytes == 0
+    assert 0 < with_probe.graph_bytes <= with_probe.activation_bytes_per_image + 2 * MIB
 
 
 @pytest.mark.gpu

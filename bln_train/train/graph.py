@@ -131,13 +131,21 @@ class GraphedSteps:
         self._watched: dict[_BatchlessNorm, Tensor] = {}
         self._constants: tuple[int, ...] = ()
         self._sums: Sums | None = None
-        self._rest_is_worth = self.is_worth(max(1, step.probe_images), image_size, image_size)
+        self.image_size = image_size
         self._notices: list[str] = []
         self._is_off = False
 
-    def is_worth(self, size: int, height: int, width: int) -> bool:
+    def is_worth(self, num_images: int) -> bool:
         """Whether so many images are small enough."""
-        return self.most_pixels is None or size * height * width <= self.most_pixels
+        return self.most_pixels is None or num_images * self.image_size**2 <= self.most_pixels
+
+    @property
+    def _micro_steps_are_worth(self) -> bool:
+        return self.is_worth(self.step.micro_batch_size)
+
+    @property
+    def _rest_is_worth(self) -> bool:
+        return self.is_worth(max(1, self.step.probe_images))
 
     def run(
         self,
@@ -151,7 +159,7 @@ class GraphedSteps:
         if self._is_off:
             return work(*inputs)
         own = kind()
-        is_worth = self._rest_is_worth or own[0] == _BEGIN
+        is_worth = self._rest_is_worth or (own[0] == _BEGIN and self._micro_steps_are_worth)
         return self._run(work, own, inputs, twice=twice) if is_worth else work(*inputs)
 
     @torch.no_grad()
@@ -180,8 +188,8 @@ class GraphedSteps:
 
     def __call__(self, batch: MicroBatch, sums: Sums) -> None:
         """Take a micro-step."""
-        size, shape = len(batch.labels), batch.images.shape
-        if self._is_off or not self.is_worth(size, *shape[2:]):
+        size = len(batch.labels)
+        if self._is_off or not self._micro_steps_are_worth:
             self.step.micro_step(batch, sums)
             return
         watches = min(size, self.layers[0].account.num_to_watch) if self.layers else 0
@@ -192,12 +200,12 @@ class GraphedSteps:
             self.step.micro_step(MicroBatch(*own), sums)
             return [_sum(now, then, -1) for now, then in zip(self._counts(), before, strict=True)]
 
-        gains = self._run(work, (_MICRO_STEP, shape, watches, self._constants), batch)
+        gains = self._run(work, (_MICRO_STEP, size, watches, self._constants), batch)
         self._set_counts([_sum(gain, then) for then, gain in zip(before, gains, strict=True)])
 
     def end(self, sums: Sums) -> Sums:
         """After a step's last micro-step: the sums, in tensors that the next step does not write to."""
-        if not self._is_off and (self._rest_is_worth or any(kind[0] == _MICRO_STEP for kind in self._recordings)):
+        if not self._is_off and (self._rest_is_worth or self._micro_steps_are_worth):
             self._gradients.update({p: p.grad for p in self.step.model.parameters() if p.grad is not None})
         for layer in self.layers:
             if not layer.account.num_watched:

@@ -79,6 +79,21 @@ def test_every_part_of_a_step_is_recorded_once():
     assert len(step.graphs._num_eager) <= 2, "the probe before the update was recorded"
 
 
+def test_a_large_probe_is_not_recorded_and_changes_nothing():
+    """Micro-steps of one image are, and what they read; the rest runs eagerly."""
+    recipe = tiny_recipe(train__micro_batch_size=1)
+    expected, _ = train(recipe)
+    experiment = build_experiment(recipe)
+    use_compiled(False)
+    step = experiment.trainer.take_step
+    assert step.probe_images > 2
+    step.graphs = GraphedSteps(step, 32, recorder=OperatorRecorder(), most_pixels=2 * 32**2)
+    list(experiment.trainer.steps())
+    assert {kind[0] for kind in step.graphs._recordings} == {"begin fold", "micro-step"}
+    found = experiment.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_what_cannot_be_recorded_runs_eagerly_and_is_said():
     recipe = tiny_recipe()
     expected, _ = train(recipe)

@@ -210,7 +210,8 @@ def print_memory(document: dict[str, Any]) -> None:
             "that is larger, and then the work done once a step weighs more than it would"
         )
     environment = document["environment"]
-    print_line(f"peak:   {document['method']}, two steps; medians of {document['num_repeats']} interleaved repetitions")
+    steps = "two steps" if document["method"] == "tracked tensors" else "two steps, or until all is recorded"
+    print_line(f"peak:   {document['method']}, {steps}; medians of {document['num_repeats']} interleaved repetitions")
     print_line(f"data:   {document['data']}; nothing is learned")
     print_line(f"device: {environment['device']}; torch {environment['torch']}; {document['date']}")
 

@@ -19,7 +19,8 @@ from bln_train.units import format_bytes, parse_bytes
 
 _LEAST_HEADROOM = 256 * 2**20
 # PyTorch keeps these for the life of the process, for each stream: by default 8 MiB, and 32 on Hopper, for a network of 1 MiB whose
-# only matrix product is its last layer. Both sizes are of one buffer in KiB; with a fixed one cuBLAS is deterministic.
+# only matrix product is its last layer. In KiB: 8 buffers of 16, and 128; with either of two sizes, of which this is one, cuBLAS is
+# deterministic.
 _WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
 WORKSPACE_BYTES = 128 * 1024
 """Of matrix products, kept for each stream."""

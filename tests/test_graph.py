@@ -118,13 +118,14 @@ def test_the_size_decides_and_a_rollback_forgets_nothing():
     step.graphs.most_pixels = None
     for _ in range(4):
         totals = step(trainer.data.train, index, 0, 0)
-    first, loss = recorder.num_recorded, float(totals.loss)
+    first, loss, nll = recorder.num_recorded, float(totals.loss), totals.nll.clone()
     assert first > 0
     trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
     for _ in range(4):
         step(trainer.data.train, index, 0, 0)
     assert recorder.num_recorded == 2 * first
     assert float(totals.loss) == loss, "a step's totals are the caller's"
+    assert torch.equal(totals.nll, nll)
 
 
 def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():

@@ -79,6 +79,7 @@ LAYERS = [
         "memory",
     },
     {
+        "train.micro_step",
         "train.step",
         "train.graph",
         "train.recovery",

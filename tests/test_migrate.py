@@ -79,7 +79,7 @@ LAYERS = {
     "timm, sync": (timm.layers.convert_sync_batchnorm(timm.layers.BatchNormAct2d(4)), (3, 4, 5, 5)),
     "timm, frozen": (timm.layers.FrozenBatchNormAct2d(4), (3, 4, 5, 5)),
 }
-if "bias" in signature(nn.BatchNorm2d).parameters:  # since PyTorch 2.12 or so
+if "bias" in signature(nn.BatchNorm2d).parameters:  # PyTorch 2.11 has no such
     LAYERS["no bias"] = (nn.BatchNorm2d(4, bias=False), (3, 4, 5, 5))
 
 

@@ -133,8 +133,10 @@ def _with_graphs(row: PlanRow, recipe: Recipe) -> PlanRow:
         own = row.activation_bytes + (row.workspace_bytes or 0) - MATMUL_BYTES
     elif isinstance(norm, BatchlessNormSection) and norm.probe_images:
         number = norm.probe_images if norm.probe_images != "auto" else AUTO_PROBE[1]
-        if is_recorded(number):  # the probe's forward alone, which is no more than one image's way forth and back
-            own = row.activation_bytes_per_image
+        if is_recorded(
+            number
+        ):  # the probe's forward alone, for which there is no figure: at most those images' way forth and back
+            own = number * row.activation_bytes_per_image
     num_bytes = int(-(-own // (2 * MIB))) * 2 * MIB  # in whole segments of the allocator
     return replace(row, graph_bytes=num_bytes, total_bytes=row.total_bytes + num_bytes)
 

@@ -65,7 +65,7 @@ class Row:
     saved_bytes_per_image: float | None = None
     """What autograd keeps for the backward of one micro-batch, over its images; see `measure_saved_bytes`."""
     peak_bytes: int | None = None
-    """Of two whole steps of the effective batch, as in `records.MemoryRecord`; the split adds up to it."""
+    """Of two whole steps, or until all is recorded, as in `records.MemoryRecord`; the split adds up to it."""
     parameter_bytes: int | None = None
     gradient_bytes: int | None = None
     optimizer_bytes: int | None = None
@@ -290,7 +290,7 @@ def measure_saved_bytes(step: AccumulationStep, images: ImageSet, num_images: in
 
 
 def measure_peak(recipe: Recipe, data: DataSet) -> MemoryRecord:
-    """The peak of two whole steps of a recipe, its effective batch at its micro-batch, on other data; learns nothing."""
+    """The peak of two whole steps of a recipe, or until all is recorded, on other data; learns nothing."""
     return _measure_peak(_build(recipe, data), recipe.train.effective_batch_size)
 
 
@@ -300,7 +300,8 @@ def _measure_peak(experiment: Experiment, effective_batch_size: int) -> MemoryRe
         gc.collect()  # the allocator counts what is left of a cell that failed
     meter.start()
     take_step = _prepare_step(experiment, effective_batch_size)
-    for _ in range(PeakMeter.NUM_NOTED):
+    # Recordings take memory of their own, and the last is made when the others are.
+    for _ in range(PeakMeter.NUM_NOTED if step.graphs is None else NUM_STEPS_TO_RECORD + 1):
         with meter.step() as gradients_ready:
             take_step(gradients_ready)
     return meter.record(effective_batch_size, step.micro_batch_size)

@@ -120,7 +120,7 @@ def load_trained(
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     for key in batchless:
-        norms[key].eps = sys.float_info.min  # nothing; PyTorch before 2.12 refuses 0
+        norms[key].eps = sys.float_info.min  # nothing; PyTorch 2.11 refuses 0
 
     own, notices = model.state_dict(), []
     head = _head(model, num_classes)

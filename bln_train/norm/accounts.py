@@ -1,4 +1,4 @@
-"""What the forwards of one effective batch left in batchless layers, as numbers that several processes can add up."""
+"""What the forwards of one effective batch leave in batchless layers, and the same as numbers that several processes can add up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,36 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from bln_train.norm.batchless import _BatchlessNorm
+
+
+class Account:
+    """What the forwards of one effective batch leave in a layer; a new one begins each."""
+
+    def __init__(self, num_to_watch: int = 0) -> None:
+        self.nll: Tensor | None = None
+        """() likelihood of the last forward's images, until the loss takes it."""
+        self.num_images = self.num_positions = 0
+        """Images, and positions of all of them."""
+        self.num_to_watch = num_to_watch
+        """Images of the probe that are still to come."""
+        self.is_open = num_to_watch > 0
+        """Whether the next forward's first images are some of them."""
+        self.num_watched = 0
+        """Positions of those that came."""
+        self.watched: Tensor | None = None
+        """(4, C), see `watch`."""
+        self.unit: Tensor | None = None
+        self.shows_relu = False
+
+    def add(self, num_images: int, num_positions: int) -> None:
+        """Count a training forward's images, and the positions of each."""
+        self.num_images += num_images
+        self.num_positions += num_images * num_positions
+
+    def take(self, nll: Tensor) -> None:
+        """Keep a likelihood, (), for the loss."""
+        self.nll = nll if self.nll is None else self.nll + nll
+
 
 _NUM_COUNTS = 4
 

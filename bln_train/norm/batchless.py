@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bln_train.norm.accounts import Account
 from bln_train.norm.functional import (
     Parametrization,
     as_rows,
@@ -19,35 +20,6 @@ from bln_train.norm.functional import (
 from bln_train.norm.probe import Following, prepare_following, settle_following
 from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.update import update_layers
-
-
-class _Account:
-    """What the forwards of one effective batch leave in a layer; a new one begins each."""
-
-    def __init__(self, num_to_watch: int = 0) -> None:
-        self.nll: Tensor | None = None
-        """() likelihood of the last forward's images, until the loss takes it."""
-        self.num_images = self.num_positions = 0
-        """Images, and positions of all of them."""
-        self.num_to_watch = num_to_watch
-        """Images of the probe that are still to come."""
-        self.is_open = num_to_watch > 0
-        """Whether the next forward's first images are some of them."""
-        self.num_watched = 0
-        """Positions of those that came."""
-        self.watched: Tensor | None = None
-        """(4, C), see `watch`."""
-        self.unit: Tensor | None = None
-        self.shows_relu = False
-
-    def add(self, num_images: int, num_positions: int) -> None:
-        """Count a training forward's images, and the positions of each."""
-        self.num_images += num_images
-        self.num_positions += num_images * num_positions
-
-    def take(self, nll: Tensor) -> None:
-        """Keep a likelihood, (), for the loss."""
-        self.nll = nll if self.nll is None else self.nll + nll
 
 
 class _BatchlessNorm(nn.Module):
@@ -154,7 +126,7 @@ class _BatchlessNorm(nn.Module):
             imputation = imputation.repeat(1, num_features)
         self.register_buffer("imputation", imputation)
 
-        self.account = _Account()
+        self.account = Account()
         self.first_moment: Tensor | None = None
         self.second_moment: Tensor | None = None
         """(C,) or (1,), of the last effective batch: means of xhat and of xhat^2."""
@@ -263,11 +235,11 @@ class _BatchlessNorm(nn.Module):
 
     def close_account(self) -> None:
         """Begin a new effective batch."""
-        self.account = _Account()
+        self.account = Account()
 
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
-        self.account = _Account()
+        self.account = Account()
         self.old_moments = None
         if self.statistics == "natural":
             self.mean.grad = self.raw_std.grad = None
@@ -384,7 +356,7 @@ class BatchlessStatistics:
     def watch(self, num_images: int) -> None:
         """Begin an effective batch: note the moments of its first `num_images` images for `follow`."""
         for layer in self.layers.values():
-            layer.account = _Account(num_images)
+            layer.account = Account(num_images)
 
     def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
         """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.

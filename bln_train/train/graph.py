@@ -19,14 +19,15 @@ from torch import Tensor
 
 from bln_train.errors import first_line
 from bln_train.norm.replay import T, addresses
-from bln_train.train.step import AccumulationStep, MicroBatch, Sums
+from bln_train.train.micro_step import MicroBatch, Sums
+from bln_train.train.step import AccumulationStep
 
 if TYPE_CHECKING:
     from bln_train.norm.batchless import _BatchlessNorm
 
 MOST_PIXELS = 131_072
 """Of a micro-batch, or of the probe, for which launching is likely to take longer than computing: for 128 images of ResNet-20 an
-H100 needs 7 ms, and launching takes 43 (recipes/RESULTS.md)."""
+H100 needs 7 ms, and launching takes 45 (recipes/RESULTS.md)."""
 # Eager runs of some work before it is recorded: libraries make their handles and choose algorithms, gradients come to be.
 _NUM_WARM_UPS = 2
 _BEGIN, _MICRO_STEP = "begin fold", "micro-step"  # micro-steps read what the former leaves

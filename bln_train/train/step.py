@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.parallel import ALONE, World, reduce_step
 from bln_train.rng import instance_seeds
 from bln_train.signals import StopRequested, never
+from bln_train.train.micro_step import Graphs, MicroBatch, Sums
 
 _BLOCK_IMAGES = 128
 SENT_BYTES = 2**18
@@ -49,51 +50,6 @@ class StepTotals(NamedTuple):
     """What the user should know of how this step was taken."""
     is_finite: bool = True
     """Whether the step was taken; if not, only its gradients are there, until `give_up`."""
-
-
-class MicroBatch(NamedTuple):
-    """What is on the device at once."""
-
-    images: Tensor
-    """(n, 3, H, W) uint8"""
-    labels: Tensor
-    """(n,) int64"""
-    seeds: Tensor
-    """(n,) int64, the images' own seeds for every random draw."""
-
-
-class Sums(NamedTuple):
-    """What micro-steps add to besides gradients, and read; on the device."""
-
-    loss: Tensor
-    """() float64, sum of the task loss."""
-    correct: Tensor
-    """() int64, images classified right."""
-    num_images: Tensor
-    """() of the effective batch."""
-
-
-class Graphs(Protocol):
-    """What takes micro-steps in the place of AccumulationStep.micro_step; see train/graph.py."""
-
-    @property
-    def run(self) -> Run:
-        """What takes the work between micro-steps; see norm/replay.py."""
-
-    def begin(self, sums: Sums) -> Sums:
-        """Before the first micro-step of an optimizer step: the sums that micro-steps are to be given."""
-
-    def __call__(self, batch: MicroBatch, sums: Sums) -> None:
-        """As AccumulationStep.micro_step."""
-
-    def end(self, sums: Sums) -> Sums:
-        """After the last: the sums, for the caller to keep."""
-
-    def forget(self) -> None:
-        """Let go of what is kept from step to step."""
-
-    def take_notices(self) -> tuple[str, ...]:
-        """What the user should know, once."""
 
 
 class AccumulationStep:

@@ -148,6 +148,7 @@ def assemble(
         preprocess,
         device=device,
         micro_batch_size=recipe.first_micro_batch_size,
+        balanced_parts=_balanced_parts(recipe, world),
         label_smoothing=recipe.train.label_smoothing,
         clip_norm=recipe.clip_norm,
         clip_step=recipe.clip_step,
@@ -171,6 +172,18 @@ def assemble(
         on_nonfinite=recipe.train.on_nonfinite,
     )
     return Experiment(trainer, model, data, device, images, tuple(notices))
+
+
+def _balanced_parts(recipe: Recipe, world: World) -> int:
+    parts = recipe.norm.correction_parts if isinstance(recipe.norm, BatchlessNormSection) else "auto"
+    if parts == "auto":
+        return world.size
+    if parts % world.size:
+        raise UsageError(
+            f"norm.correction_parts is {parts}, which {world.size} processes cannot share equally",
+            f"Use --set norm.correction_parts={world.size * -(-parts // world.size)}, or as many processes as divide {parts}.",
+        )
+    return parts
 
 
 def _graphs(recipe: Recipe, step: AccumulationStep, image_size: int) -> GraphedSteps | None:
@@ -247,6 +260,7 @@ def build_network(
             "reestimate_images",
             "fold",
             "correction_mode",
+            "correction_parts",
         }
         settings = section.model_dump(exclude=of_the_run)
         settings["correction_mode"] = section.resolved_correction_mode

@@ -55,14 +55,13 @@ class World:
         return self.stop_asked() if self.size == 1 else self.stop_agreed
 
     def begin_of_share(self, num: int) -> int:
-        """Where this process's share of `num` items begins; the first `num % size` processes have one item more."""
-        each, more = divmod(num, self.size)
-        return self.rank * each + min(self.rank, more)
+        """Where this process's share of `num` items begins; no two differ by more than one, and those of twice the processes divide
+        these."""
+        return -(-num * self.rank // self.size)
 
     def share(self, items: Sliceable) -> Sliceable:
         """This process's contiguous share; it may be empty, that of rank 0 only where there are no items."""
-        end = self.begin_of_share(len(items)) + len(items) // self.size + (self.rank < len(items) % self.size)
-        return items[self.begin_of_share(len(items)) : end]
+        return items[self.begin_of_share(len(items)) : -(-len(items) * (self.rank + 1) // self.size)]
 
     @torch.no_grad()
     def add_up(self, tensors: Iterable[Tensor]) -> None:

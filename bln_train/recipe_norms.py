@@ -43,7 +43,10 @@ class BatchlessNormSection(Section):
     gauge: bool = True
     """Report the likelihood shifted to be 0 for inputs that follow the statistics; changes no gradient."""
     correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Rate of the running backward correction; 0 turns it off."""
+    """Rate of the running averages from which the backward correction of each batch starts; 0 turns the correction off."""
+    correction_parts: Positive | Literal["auto"] = "auto"
+    """Parts of each effective batch over which the correction balances what it takes out of the images' gradients; auto is one for
+    each process. With a number, which the processes must divide, their number changes no result."""
     correction_mode: Literal["auto", "exact", "imputed"] = "auto"
     """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
     it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe."""
@@ -91,8 +94,9 @@ class BatchlessNormSection(Section):
                     raise ValueError(
                         f"correction_mode: imputed works in folded norms and is measured on the probe; set {key}"
                     )
-        if self.correction_mode != "auto" and not self.correction_rate:
-            raise ValueError("correction_mode: there is no correction with correction_rate 0")
+        for key in ("correction_mode", "correction_parts"):
+            if getattr(self, key) != "auto" and not self.correction_rate:
+                raise ValueError(f"{key}: there is no correction with correction_rate 0")
         if self.statistics == "natural":
             if self.statistics_rate is None or self.statistics_rate > 1:
                 raise ValueError("statistics_rate: natural statistics need a rate of at most 1")

@@ -36,7 +36,7 @@ def tiny_recipe(**changes):
         if key:
             data[section][key] = value
         else:
-            data[section] = value
+            data[section] = dict(value) if isinstance(value, dict) else value
     return Recipe.model_validate(data)
 
 

@@ -12,6 +12,7 @@ from helpers import advance, largest_difference, state, tiny_recipe
 from bln_train import runtime
 from bln_train.build import build_experiment
 from bln_train.norm import compiled, epilogue
+from bln_train.norm.balance import HORIZON, BalanceRow
 from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
 from bln_train.norm.probe import Following, FollowRow
 from bln_train.norm.standardize import RawGradient, centre_filters, filter_scale
@@ -81,22 +82,25 @@ def test_both_paths_forward(shape, activation, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])
 def test_both_paths_backward(shape, activation, dtype):
-    """Both gradients and the four vectors, for q read off z and q given, corrected or not, overwriting or not."""
-    table, sums = drawn((len(Row), shape[1]), dtype, 1), drawn((2, shape[1]), dtype, 2)
+    """Both gradients, the four vectors and the correction's state, for q read off z and q given, corrected or not, overwriting or
+    not."""
+    table, sums = drawn((len(Row), shape[1]), dtype, 1), drawn((shape[0], 2, shape[1]), dtype, 2)
     table[Row.SPREAD].abs_()
 
     def run(residual, given, corrects, overwrite):
         z = epilogue.activate_(drawn(shape, dtype, 3), activation, 0.1)
         vectors = torch.ones(4, shape[1], dtype=dtype)
         grad_out = drawn(shape, dtype, 4)
+        prior, state = drawn((2, shape[1]), dtype, 7), drawn((len(BalanceRow), shape[1]), dtype, 8)
+        state[BalanceRow.TO_COME] = HORIZON + 1  # fewer than come
         grad, grad_y = backward(
             grad_out, z, drawn(shape, dtype, 5) if given else None, drawn(shape, dtype, 6) if residual else None, table,
             sums, torch.full((), 0.3, dtype=dtype), activation, 0.1, vectors,
-            corrects=corrects, wants_grad=residual, may_overwrite=overwrite,
+            prior=prior if corrects else None, state=state if corrects else None, wants_grad=residual, may_overwrite=overwrite,
         )  # fmt: skip
         if not overwrite:
             assert torch.equal(grad_out, drawn(shape, dtype, 4))
-        return {"grad_y": grad_y, "vectors": vectors} | ({"grad": grad} if residual else {})
+        return {"grad_y": grad_y, "vectors": vectors, "state": state} | ({"grad": grad} if residual else {})
 
     for options in itertools.product((False, True), repeat=4):
         close(*on_both_paths(lambda o=options: run(*o)), dtype)
@@ -178,8 +182,8 @@ def test_a_nan_stays_one():
         forward_(z, None, table, activation, 0.1, torch.zeros(()))
         assert bool(z.isnan().all())
         _, grad_y = backward(
-            torch.full((2, 8), torch.nan), torch.ones(2, 8), None, None, table, torch.zeros(2, 8), None, activation, 0.1,
-            torch.zeros(4, 8), corrects=False, wants_grad=False, may_overwrite=False,
+            torch.full((2, 8), torch.nan), torch.ones(2, 8), None, None, table, torch.zeros(2, 2, 8), None, activation, 0.1,
+            torch.zeros(4, 8), prior=None, state=None, wants_grad=False, may_overwrite=False,
         )  # fmt: skip
         assert bool(grad_y.isnan().all())
 

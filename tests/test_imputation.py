@@ -66,7 +66,7 @@ def test_imputation_is_measured_on_the_probe(channels):
     norm.train()
     start = norm.imputation.clone()
     torch.testing.assert_close(start[:, 0], torch.tensor([0.0, 0.5 + 1 / math.pi]))
-    statistics.watch(5)
+    statistics.begin(9, 5)
     for part in (slice(0, 3), slice(3, 7), slice(7, 9)):
         (layer(x[part], r[part]).sum() + statistics.nll()).div(9).backward()
     assert torch.equal(norm.imputation, start)
@@ -103,7 +103,7 @@ def test_correction_at_its_fixed_point_moves_neither_mean_nor_scale(mode, channe
     residual, gz = 0.6 * xhat.abs() + 0.3 * torch.randn_like(x), torch.randn_like(x) - 0.5 * xhat + 0.2
     for _ in range(2):  # the second has what the first measured
         inputs = x.clone().requires_grad_()
-        statistics.watch(40)
+        statistics.begin(None, 40)
         ((layer(inputs, residual) * gz).sum() + statistics.nll()).div(40).backward()
         statistics.update(40)
         norm.zero_grad()

@@ -12,6 +12,7 @@ from helpers import advance, largest_difference, state, tiny_recipe, trained
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
 from bln_train.norm import BatchlessNorm2d
+from bln_train.norm.balance import HORIZON
 from bln_train.norm.fuse import folded_layers, unfuse
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.records import StepRecord
@@ -68,16 +69,17 @@ def test_law_1_holds_for_every_model_family(model):
 def test_law_1_in_lower_precision(precision, bound):
     """Law 1 to 1e-5 in float32, in the state two real steps lead to; bf16 rounds activations, differently in each split.
 
+    A state in which no relu's input is within rounding of 0, where one entry of a gradient jumps (of seeds 0 to 4, 1 has one).
     In float32 image by image is also within 1e-5 of float64. Whole batches are not, in every state: in the first convolution's
     gradient nearly all cancels, and PyTorch's sum over 16 images was off by 4e-6 to 3e-5 in five states, ours by 0.7e-6 to 1.1e-6.
     """
-    experiment = build_experiment(tiny_recipe(train__precision=precision, train__seed=1))
+    experiment = build_experiment(tiny_recipe(train__precision=precision, train__seed=2))
     advance(experiment.trainer, 2)
     whole, single = gradients(experiment, 16, 16), gradients(experiment, 1, 16)
     for name, gradient in whole.items():
         assert (gradient - single[name]).norm() <= bound * gradient.norm(), name
     if precision == "fp32":
-        double = build_experiment(tiny_recipe(train__precision="fp64", train__seed=1))
+        double = build_experiment(tiny_recipe(train__precision="fp64", train__seed=2))
         double.model.load_state_dict(experiment.model.state_dict())
         for name, gradient in gradients(double, 16, 16).items():
             assert (gradient - single[name]).norm() <= bound * gradient.norm(), name
@@ -136,17 +138,25 @@ def test_one_step_equals_a_plain_loop():
     assert largest_difference(dict(model.state_dict()), dict(experiment.model.state_dict())) < 1e-12
 
 
-class Subtract(torch.autograd.Function):
-    """The identity, whose gradient has something subtracted."""
+class Correct(torch.autograd.Function):
+    """xhat, whose gradient weight * g loses weight * (A + B * xhat) / N, with the (A, B) of each image from those before it."""
 
     @staticmethod
-    def forward(ctx, x, subtrahend):
-        ctx.save_for_backward(subtrahend)
-        return x.clone()
+    def forward(ctx, xhat, weight, prior):
+        ctx.save_for_backward(xhat, weight, prior)
+        return xhat.clone()
 
     @staticmethod
-    def backward(ctx, g):
-        return g - ctx.saved_tensors[0], None
+    def backward(ctx, weighted):
+        xhat, weight, (shift, slope) = ctx.saved_tensors
+        n, g = len(xhat), weighted / weight.view(-1, 1, 1)
+        left, left_slope, out = torch.zeros_like(shift), torch.zeros_like(slope), []
+        for k in range(n):
+            a, b = shift + left / (n - k + HORIZON), slope + left_slope / (n - k + HORIZON)
+            rest = n * g[k] - a.view(-1, 1, 1) - b.view(-1, 1, 1) * xhat[k]
+            out.append(rest / n)
+            left, left_slope = left + rest.mean((1, 2)), left_slope + (rest * xhat[k]).mean((1, 2))
+        return torch.stack(out) * weight.view(-1, 1, 1), None, None
 
 
 def keep_moments(old, layer, args):
@@ -183,14 +193,11 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
         inputs = trainer.take_step.preprocess.train(trainer.data.train.images[index], instance_seeds(0, 0, index))
         seen = {}  # each layer's input and output gradient
 
-        num_images = len(index)
-
-        def formula(m, args, _, seen=seen, num_images=num_images):
+        def formula(m, args, _, seen=seen):
             mean, std, weight, bias = (t.view(-1, 1, 1) for t in (m.mean.detach(), m.std.detach(), m.weight, m.bias))
-            offset, slope = m.correction.view(2, 1, -1, 1, 1)
             live = (args[0] - mean) / std
             xhat = live.detach()
-            out = weight * Subtract.apply(live, weight.detach() * (offset + slope * xhat) / num_images) + bias
+            out = weight * Correct.apply(live, m.weight.detach(), m.correction.clone()) + bias
             out.register_hook(partial(remember, seen, m, args[0].detach(), xhat))
             return out
 
@@ -214,7 +221,10 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
             a, xhat, g = seen[m]
             torch.testing.assert_close(m.weight.grad, (g * xhat).sum((0, 2, 3)), rtol=1e-9, atol=1e-12)
             positions = a.shape[2] * a.shape[3]
-            m.correction.lerp_(torch.stack((g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)))) / positions, 0.1)
+            variance, first = torch.var_mean(xhat, (0, 2, 3), correction=0)
+            of_g, of_g_xhat = g.sum((0, 2, 3)) / positions, (g * xhat).sum((0, 2, 3)) / positions
+            slope = (of_g_xhat - of_g * first) / variance.clamp(min=0.1)
+            m.correction.lerp_(torch.stack((of_g - slope * first, slope)), 0.1)
             mean, std = m.mean.detach().clone(), m.std.detach().clone()
             new_mean = mean + 0.1 * (a.mean((0, 2, 3)) - mean)
             new_var = std**2 + 0.1 * ((a - mean.view(-1, 1, 1)).square().mean((0, 2, 3)) - std**2)

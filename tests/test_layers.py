@@ -30,6 +30,7 @@ LAYERS = [
         "runtime",
         "parallel",
         "norm.accounts",
+        "norm.balance",
         "norm.functional",
         "norm.probe",
         "norm.replay",

@@ -294,6 +294,8 @@ def test_fp16_overflow_is_the_scalers():
     for mode in ("stop", "skip"):
         trainer = build_experiment(tiny_recipe(train__precision="fp32", train__on_nonfinite=mode)).trainer
         trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+        with torch.no_grad():
+            trainer.take_step.model.fc.weight.mul_(20)  # larger gradients below
         records = advance(trainer, 2)
         assert len([r for r in records if isinstance(r, StepRecord)]) == 2
         assert trainer._skipped == 0

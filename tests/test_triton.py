@@ -16,6 +16,7 @@ from bln_train import build, runtime
 from bln_train.memory.predict import plan_memory
 from bln_train.memory.tracker import StorageTracker
 from bln_train.norm import compiled, triton_launch
+from bln_train.norm.balance import BalanceRow
 from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -91,14 +92,17 @@ def there_and_back(shape, dtype, order, activation, residual, given, corrects, o
     other = torch.empty(shape, dtype=real).contiguous(memory_format=order) if residual else None
     seen = torch.zeros_like(vectors) if watched else None
 
+    prior, state = torch.zeros(2, shape[1], dtype=real), torch.zeros(len(BalanceRow), shape[1], dtype=real)
+
     def run():
         sums = forward_(z, other, table, activation, 0.3, table.new_zeros(()), int(watched), seen)
         return backward(
             grad_out, z, torch.empty_like(z) if given else None, other, table, sums, table.new_zeros(()), activation, 0.3,
-            vectors, corrects=corrects, wants_grad=residual, may_overwrite=overwrite,
+            vectors, prior=prior if corrects else None, state=state if corrects else None, wants_grad=residual,
+            may_overwrite=overwrite,
         )  # fmt: skip
 
-    return run, [t for t in (table, vectors, z, grad_out, other, seen) if t is not None]
+    return run, [t for t in (table, vectors, z, grad_out, other, seen, prior, state) if t is not None]
 
 
 def test_never_more_memory_than_pytorch_and_the_partial_sums(launches):
@@ -122,12 +126,12 @@ def test_never_more_memory_than_pytorch_and_the_partial_sums(launches):
 
 
 def test_partial_sums_are_bounded(launches):
-    """Whatever the shape: at most PARTIAL_BYTES, and at most a few values for each channel where there are that many."""
+    """Whatever the shape: at most PARTIAL_BYTES, or a few values for each image and channel where there are that many."""
     for shape in ((64, 64, 112, 112), (1, 2048, 7, 7), (512, 16, 32, 32), (1, 3, 1024, 1024), (2, 30_000, 1, 1)):
         for order in (LAST, FIRST):
             grid = triton_launch._grid(torch.empty(shape, device="meta").contiguous(memory_format=order))
-            partials = 6 * 8 * grid.num_blocks * shape[1]
-            assert partials <= max(triton_launch.PARTIAL_BYTES, 6 * 8 * shape[1])
+            partials = 6 * 8 * grid.programs[0] * shape[1]
+            assert partials <= max(triton_launch.PARTIAL_BYTES, 6 * 8 * shape[0] * shape[1])
             assert grid.num_blocks * grid.tiles_per_program >= grid.num_tiles
             assert (grid.num_blocks - 1) * grid.tiles_per_program < grid.num_tiles
 
@@ -138,7 +142,7 @@ def test_a_cuda_plan_bounds_both_paths(size, monkeypatch):
     monkeypatch.setattr(triton_launch, "_kernels", lambda: pytest.fail("nothing may be launched"))
     called = []
     forward = triton_launch.forward
-    monkeypatch.setattr(triton_launch, "forward", lambda *args: (called.append(1), forward(*args)))
+    monkeypatch.setattr(triton_launch, "forward", lambda *args: (called.append(1), forward(*args))[1])
     of = [tiny_recipe(train__precision="bf16", runtime__compiled=wanted) for wanted in (True, False)]
     both, without = (plan_memory(recipe, [size], cuda=True)[0] for recipe in of)
     assert called
@@ -168,8 +172,13 @@ def compile_for(capability, name, args, options, folder):
         if value is None or argument.isupper() or (type(value) is int and value == 1 and not is_plain):
             signature[argument], constants[argument] = "constexpr", value
             continue
-        signature[argument] = "i32" if isinstance(value, int) else types[value.dtype]
-        if argument not in triton_kernels._TABLES and not is_plain and (not isinstance(value, int) or value % 16 == 0):
+        is_number = isinstance(value, int | float)
+        signature[argument] = {int: "i32", float: "fp32"}[type(value)] if is_number else types[value.dtype]
+        if (
+            argument not in triton_kernels._TABLES
+            and not is_plain
+            and (not is_number or (type(value) is int and value % 16 == 0))
+        ):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm
@@ -207,7 +216,7 @@ def test_every_variant_compiles_for_a_card_that_is_not_here(capability, launches
 def test_rows_of_channels_are_read_in_vectors(launches, tmp_path, monkeypatch):
     """16 bytes at a time where channels allow it; a slope keeps the precision of float64."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    there_and_back((2, 64, 4, 4), torch.float32, LAST, "relu", True, False, True, False, False)[0]()
+    there_and_back((2, 64, 8, 8), torch.float32, LAST, "relu", True, False, True, False, False)[0]()
     for name, _, args, options in launches.calls[::2]:
         ptx = compile_for(80, name, args, options, tmp_path)["ptx"]
         tensors = 2 if name == "forward" else 3

@@ -14,6 +14,7 @@ from helpers import largest_difference
 from torch import nn
 
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics, compiled, triton_launch
+from bln_train.norm.balance import HORIZON, BalanceRow
 from bln_train.norm.epilogue import Row, activate_, backward, forward_, map_, sums_of
 from bln_train.norm.fused import FoldedConvNorm
 
@@ -63,7 +64,18 @@ def tables(case, dtype):
     real, channels = torch.promote_types(dtype, torch.float32), SHAPES[case][0][1]
     table = drawn((len(Row), channels), real, 1)
     table[Row.SPREAD].abs_()
-    return table, drawn((2, channels), real, 2)
+    return table, drawn((SHAPES[case][0][0], 2, channels), real, 2)
+
+
+def correction(table):
+    """Prior and state, in which fewer images are to come than do."""
+    generator = torch.Generator().manual_seed(7)
+    prior, state = (
+        torch.randn(rows, table.shape[1], generator=generator, dtype=torch.float64).to(table)
+        for rows in (2, len(BalanceRow))
+    )
+    state[BalanceRow.TO_COME] = HORIZON + 1
+    return prior, state
 
 
 def on_both_paths(run, dtype):
@@ -108,20 +120,22 @@ def test_sums_and_map_apart(case):
 
 @pytest.mark.parametrize(("case", "dtype", "activation"), CASES, ids=str)
 def test_backward(case, dtype, activation):
-    """Both gradients and the four vectors, for q read off z and q given, corrected or not, overwriting or not."""
+    """Both gradients, the four vectors and the correction's state, for q read off z and q given, corrected or not, overwriting or
+    not."""
     table, sums = tables(case, dtype)
 
     def run(residual, given, corrects, overwrite):
         z = activate_(drawn(case, dtype, 3), activation, 0.3)
         grad_out, vectors = drawn(case, dtype, 4), torch.ones_like(table[:4])
+        prior, state = correction(table)
         grad, grad_y = backward(
             grad_out, z, drawn(case, dtype, 5) if given else None, drawn(case, dtype, 6) if residual else None, table, sums,
             table.new_tensor(0.3) if corrects or given else None, activation, 0.3, vectors,
-            corrects=corrects, wants_grad=residual, may_overwrite=overwrite,
+            prior=prior if corrects else None, state=state if corrects else None, wants_grad=residual, may_overwrite=overwrite,
         )  # fmt: skip
         assert overwrite or torch.equal(grad_out, drawn(case, dtype, 4))
         assert grad_y.dtype == dtype
-        return {"grad_y": grad_y, "vectors": vectors} | ({"grad": grad} if residual else {})
+        return {"grad_y": grad_y, "vectors": vectors, "state": state} | ({"grad": grad} if residual else {})
 
     every = list(itertools.product((False, True), repeat=4))
     few = [
@@ -144,7 +158,7 @@ def test_a_nan_stays_one():
         assert bool(sums.isnan().all())
         _, grad_y = backward(
             torch.full_like(z, torch.nan), torch.ones_like(z), None, None, table, torch.zeros_like(sums), None, activation, 0.1,
-            torch.zeros_like(table[:4]), corrects=False, wants_grad=False, may_overwrite=False,
+            torch.zeros_like(table[:4]), prior=None, state=None, wants_grad=False, may_overwrite=False,
         )  # fmt: skip
         assert bool(grad_y.isnan().all())
 
@@ -156,11 +170,12 @@ def test_the_same_bits_every_time():
     def run():
         z, nll, vectors = drawn("last 3", torch.float32, 3), table.new_zeros(()), torch.zeros_like(table[:4])
         own = forward_(z, None, table, "relu", 0.0, nll)
+        prior, state = correction(table)
         backward(
-            drawn("last 3", torch.float32, 4), z, None, None, table, sums, nll, "relu", 0.0, vectors, corrects=True,
+            drawn("last 3", torch.float32, 4), z, None, None, table, sums, nll, "relu", 0.0, vectors, prior=prior, state=state,
             wants_grad=False, may_overwrite=False,
         )  # fmt: skip
-        return own, nll, vectors
+        return own, nll, vectors, state
 
     assert all(map(torch.equal, run(), run()))
 
@@ -201,20 +216,23 @@ def test_as_large_as_layers_are(dtype, order, monkeypatch):
     monkeypatch.setitem(SHAPES, "large", ((8, 96, 56, 56), order))
     table, _ = tables("large", dtype)
     residual, grad_out = drawn("large", dtype, 4), drawn("large", dtype, 5)
+    prior, start = correction(table)
 
     compiled.use_compiled(False)
     z = drawn("large", dtype, 3)  # of both paths: in low precision each rounds another entry to 0, whose gradient jumps
     forward_(z, residual, table, "relu", 0.0, table.new_zeros(()))
 
-    def run(y, nll, vectors, seen):
+    def run(y, nll, vectors, seen, state):
         sums = forward_(y, residual, table, "relu", 0.0, nll, 3, seen)
         grad, grad_y = backward(
-            grad_out, z, None, residual, table, sums, nll, "relu", 0.0, vectors, corrects=True, wants_grad=True, may_overwrite=False
+            grad_out, z, None, residual, table, sums, nll, "relu", 0.0, vectors, prior=prior, state=state, wants_grad=True,
+            may_overwrite=False,
         )  # fmt: skip
         return {"y": y, "nll": nll, "vectors": vectors, "seen": seen, "sums": sums, "grad": grad, "grad_y": grad_y}
 
     def fresh():
-        return drawn("large", dtype, 3), table.new_zeros(()), torch.zeros_like(table[:4]), torch.zeros_like(table[:4])
+        zeros = torch.zeros_like(table[:4])
+        return drawn("large", dtype, 3), table.new_zeros(()), zeros, zeros.clone(), start.clone()
 
     on_both_paths(lambda: run(*fresh()), dtype)
     compiled.use_compiled(True)

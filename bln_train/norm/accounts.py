@@ -20,6 +20,8 @@ class Account:
         """() likelihood of the last forward's images, until the loss takes it."""
         self.num_images = self.num_positions = 0
         """Images, and positions of all of them."""
+        self.num_uses = 0
+        """In the last forward."""
         self.num_to_watch = num_to_watch
         """Images of the probe that are still to come."""
         self.is_open = num_to_watch > 0
@@ -34,6 +36,7 @@ class Account:
     def add(self, num_images: int, num_positions: int) -> None:
         """Count a training forward's images, and the positions of each."""
         self.num_images += num_images
+        self.num_uses += 1
         self.num_positions += num_images * num_positions
 
     def take(self, nll: Tensor) -> None:

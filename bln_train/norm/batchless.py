@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
+from bln_train.norm.balance import BalanceRow, begin_balance
 from bln_train.norm.functional import (
     Parametrization,
-    as_rows,
     batchless_norm,
     raw_from_std,
     std_from_raw,
+    sums_about,
 )
 from bln_train.norm.probe import Following, prepare_following, settle_following
 from bln_train.norm.replay import Run, addresses, at_once
@@ -50,7 +51,9 @@ class _BatchlessNorm(nn.Module):
 
     Attributes:
         mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
-        correction (2, C): buffer, running means of the output gradient g and of g*xhat per position, for a summed loss.
+        correction (2, C): buffer, running means of the coefficients A and B of the output gradient's regression on 1 and xhat, per
+            position and for a summed loss.
+        balance (3, C): buffer, not in the state dict: how the batch under way uses it (norm/balance.py).
         imputation (2, C): buffer of mode "imputed": where a relu follows, running means over the probe's images of the mean of
             h (norm/fused_function.py), and of its slope against weight*xhat, at least 0.1. Both start as those of a standard
             normal that nothing is added to.
@@ -65,6 +68,7 @@ class _BatchlessNorm(nn.Module):
     _dims: tuple[int, ...] = ()
 
     correction: Tensor | None
+    balance: Tensor | None
     imputation: Tensor | None
 
     def __init__(
@@ -120,6 +124,10 @@ class _BatchlessNorm(nn.Module):
             self.register_parameter("bias", None)
         correction = torch.zeros(2, num_features, device=device, dtype=dtype) if correction_rate else None
         self.register_buffer("correction", correction)
+        state = torch.zeros(len(BalanceRow), num_features, device=device, dtype=dtype) if correction_rate else None
+        self.register_buffer("balance", state, persistent=False)
+        self.is_reused = False
+        """Whether a forward uses the layer more than once: then the order of its images is not that of the batch."""
         imputation = None
         if correction is not None and correction_mode == "imputed":  # with weight 1 and bias 0
             imputation = torch.tensor([[0.0], [0.5 + 1 / math.pi]], device=device, dtype=dtype)
@@ -127,6 +135,7 @@ class _BatchlessNorm(nn.Module):
         self.register_buffer("imputation", imputation)
 
         self.account = Account()
+        begin_balance([self], None)
         self.first_moment: Tensor | None = None
         self.second_moment: Tensor | None = None
         """(C,) or (1,), of the last effective batch: means of xhat and of xhat^2."""
@@ -154,7 +163,7 @@ class _BatchlessNorm(nn.Module):
         shape = (-1, *([1] * (x.dim() - 2)))
         following = self.take_following()
         if following is not None:
-            scale, shift = following.read(self.sums_about_mean(x), x.numel() // x.shape[1], None).unbind(0)
+            scale, shift = following.read(sums_about(x, self.mean.detach()), x.numel() // x.shape[1], None).unbind(0)
             shift = torch.addcmul(shift, self.mean, scale, value=-1)
         else:
             scale, shift = self.affine_map()
@@ -184,6 +193,13 @@ class _BatchlessNorm(nn.Module):
             account.watched = torch.zeros(4, self.num_features, dtype=self.mean.dtype, device=self.mean.device)
         return number, account.watched
 
+    def count(self, num_images: int, num_positions: int) -> None:
+        """Note the `num_images` of a training forward, and the `num_positions` of each."""
+        self.account.add(num_images, num_positions)
+        if self.account.num_uses > 1 and not self.is_reused:
+            self.is_reused = True
+            begin_balance([self], None)
+
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self._dims or x.shape[1] != self.num_features or x.numel() == 0:
             dims = " or ".join(f"{d}-dimensional" for d in self._dims)
@@ -198,6 +214,7 @@ class _BatchlessNorm(nn.Module):
             self.weight,
             self.bias,
             correction=self.correction,
+            balance=self.balance,
             parametrization=self.parametrization,
             eps=self.eps,
             nll_weight=self.nll_weight,
@@ -208,8 +225,8 @@ class _BatchlessNorm(nn.Module):
         if self.account.is_open:
             number, watched = self.watch(num_images, num_positions)
             if watched is not None:
-                watched[:2] += self.sums_about_mean(x.detach()[:number])
-        self.account.add(num_images, num_positions)
+                watched[:2] += sums_about(x.detach()[:number], self.mean.detach())
+        self.count(num_images, num_positions)
         self.account.take(result.nll)
         return result.out
 
@@ -233,13 +250,10 @@ class _BatchlessNorm(nn.Module):
         """
         return update_layers([self], num_images)[0]
 
-    def close_account(self) -> None:
-        """Begin a new effective batch."""
-        self.account = Account()
-
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
         self.account = Account()
+        begin_balance([self], None)
         self.old_moments = None
         if self.statistics == "natural":
             self.mean.grad = self.raw_std.grad = None
@@ -249,17 +263,6 @@ class _BatchlessNorm(nn.Module):
         if self.following is not None and self.following.found is not None:
             settle_following([self])
         return self.following
-
-    def sums_about_mean(self, x: Tensor) -> Tensor:
-        """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
-        mean = self.mean.detach()
-
-        def sums(image: Tensor) -> Tensor:
-            view = as_rows(image)
-            centred = view.rows.to(mean.dtype) - mean.view(view.broadcast)
-            return torch.stack((centred.sum(view.reduced), (centred * centred).sum(view.reduced)))
-
-        return torch.stack([sums(image) for image in x.split(1)]).sum(0)
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
@@ -295,13 +298,13 @@ class BatchlessStatistics:
     """The batchless layers of a network, and what a training loop does with them.
 
     for each effective batch of N images:
-        statistics.watch(p)                            # optional: its first p images, as the probe
+        statistics.begin(N, p)                         # the first p images are the probe
         for each micro-batch:                          # of any size
             loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
             (loss / N).backward()
         statistics.update(N)                           # correction and natural step
         optimizer.step()                               # over everything but statistics.natural_parameters
-        statistics.follow(lambda: net(first p))        # optional, with watch: the statistics follow the weights
+        statistics.follow(lambda: net(first p))        # with p > 0: the statistics follow the weights
 
     Args:
         model: any module; one without batchless layers makes every method a no-op.
@@ -329,6 +332,7 @@ class BatchlessStatistics:
                 pending.append(account.nll)
                 account.nll = None
             account.is_open = account.num_to_watch > 0
+            account.num_uses = 0
         return torch.stack(pending).sum() if pending else 0.0
 
     def update(self, num_images: int, run: Run = at_once) -> Tensor | None:
@@ -353,10 +357,18 @@ class BatchlessStatistics:
         for layer in self.layers.values():
             layer.discard()
 
-    def watch(self, num_images: int) -> None:
-        """Begin an effective batch: note the moments of its first `num_images` images for `follow`."""
+    def begin(self, num_images: int | None, num_watched: int = 0) -> None:
+        """Begin an effective batch of `num_images`: the first `num_watched` are noted for `follow`.
+
+        Without it, or where the number is None, the correction of all images is that of the batches before.
+        """
         for layer in self.layers.values():
-            layer.account = Account(num_images)
+            layer.account = Account(num_watched)
+        self.begin_part(num_images)
+
+    def begin_part(self, num_images: int | None) -> None:
+        """Begin a part of the effective batch whose correction is balanced by itself, of `num_images`; see norm/balance.py."""
+        begin_balance(self.layers.values(), num_images)
 
     def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
         """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.

@@ -166,7 +166,9 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     number = ctypes.c_float if real == "float" else ctypes.c_double
     library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
-    library.backward.argtypes = [*[pointer] * 7, *[long] * 3, integer, number, integer, integer, *[pointer] * 3]
+    library.backward.argtypes = [
+        *[pointer] * 7, *[long] * 3, integer, number, pointer, pointer, number, integer, *[pointer] * 3,
+    ]  # fmt: skip
     library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 3, integer, integer, pointer]
     library.convolve.argtypes = [*[pointer] * 5, integer]
     library.convolve_backward.argtypes = [*[pointer] * 6, integer]

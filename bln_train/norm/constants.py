@@ -91,13 +91,12 @@ def _measure(
         gamma_scale = inverse if recompute[0] else gamma.reciprocal()
         gamma_shift = zero if recompute[0] else -shift / gamma
     if norm.correction is not None:
-        a, b = stack(n.correction for n in norms).unbind(1)
         if recompute[0]:  # q is yc
-            offset, gain = -scale * a, -scale * b * inverse
+            gain = scale * inverse
         else:  # xhat is taken for (q - beta - hidden) / (gamma * slope)
             hidden, slope = stack(n.imputation for n in norms).unbind(1) if _imputes(first) else (zero, 1 + zero)
-            gain = -inverse * b / slope
-            offset = -scale * a - gain * (shift + hidden)
+            gain = inverse / slope
+            offset = -gain * (shift + hidden)
 
     # As in norm/functional.py, with sums of yc in the place of sums of xhat.
     per_std = norm.nll_scale / std
@@ -117,6 +116,7 @@ def _measure(
         Row.RAW_MOMENT: -to_raw * square,
         Row.RAW_IMAGE: to_raw,
         Row.SPREAD: spread,
+        Row.INVERSE: inverse,
     }
     tables = torch.stack([rows[row].expand(size) for row in Row], 1)
     gradients = torch.zeros(len(layers), 4, norm.num_features, dtype=mean.dtype, device=mean.device) if gather else None

@@ -26,7 +26,8 @@ typedef __typeof__((vec){0} < (vec){0}) mask;
 enum { IDENTITY, RELU, LEAKY_RELU };
 
 /* Rows of a layer's table of constants: Row in norm/epilogue.py. */
-enum { SCALE, SHIFT, OFFSET, GAIN, GAMMA_SCALE, GAMMA_SHIFT, NLL_SQUARE, NLL_IMAGE, MEAN_MOMENT, RAW_MOMENT, RAW_IMAGE, SPREAD };
+enum { SCALE, SHIFT, OFFSET, GAIN, GAMMA_SCALE, GAMMA_SHIFT, NLL_SQUARE, NLL_IMAGE, MEAN_MOMENT, RAW_MOMENT, RAW_IMAGE, SPREAD,
+       INVERSE };
 
 static inline vec choose(mask which, vec yes, vec no) { return (vec)((which & (mask)yes) | (~which & (mask)no)); }
 
@@ -50,135 +51,224 @@ static void add_threads(double *sums, const double *shares, long length, int thr
         for (long i = 0; i < length; i++) sums[i] += shares[thread * length + i];
 }
 
-/* Rows first to last: y becomes act(scale * y + shift + residual), or stays where table is null; sums, (4, channels), gain
+/* Rows top to bottom, a tile: y becomes act(scale * y + shift + residual), or stays where table is null; sums, (4, channels), gain
    those of y and y^2 and, for a probe of a relu, those of q, as backward reads it off, and of q * y. */
-static int forward_rows(REAL *y, const REAL *residual, const REAL *table, long first, long last, long channels,
-                        int activation, REAL slope, int threads, int is_probe, double *sums) {
+static void forward_tile(REAL *y, const REAL *residual, const REAL *table, long top, long bottom, long channels, int activation,
+                         REAL slope, int is_probe, double *sums) {
+    const long begin = top * channels, end = bottom * channels;
+    for (long c = 0; c < channels; c += LANES) {
+        const vec zero = {0};
+        const vec scale = table ? load(table + SCALE * channels + c) : zero;
+        const vec shift = table ? load(table + SHIFT * channels + c) : zero;
+        const vec spread = is_probe ? load(table + SPREAD * channels + c) : zero;
+        vec sum = zero, square = zero, shown = zero, product = zero;
+        for (long i = begin + c; i < end; i += channels) {
+            const vec was = load(y + i);
+            vec v = was;
+            sum += v;
+            square += v * v;
+            if (!table) continue;
+            v = v * scale + shift;
+            if (residual) v += load(residual + i);
+            if (activation == RELU) v = choose(v < zero, zero, v); /* in this order a NaN stays one */
+            if (activation == LEAKY_RELU) v = choose(v < zero, v * slope, v);
+            store(y + i, v);
+            if (is_probe) {
+                const vec other = residual ? load(residual + i) : zero;
+                vec q = v - other;
+                if (activation == RELU) q = choose(v <= zero, shift + cut_off(other + shift, spread), q);
+                shown += q;
+                product += q * was;
+            }
+        }
+        add_to(sums + c, sum);
+        add_to(sums + channels + c, square);
+        if (is_probe) add_to(sums + 2 * channels + c, shown), add_to(sums + 3 * channels + c, product);
+    }
+}
+
+/* The tiles of all rows; sums gain as there. */
+static int forward_rows(REAL *y, const REAL *residual, const REAL *table, long num_rows, long channels, int activation, REAL slope,
+                        int threads, int is_probe, double *sums) {
     const long height = rows_of_tile(channels);
     double *shares = calloc(threads * 4 * channels, sizeof(double));
     if (!shares) return 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long top = first; top < last; top += height) {
-        const long begin = top * channels, end = smaller(top + height, last) * channels;
-        double *own = shares + omp_get_thread_num() * 4 * channels;
-        for (long c = 0; c < channels; c += LANES) {
-            const vec zero = {0};
-            const vec scale = table ? load(table + SCALE * channels + c) : zero;
-            const vec shift = table ? load(table + SHIFT * channels + c) : zero;
-            const vec spread = is_probe ? load(table + SPREAD * channels + c) : zero;
-            vec sum = zero, square = zero, shown = zero, product = zero;
-            for (long i = begin + c; i < end; i += channels) {
-                const vec was = load(y + i);
-                vec v = was;
-                sum += v;
-                square += v * v;
-                if (!table) continue;
-                v = v * scale + shift;
-                if (residual) v += load(residual + i);
-                if (activation == RELU) v = choose(v < zero, zero, v); /* in this order a NaN stays one */
-                if (activation == LEAKY_RELU) v = choose(v < zero, v * slope, v);
-                store(y + i, v);
-                if (is_probe) {
-                    const vec other = residual ? load(residual + i) : zero;
-                    vec q = v - other;
-                    if (activation == RELU) q = choose(v <= zero, shift + cut_off(other + shift, spread), q);
-                    shown += q;
-                    product += q * was;
-                }
-            }
-            add_to(own + c, sum);
-            add_to(own + channels + c, square);
-            if (is_probe) add_to(own + 2 * channels + c, shown), add_to(own + 3 * channels + c, product);
-        }
-    }
+    for (long top = 0; top < num_rows; top += height)
+        forward_tile(y, residual, table, top, smaller(top + height, num_rows), channels, activation, slope, is_probe,
+                     shares + omp_get_thread_num() * 4 * channels);
     add_threads(sums, shares, 4 * channels, threads);
     free(shares);
     return 0;
 }
 
-/* Writes act(scale * y + shift + residual) into y, and sums, (2, channels), of y and y^2; adds to probe, (4, channels), what
-   forward_rows says of the first probe_images, and to nll the likelihood of the images. Null: table, then y stays and there is
+/* Writes act(scale * y + shift + residual) into y, and sums, (num_images, 2, channels), of y and y^2; adds to probe, (4, channels),
+   what forward_tile says of the first probe_images, and to nll the likelihood of the images. Null: table, then y stays and there is
    no nll; residual; nll; probe, with 0 probe_images. */
 int forward(REAL *y, const REAL *residual, const REAL *table, long num_images, long num_positions, long channels,
             long probe_images, int activation, REAL slope, int threads, REAL *sums, REAL *probe, REAL *nll) {
-    const long between = probe_images * num_positions;
-    double *seen = calloc(8 * channels, sizeof(double)), *rest = seen + 4 * channels;
+    const long size = num_positions * channels, height = rows_of_tile(channels);
+    double *seen = calloc(num_images * 4 * channels, sizeof(double));
     int failed = !seen;
-    if (!failed && probe_images)
-        failed = forward_rows(y, residual, table, 0, between, channels, activation, slope, threads, 1, seen);
-    if (!failed && probe_images < num_images)
-        failed = forward_rows(y, residual, table, between, num_images * num_positions, channels, activation, slope, threads, 0, rest);
-    if (!failed) {
-        for (long i = 0; i < 2 * channels; i++) sums[i] = (REAL)(seen[i] + rest[i]);
-        for (long i = 0; probe_images && i < 4 * channels; i++) probe[i] += (REAL)seen[i];
-        double likelihood = 0;
-        for (long c = 0; nll && c < channels; c++)
-            likelihood += (double)table[NLL_SQUARE * channels + c] * sums[channels + c] / num_positions +
-                          (double)table[NLL_IMAGE * channels + c] * num_images;
-        if (nll) *nll += (REAL)likelihood;
+    if (!failed && num_images == 1)
+        failed = forward_rows(y, residual, table, num_positions, channels, activation, slope, threads, probe_images > 0, seen);
+    else if (!failed) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (long n = 0; n < num_images; n++)
+            for (long top = 0; top < num_positions; top += height)
+                forward_tile(y + n * size, residual ? residual + n * size : 0, table, top, smaller(top + height, num_positions),
+                             channels, activation, slope, n < probe_images, seen + n * 4 * channels);
     }
+    double likelihood = 0;
+    for (long n = 0; !failed && n < num_images; n++) {
+        const double *own = seen + n * 4 * channels;
+        for (long i = 0; i < 2 * channels; i++) sums[n * 2 * channels + i] = (REAL)own[i];
+        for (long i = 0; n < probe_images && i < 4 * channels; i++) probe[i] += (REAL)own[i];
+        for (long c = 0; nll && c < channels; c++)
+            likelihood += (double)table[NLL_SQUARE * channels + c] * own[channels + c] / num_positions +
+                          (double)table[NLL_IMAGE * channels + c];
+    }
+    if (nll && !failed) *nll += (REAL)likelihood;
     free(seen);
     return failed;
 }
 
-/* With g = grad_out * act'(z):  grad_y = scale * g + grad_nll * (offset + gain * q), and grad = g. q is `given` or, where that
-   is null, read off z: what entered the activation, less the residual. vectors, (4, channels), gain the gradients of mean,
-   raw std, gamma and beta, for which sums are those of the forward. grad or grad_y may be grad_out itself.
-   Null: given; residual; z, with the identity and a given q; grad; grad_nll, which is then 0; offset and gain are 0 unless
-   it corrects. */
-int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL *residual, const REAL *table,
-             const REAL *sums, const REAL *grad_nll, long num_images, long num_positions, long channels, int activation,
-             REAL slope, int corrects, int threads, REAL *grad_y, REAL *grad, REAL *vectors) {
-    const long height = rows_of_tile(channels), num_rows = num_images * num_positions;
-    const REAL weight = grad_nll ? *grad_nll : 0;
-    const int imputes = corrects && activation == RELU && !given;
-    double *shares = calloc((threads + 1) * 2 * channels, sizeof(double)), *total = shares + threads * 2 * channels;
-    if (!shares) return 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long top = 0; top < num_rows; top += height) {
-        const long begin = top * channels, end = smaller(top + height, num_rows) * channels;
-        double *own = shares + omp_get_thread_num() * 2 * channels;
-        for (long c = 0; c < channels; c += LANES) {
-            const vec zero = {0}, scale = load(table + SCALE * channels + c);
-            const vec offset = corrects ? weight * load(table + OFFSET * channels + c) : zero;
-            const vec gain = corrects ? weight * load(table + GAIN * channels + c) : zero;
-            const vec shift = load(table + SHIFT * channels + c), spread = load(table + SPREAD * channels + c);
-            vec sum = zero, product = zero;
-            for (long i = begin + c; i < end; i += channels) {
-                vec g = load(grad_out + i), q = zero;
-                if (activation == IDENTITY) {
-                    q = given ? load(given + i) : load(z + i);
-                } else {
-                    const vec out = load(z + i);
-                    q = out;
-                    if (activation == RELU) g = choose(out <= zero, zero, g);
-                    if (activation == LEAKY_RELU) g = choose(out <= zero, g * slope, g), q = choose(out < zero, out / slope, out);
-                    if (given) q = load(given + i);
-                }
-                const vec other = residual ? load(residual + i) : zero;
-                q -= other;
-                if (imputes) q = choose(load(z + i) <= zero, shift + cut_off(other + shift, spread), q);
-                sum += g;
-                product += g * q;
-                if (grad) store(grad + i, g);
-                store(grad_y + i, corrects ? g * scale + offset + q * gain : g * scale);
+/* What surrounds one layer's output, for backward; its arguments. */
+typedef struct {
+    const REAL *grad_out, *z, *given, *residual, *table;
+    long channels;
+    int activation, corrects;
+    REAL slope;
+    REAL *grad_y, *grad;
+} Backward;
+
+/* Rows top to bottom of all images, a tile: adds sums of g and g * q to sums, (2, channels), unless null, and writes grad_y and
+   grad with the map offset + gain * q, (2, channels), unless null. */
+static inline __attribute__((always_inline)) void backward_tile(const Backward *of, long top, long bottom, const REAL *map,
+                                                                double *sums) {
+    const long channels = of->channels, begin = top * channels, end = bottom * channels;
+    const REAL *table = of->table, *given = of->given, *residual = of->residual, *z = of->z;
+    const int activation = of->activation, imputes = of->corrects && activation == RELU && !given;
+    const REAL slope = of->slope;
+    for (long c = 0; c < channels; c += LANES) {
+        const vec zero = {0}, scale = load(table + SCALE * channels + c);
+        const vec offset = map ? load(map + c) : zero, gain = map ? load(map + channels + c) : zero;
+        const vec shift = load(table + SHIFT * channels + c), spread = load(table + SPREAD * channels + c);
+        vec sum = zero, product = zero;
+        for (long i = begin + c; i < end; i += channels) {
+            vec g = load(of->grad_out + i), q = zero;
+            if (activation == IDENTITY) {
+                q = given ? load(given + i) : load(z + i);
+            } else {
+                const vec out = load(z + i);
+                q = out;
+                if (activation == RELU) g = choose(out <= zero, zero, g);
+                if (activation == LEAKY_RELU) g = choose(out <= zero, g * slope, g), q = choose(out < zero, out / slope, out);
+                if (given) q = load(given + i);
             }
-            add_to(own + c, sum);
-            add_to(own + channels + c, product);
+            const vec other = residual ? load(residual + i) : zero;
+            q -= other;
+            if (imputes && map) q = choose(load(z + i) <= zero, shift + cut_off(other + shift, spread), q);
+            sum += g;
+            product += g * q; /* where q is cut off, g is 0 */
+            if (!map) continue;
+            if (of->grad) store(of->grad + i, g);
+            store(of->grad_y + i, of->corrects ? g * scale + offset + q * gain : g * scale);
         }
+        if (sums) add_to(sums + c, sum), add_to(sums + channels + c, product);
     }
-    add_threads(total, shares, 2 * channels, threads);
+}
+
+/* Rows of state: BalanceRow in norm/balance.py. */
+enum { LEFT_SHIFT, LEFT_SLOPE, TO_COME };
+
+/* A or B of the image that comes next, in one channel. */
+static inline double taken(const REAL *prior, const REAL *state, REAL horizon, int row, long channels, long c) {
+    return prior[row * channels + c] + state[row * channels + c] / fmax(state[TO_COME * channels + c], horizon);
+}
+
+/* That image's map; then what it leaves, from sums of its g and g * q, and of_y, its forward's: each null to leave it out. */
+static void balance_image(const REAL *table, const REAL *prior, REAL *state, REAL weight, REAL horizon, long num_positions,
+                          long channels, REAL *map, const double *sums, const REAL *of_y) {
     for (long c = 0; c < channels; c++) {
         const REAL *constants = table + c;
-        const double sum = total[c], product = total[channels + c];
-        vectors[c] += (REAL)(weight * constants[MEAN_MOMENT * channels] * sums[c] / num_positions);
-        vectors[channels + c] += (REAL)(weight * (constants[RAW_MOMENT * channels] * sums[channels + c] / num_positions +
-                                                 constants[RAW_IMAGE * channels] * num_images));
-        vectors[2 * channels + c] += (REAL)(constants[GAMMA_SCALE * channels] * product + constants[GAMMA_SHIFT * channels] * sum);
-        vectors[3 * channels + c] += (REAL)sum;
+        const double shift = taken(prior, state, horizon, LEFT_SHIFT, channels, c);
+        const double slope = taken(prior, state, horizon, LEFT_SLOPE, channels, c);
+        if (map) {
+            map[c] = (REAL)(-weight * (constants[SCALE * channels] * shift + constants[OFFSET * channels] * slope));
+            map[channels + c] = (REAL)(-weight * constants[GAIN * channels] * slope);
+        }
+        if (!sums || weight == 0) continue;
+        const double along_one = sums[c] / num_positions / weight, along_q = sums[channels + c] / num_positions / weight;
+        const double along_xhat = constants[GAMMA_SCALE * channels] * along_q + constants[GAMMA_SHIFT * channels] * along_one;
+        const double inverse = constants[INVERSE * channels];
+        const double first = inverse * of_y[c] / num_positions, second = inverse * inverse * of_y[channels + c] / num_positions;
+        state[LEFT_SHIFT * channels + c] += (REAL)(along_one - shift - slope * first);
+        state[LEFT_SLOPE * channels + c] += (REAL)(along_xhat - shift * first - slope * second);
+        state[TO_COME * channels + c] -= 1;
     }
-    free(shares);
-    return 0;
+}
+
+#define GROUP_BYTES 262144 /* of a thread's images that are read twice: they are to stay in its second cache */
+
+/* With g = grad_out * act'(z):  grad_y = scale * g - grad_nll * (scale * A + B * (offset + gain * q)), and grad = g. q is `given`
+   or, where that is null, read off z: what entered the activation, less the residual. (A, B) is the image's correction, from
+   prior, (2, channels), and state, (3, channels), which goes on to the images that come (norm/balance.py). vectors, (4, channels),
+   gain the gradients of mean, raw std, gamma and beta, for which sums, (num_images, 2, channels), are those of the forward. grad or
+   grad_y may be grad_out itself. Null: given; residual; z, with the identity and a given q; grad; grad_nll, which is then 0; prior
+   and state, then A and B are 0. */
+int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL *residual, const REAL *table,
+             const REAL *sums, const REAL *grad_nll, long num_images, long num_positions, long channels, int activation,
+             REAL slope, const REAL *prior, REAL *state, REAL horizon, int threads, REAL *grad_y, REAL *grad, REAL *vectors) {
+    const int corrects = state && grad_nll, apart = corrects && num_images > 1;
+    const Backward of = {grad_out, z, given, residual, table, channels, activation, corrects, slope, grad_y, grad};
+    const long height = rows_of_tile(channels), num_rows = num_images * num_positions, width = 2 * channels;
+    const long image_bytes = num_positions * channels * (long)sizeof(REAL) * (residual ? 3 : 2);
+    const long group = apart ? threads * (GROUP_BYTES > image_bytes ? GROUP_BYTES / image_bytes : 1) : 1;
+    const REAL weight = grad_nll ? *grad_nll : 0;
+    double *total = calloc((1 + (apart ? group : threads)) * width, sizeof(double)), *shares = total + width;
+    REAL *maps = calloc(group * width, sizeof(REAL));
+    const int failed = !total || !maps;
+    if (!failed && !apart) {
+        if (corrects) balance_image(table, prior, state, weight, horizon, num_positions, channels, maps, 0, 0);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (long top = 0; top < num_rows; top += height)
+            backward_tile(&of, top, smaller(top + height, num_rows), maps, shares + omp_get_thread_num() * width);
+        add_threads(total, shares, width, threads);
+        if (corrects) balance_image(table, prior, state, weight, horizon, num_positions, channels, 0, total, sums);
+    }
+    for (long first = 0; !failed && apart && first < num_images; first += group) {
+        const long num = smaller(group, num_images - first);
+        for (long i = 0; i < num * width; i++) shares[i] = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (long n = 0; n < num; n++)
+            for (long top = 0; top < num_positions; top += height)
+                backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
+                              0, shares + n * width);
+        for (long n = 0; n < num; n++)
+            balance_image(table, prior, state, weight, horizon, num_positions, channels, maps + n * width, shares + n * width,
+                          sums + (first + n) * width);
+        add_threads(total, shares, width, (int)num);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (long n = 0; n < num; n++)
+            for (long top = 0; top < num_positions; top += height)
+                backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
+                              maps + n * width, 0);
+    }
+    for (long c = 0; !failed && c < channels; c++) {
+        const REAL *constants = table + c;
+        double first = 0, second = 0;
+        for (long n = 0; n < num_images; n++) first += sums[n * width + c], second += sums[n * width + channels + c];
+        vectors[c] += (REAL)(weight * constants[MEAN_MOMENT * channels] * first / num_positions);
+        vectors[channels + c] += (REAL)(weight * (constants[RAW_MOMENT * channels] * second / num_positions +
+                                                 constants[RAW_IMAGE * channels] * num_images));
+        vectors[2 * channels + c] += (REAL)(constants[GAMMA_SCALE * channels] * total[channels + c] +
+                                            constants[GAMMA_SHIFT * channels] * total[c]);
+        vectors[3 * channels + c] += (REAL)total[c];
+    }
+    free(total);
+    free(maps);
+    return failed;
 }
 
 /* ---- the probe after a step; norm/probe.py says what is computed ---- */
@@ -193,7 +283,7 @@ int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, l
     const long num_rows = num_images * num_positions;
     double *sums = calloc(8 * channels, sizeof(double)), *wasted = sums + 4 * channels;
     REAL *map = calloc(2 * channels, sizeof(REAL));
-    int failed = !sums || !map || forward_rows(y, 0, 0, 0, num_rows, channels, IDENTITY, 0, threads, 0, sums);
+    int failed = !sums || !map || forward_rows(y, 0, 0, num_rows, channels, IDENTITY, 0, threads, 0, sums);
     if (!failed) {
         double *shift = sums, *square = sums + channels, all_shift = 0, all_square = 0;
         for (long c = 0; c < channels; c++) {
@@ -213,7 +303,7 @@ int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, l
             map[SCALE * channels + c] = (REAL)(scale * (unit ? unit[c] : 1));
             map[SHIFT * channels + c] = (REAL)(table[BETA * channels + c] - scale * change);
         }
-        failed = forward_rows(y, residual, map, 0, num_rows, channels, activation, slope, threads, 0, wasted);
+        failed = forward_rows(y, residual, map, num_rows, channels, activation, slope, threads, 0, wasted);
     }
     free(sums);
     free(map);

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bln_train.norm import triton_launch
+from bln_train.norm.balance import HORIZON, balance_images, weight_of_an_image
 from bln_train.norm.compiled import TYPES, address, library
 
 Activation = Literal["identity", "relu", "leaky_relu"]
@@ -34,7 +35,7 @@ class Row(IntEnum):
     """v = scale * y + shift is what enters the residual sum."""
     SHIFT = 1
     OFFSET = 2
-    """offset + gain * q is taken from the gradient of y, for a loss that weighs an image with 1; negative."""
+    """offset + gain * q is scale * xhat, or what stands in for it."""
     GAIN = 3
     GAMMA_SCALE = 4
     """sum of g * xhat = gamma_scale * sum of g * q + gamma_shift * sum of g."""
@@ -49,6 +50,8 @@ class Row(IntEnum):
     RAW_IMAGE = 10
     SPREAD = 11
     """8/pi * gamma^2, for `cut_off`."""
+    INVERSE = 12
+    """xhat = inverse * y."""
 
 
 def forward_(
@@ -72,23 +75,24 @@ def forward_(
         num_watched, watched: of the first images, the sums of y, y^2 and, for a relu, those of q as `backward` reads it off z,
             and of q * y, are added to watched, (4, C).
 
-    Returns: sums of y and y^2, (2, C).
+    Returns: each image's sums of y and y^2, (N, 2, C).
     """
     num_images, num_channels = y.shape[:2]
     num_positions = y.numel() // (num_images * num_channels)
     if triton_launch.takes(y, table.dtype, residual):
-        sums = table.new_empty(2, num_channels)
-        triton_launch.forward(y, residual, table, code(activation), slope, sums, nll, num_watched, watched)
-        return sums
+        return triton_launch.forward(y, residual, table, code(activation), slope, nll, num_watched, watched)
     kernels = kernels_for(y, table.dtype)
     if kernels is not None:
-        sums = torch.empty(2, num_channels, dtype=y.dtype)
+        sums = torch.empty(num_images, 2, num_channels, dtype=y.dtype)
         _compiled_forward(kernels, y, residual, table, num_watched, activation, slope, sums, watched, nll)
         return sums
-    sums = sums_of(y, table.dtype)
+    rows, axis = _by_image(y)
+    # The norm needs no temporary of y's size; y is centred, so that nothing is lost in squares of a large mean.
+    square = torch.linalg.vector_norm(rows, dim=axis, dtype=table.dtype).square_()
+    sums = torch.stack((rows.sum(axis, dtype=table.dtype), square), 1)
     before = None
     if watched is not None:
-        watched[:2] += sums_of(y[:num_watched], table.dtype)
+        watched[:2] += sums[:num_watched].sum(0)
         before = y[:num_watched].to(table.dtype, copy=True) if activation == "relu" else None
     map_(y, residual, table, activation, slope)
     if watched is not None and before is not None:
@@ -97,7 +101,7 @@ def forward_(
         watched[2] += rows.sum(axes)
         watched[3] += (rows * _flat(before)[0]).sum(axes)
     per_image = torch.addcmul(
-        num_images * table[Row.NLL_IMAGE], table[Row.NLL_SQUARE], sums[1], value=1 / num_positions
+        num_images * table[Row.NLL_IMAGE], table[Row.NLL_SQUARE], sums[:, 1].sum(0), value=1 / num_positions
     )
     nll += per_image.sum()
     return sums
@@ -106,28 +110,26 @@ def forward_(
 def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of y and of y^2 over everything but channels, taken in dtype: dense (N, C, *spatial) to (2, C)."""
     if triton_launch.takes(y, dtype):
-        sums = torch.empty(2, y.shape[1], dtype=dtype, device=y.device)
-        triton_launch.forward(y, None, None, code("identity"), 0.0, sums)
-        return sums
+        return triton_launch.sums_of(y, dtype)
     kernels = kernels_for(y, dtype)
     if kernels is None:
         rows, axes = _flat(y)
         # The norm needs no temporary of y's size; y is centred, so that nothing is lost in squares of a large mean.
         square = torch.linalg.vector_norm(rows, dim=axes, dtype=dtype).square_()
         return torch.stack((rows.sum(axes, dtype=dtype), square))
-    sums = torch.empty(2, y.shape[1], dtype=dtype)
+    sums = torch.empty(len(y), 2, y.shape[1], dtype=dtype)
     _compiled_forward(kernels, y, None, None, 0, "identity", 0.0, sums, None, None)
-    return sums
+    return sums[0] if len(y) == 1 else sums.sum(0)
 
 
 def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: Activation, slope: float) -> None:
     """`forward_` without its sums; of the table the rows SCALE and SHIFT are enough."""
     if triton_launch.takes(y, table.dtype, residual):
-        triton_launch.forward(y, residual, table, code(activation), slope, None)
+        triton_launch.map_(y, residual, table, code(activation), slope)
         return
     kernels = kernels_for(y, table.dtype)
     if kernels is not None:
-        sums = torch.empty(2, y.shape[1], dtype=y.dtype)
+        sums = torch.empty(len(y), 2, y.shape[1], dtype=y.dtype)
         _compiled_forward(kernels, y, residual, table, 0, activation, slope, sums, None, None)
         return
     rows, _ = _flat(y)
@@ -151,7 +153,8 @@ def backward(
     slope: float,
     vectors: Tensor,
     *,
-    corrects: bool,
+    prior: Tensor | None,
+    state: Tensor | None,
     wants_grad: bool,
     may_overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -166,16 +169,17 @@ def backward(
         z: what `forward_` gave; None where neither activation nor q needs it.
         given: q, dense; None to read it off z, and then a residual is taken off.
         table: (len(Row), C).
-        sums: (2, C), of `forward_`.
+        sums: (N, 2, C), of `forward_`.
         grad_nll: () gradient of the likelihood, which is the weight of one image in the loss; None for 0.
         vectors: (4, C), to which the gradients of mean, raw_std, gamma and beta are added, statistics as if they were one for
             each channel.
-        corrects: whether OFFSET and GAIN count.
+        prior, state: (2, C) and (len(BalanceRow), C), from which each image's correction (A, B) comes (norm/balance.py), and the
+            state goes on; None for 0.
         wants_grad: whether anybody reads g; else the first result may be any tensor.
         may_overwrite: whether grad_out may be.
 
-    Returns: g, the gradient of what enters the activation and of the residual; and scale * g + grad_nll * (offset + gain * q),
-        the gradient of y, in its dtype.
+    Returns: g, the gradient of what enters the activation and of the residual; and
+        scale * g - grad_nll * (scale * A + B * (offset + gain * q)), the gradient of y, in its dtype.
     """
     q = z if given is None else given
     order = grad_out if q is None else q
@@ -184,11 +188,12 @@ def backward(
     given_grad, grad_out = grad_out, in_order_of(grad_out, order)
     may_overwrite = may_overwrite or grad_out is not given_grad
     del given_grad
-    corrects = corrects and grad_nll is not None
+    if grad_nll is None:
+        prior = state = None
     on_device = triton_launch.takes(order, table.dtype, grad_out)
     if kernels is None and not on_device:
         return _eager_backward(
-            grad_out, z, given, residual, table, sums, grad_nll, activation, slope, vectors, corrects, may_overwrite
+            grad_out, z, given, residual, table, sums, grad_nll, activation, slope, vectors, prior, state, may_overwrite
         )
     num_images, num_channels = order.shape[:2]
     keeps = wants_grad and activation == "identity"  # g is grad_out
@@ -204,26 +209,14 @@ def backward(
     residual = residual if residual is None else in_order_of(residual, order)
     if on_device:
         triton_launch.backward(
-            grad_out,
-            z,
-            given,
-            residual,
-            table,
-            sums,
-            grad_nll,
-            code(activation),
-            slope,
-            corrects,
-            grad_y,
-            grad,
-            vectors,
-        )
+            grad_out, z, given, residual, table, sums, grad_nll, code(activation), slope, prior, state, grad_y, grad, vectors
+        )  # fmt: skip
         return grad_out if grad is None else grad, grad_y
     assert kernels is not None
     failed = kernels.backward(
         address(grad_out), address(z), address(given), address(residual), address(table), address(sums),
         address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, code(activation), slope,
-        corrects, num_threads(order), address(grad_y), address(grad), address(vectors),
+        address(prior), address(state), HORIZON, num_threads(order), address(grad_y), address(grad), address(vectors),
     )  # fmt: skip
     if failed:
         raise MemoryError("the backward pass of a folded layer ran out of memory")
@@ -234,6 +227,7 @@ def likelihood_backward(
     table: Tensor, sums: Tensor, grad_nll: Tensor, num_images: int, num_positions: int, vectors: Tensor
 ) -> None:
     """The part of `backward` that goes to mean and raw_std; arguments as there."""
+    sums = sums[0] if num_images == 1 else sums.sum(0)
     per_raw = torch.addcmul(num_images * table[Row.RAW_IMAGE], table[Row.RAW_MOMENT], sums[1], value=1 / num_positions)
     per_mean = table[Row.MEAN_MOMENT] * sums[0] / num_positions
     vectors[:2] += torch.stack((per_mean, per_raw)) * grad_nll
@@ -257,7 +251,8 @@ def _eager_backward(
     activation: Activation,
     slope: float,
     vectors: Tensor,
-    corrects: bool,
+    prior: Tensor | None,
+    state: Tensor | None,
     may_overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
     grad = grad_out
@@ -272,22 +267,27 @@ def _eager_backward(
         q = q - in_order_of(residual, q)
     elif q is None and z is not None:
         q = _shown(z, residual, table, activation, slope)
-    rows, axes = _flat(grad)
-    q_rows = rows if q is None else _flat(in_order_of(q, grad))[0]
+    rows, axis = _by_image(grad)
+    q_rows = rows if q is None else _by_image(in_order_of(q, grad))[0]
     del q, residual, z, given, grad_out
     wide = rows.to(table.dtype)  # low precision would overflow in sums and products
+    num_images, num_channels = grad.shape[:2]
+    num_positions = grad.numel() // (num_images * num_channels)
     if grad_nll is not None:
-        num_images, num_channels = grad.shape[:2]
-        likelihood_backward(table, sums, grad_nll, num_images, grad.numel() // (num_images * num_channels), vectors)
-    sum_g, product = wide.sum(axes), (wide * q_rows).sum(axes)
-    vectors[2] += torch.addcmul(product * table[Row.GAMMA_SCALE], sum_g, table[Row.GAMMA_SHIFT])
-    vectors[3] += sum_g
-    scale = _aligned(table[Row.SCALE], rows)
-    if corrects and grad_nll is not None:
-        offset, gain = (table[Row.OFFSET : Row.GAIN + 1] * grad_nll).unbind(0)
-        out = torch.addcmul(_aligned(offset, rows), q_rows, _aligned(gain, rows)).addcmul_(wide, scale)
-    else:
-        out = wide * scale
+        likelihood_backward(table, sums, grad_nll, num_images, num_positions, vectors)
+    sum_g, product = wide.sum(axis), (wide * q_rows).sum(axis)
+    along_xhat = torch.addcmul(product * table[Row.GAMMA_SCALE], sum_g, table[Row.GAMMA_SHIFT])
+    vectors[2] += along_xhat.sum(0)
+    vectors[3] += sum_g.sum(0)
+    scale = table[Row.SCALE]
+    out = wide * (scale if axis == 1 else scale.view(-1, 1))
+    if prior is not None and state is not None and grad_nll is not None:
+        inverse = table[Row.INVERSE]
+        seen = torch.stack((sum_g, along_xhat), 1) / (num_positions * weight_of_an_image(grad_nll))
+        moments = sums * torch.stack((inverse, inverse.square())) / num_positions
+        along_one, along_xhat = (balance_images(prior, state, seen, moments) * -grad_nll).unbind(1)
+        out.addcmul_(q_rows, (along_xhat * table[Row.GAIN]).unsqueeze(axis))
+        out += (along_one * scale + along_xhat * table[Row.OFFSET]).unsqueeze(axis)
     return grad, out.to(grad.dtype).as_strided(grad.shape, grad.stride())
 
 
@@ -381,6 +381,14 @@ def _flat(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         n, c, h, w = tensor.shape
         return tensor.as_strided((n * h * w, c), (c, 1)), (0,)
     return (tensor, (0,)) if tensor.dim() == 2 else (tensor.flatten(2), (0, 2))
+
+
+def _by_image(tensor: Tensor) -> tuple[Tensor, int]:
+    """Rows of a dense tensor, a view, (N, S, C), or (N, C, S) of a contiguous one; and their axis of positions."""
+    if channels_last(tensor):
+        n, c, h, w = tensor.shape
+        return tensor.as_strided((n, h * w, c), (h * w * c, c, 1)), 1
+    return (tensor.unsqueeze(1), 1) if tensor.dim() == 2 else (tensor.flatten(2), 2)
 
 
 def _aligned(per_channel: Tensor, rows: Tensor) -> Tensor:

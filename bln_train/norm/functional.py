@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bln_train.norm.balance import balance_images, weight_of_an_image
+
 Parametrization = Literal["log", "abs", "inv", "var"]
 
 
@@ -72,12 +74,28 @@ def as_rows(a: Tensor) -> Rows:
     return _rows_in_order(a, channels_last)
 
 
+def sums_about(x: Tensor, mean: Tensor) -> Tensor:
+    """Sums over images and positions of x - mean and of its square: (2, C), one image's temporaries at a time."""
+
+    def sums(image: Tensor) -> Tensor:
+        view = as_rows(image)
+        centred = view.rows.to(mean.dtype) - mean.view(view.broadcast)
+        return torch.stack((centred.sum(view.reduced), (centred * centred).sum(view.reduced)))
+
+    return torch.stack([sums(image) for image in x.split(1)]).sum(0)
+
+
 def _rows_in_order(a: Tensor, channels_last: bool) -> Rows:
     if a.dim() == 2:
         return Rows(a, (0,), (-1,))
     if channels_last:
         return Rows(a.movedim(1, -1).reshape(-1, a.shape[1]), (0,), (-1,))
     return Rows(a.reshape(a.shape[0], a.shape[1], -1), (0, 2), (-1, 1))
+
+
+def _by_image(rows: Tensor, num_images: int) -> Tensor:
+    """Rows with an axis of images: (N, S, C), or (N, C, S)."""
+    return rows.view(num_images, -1, rows.shape[1]) if rows.dim() == 2 else rows
 
 
 def _empty_rows(a: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -124,6 +142,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         correction: Tensor | None,
+        balance: Tensor | None,
         parametrization: Parametrization,
         eps: float,
         nll_scale: float,
@@ -154,7 +173,8 @@ class _BatchlessNormFunction(torch.autograd.Function):
             torch.addcmul(bias.view(shape), xhat, weight.view(shape), out=rows)
         else:
             rows.copy_(torch.addcmul(bias.view(shape), xhat, weight.view(shape)))
-        ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, correction, sum_xhat, sum_xhat_sq)
+        ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, sum_xhat, sum_xhat_sq)
+        ctx.correction, ctx.balance = correction, balance  # as they are when backward comes, which moves the latter
         ctx.shape, ctx.channels_last = a.shape, channels_last
         ctx.parametrization, ctx.nll_scale = parametrization, nll_scale
         ctx.num_images, ctx.num_positions = num_images, num_positions
@@ -165,7 +185,8 @@ class _BatchlessNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        xhat, std, raw_std, weight, correction, sum_xhat, sum_xhat_sq = ctx.saved_tensors
+        xhat, std, raw_std, weight, sum_xhat, sum_xhat_sq = ctx.saved_tensors
+        correction, balance = ctx.correction, ctx.balance
         needs_a, needs_mean, needs_raw, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         grad_a = grad_mean = grad_raw = grad_weight = grad_bias = None
 
@@ -176,7 +197,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
             grad_raw = grad_std * std_slope(raw_std, std, ctx.parametrization)
 
         if grad_out is None:
-            return None, grad_mean, grad_raw, *[None] * 7
+            return None, grad_mean, grad_raw, *[None] * 8
         grad_rows, reduced, shape = _rows_in_order(grad_out, ctx.channels_last)
         if needs_bias:
             grad_bias = grad_rows.sum(reduced, dtype=std.dtype)
@@ -189,10 +210,23 @@ class _BatchlessNormFunction(torch.autograd.Function):
             else:
                 # g - scale*(A + B*xhat). The likelihood enters the loss with the weight of one image, 1/N (times a loss
                 # scale), so its incoming gradient is that weight: the correction needs no second way to learn it.
-                offset, slope_xhat = (correction * (-grad_nll)).view(2, *shape).unbind(0)
-                rows = torch.addcmul(grad_rows * gain, torch.addcmul(offset, xhat, slope_xhat), gain)
+                taken = correction.unsqueeze(0)
+                num_positions = ctx.num_positions
+                images, positions = (_by_image(r, ctx.num_images) for r in (grad_rows, xhat))
+                axis = 1 if grad_rows.dim() == 2 else 2
+                if balance is not None:
+                    wide, of_x = images.to(std.dtype), positions.to(std.dtype)
+                    seen = torch.stack((wide.sum(axis), (wide * of_x).sum(axis)), 1) / (
+                        num_positions * weight_of_an_image(grad_nll)
+                    )
+                    moments = torch.stack((of_x.mean(axis), (of_x * of_x).mean(axis)), 1)
+                    taken = balance_images(correction, balance, seen, moments)
+                offset, slope_xhat = (taken * (-grad_nll)).unsqueeze(axis + 1).unbind(1)
+                rows = torch.addcmul(images * gain, torch.addcmul(offset, positions, slope_xhat), gain).view(
+                    grad_rows.shape
+                )
             grad_a = _from_rows(rows.to(grad_out.dtype), ctx.shape)
-        return grad_a, grad_mean, grad_raw, grad_weight, grad_bias, None, None, None, None, None
+        return grad_a, grad_mean, grad_raw, grad_weight, grad_bias, *[None] * 6
 
 
 def batchless_norm(
@@ -203,6 +237,7 @@ def batchless_norm(
     bias: Tensor | None = None,
     *,
     correction: Tensor | None = None,
+    balance: Tensor | None = None,
     parametrization: Parametrization = "log",
     eps: float = 1e-3,
     nll_weight: float = 1.0,
@@ -218,14 +253,16 @@ def batchless_norm(
 
     The gradient of `out` reaches a, weight and bias only; that of `nll` reaches mean and raw_std only. With a correction
     (A, B), a receives (weight / std) * (g - p * (A + B * xhat)), where g is the gradient of `out` and p that of `nll`,
-    which is the weight of one image in the loss. No image meets another: sums over micro-batches equal the whole batch's.
+    which is the weight of one image in the loss. Sums over micro-batches equal the whole batch's.
 
     Args:
         a: (N, C, *spatial), any memory format, floating point; under autocast it may be of lower precision than the
             statistics, in which sums are taken.
         mean, raw_std: (C,) or (1,); `raw_std` as in `std_from_raw`.
         weight, bias: (C,), both or neither.
-        correction: (2, C), running means A of g and B of g*xhat per position, for a loss that weighs each image with 1.
+        correction: (2, C), A and B per position, for a loss that weighs each image with 1.
+        balance: (len(BalanceRow), C), from which each image has an A and B of its own instead, backward by backward; see
+            norm/balance.py, where `correction` is the prior.
         parametrization, eps: what `raw_std` stores, see `std_from_raw`.
         nll_weight, nll_reduction: weight of the likelihood; over channels its "mean" (the paper's) or "sum".
 
@@ -234,5 +271,7 @@ def batchless_norm(
     num_channels, num_entries = a.shape[1], mean.numel()
     scale = nll_weight / num_entries if nll_reduction == "mean" else nll_weight * num_channels / num_entries
     return NormOutput(
-        *_BatchlessNormFunction.apply(a, mean, raw_std, weight, bias, correction, parametrization, eps, scale, gauge)
+        *_BatchlessNormFunction.apply(
+            a, mean, raw_std, weight, bias, correction, balance, parametrization, eps, scale, gauge
+        )
     )

@@ -10,8 +10,8 @@ needs x, which the layer before keeps as its z, and z. Its convolution takes
 
     gc = s * (g - p * (A + B * xhat))        g = gz * act'(z),  s = gamma / std * iw,  p: weight of one image in the loss
 
-where (A, B) is the running correction. Where a gradient arrives, xhat is (z - r - beta) / gamma; where a relu cut it off
-nothing shows it, and the correction wants it: `correction_mode` "exact" runs the convolution again, "imputed" takes
+where (A, B) is the image's correction (norm/balance.py). Where a gradient arrives, xhat is (z - r - beta) / gamma; where a relu cut
+it off nothing shows it, and the correction wants it: `correction_mode` "exact" runs the convolution again, "imputed" takes
 
     h = z - r - beta where z > 0,  else what is expected of gamma * xhat, were it normal, below -(beta + r): `cut_off`
 
@@ -130,7 +130,7 @@ class _ChainFunction(torch.autograd.Function):
             num_watched, watched = 0, None
             if account.is_open:
                 num_watched, watched = norm.watch(num_images, num_positions, own.iw, layer.activation == "relu")
-            account.add(num_images, num_positions)
+            norm.count(num_images, num_positions)
             sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
             values.append(z)
             keeps_z = layer.activation != "identity" or not own.recompute
@@ -182,7 +182,7 @@ class _ChainFunction(torch.autograd.Function):
                 wants_grad = step.residual is not None and (step.residual >= plan.num_inputs or needs[step.residual])
                 grad, grad_y = backward(
                     grad, z, given, residual, own.table, sums, grad_nll, layer.activation, layer.slope, vectors,
-                    corrects=own.corrects, wants_grad=wants_grad, may_overwrite=is_own,
+                    prior=layer.norm.correction, state=layer.norm.balance, wants_grad=wants_grad, may_overwrite=is_own,
                 )  # fmt: skip
                 del z, given, residual
                 if wants_grad and step.residual is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.functional import sums_about
 from bln_train.norm.fuse import folded_layers
 from bln_train.norm.moments import on_input
 
@@ -34,7 +35,7 @@ def layer_likelihoods(model: nn.Module) -> Iterator[dict[str, float]]:
     def see(norm: nn.Module, x: Tensor) -> None:
         assert isinstance(norm, _BatchlessNorm)
         squares, num = sums.get(norm, (0.0, 0))
-        sums[norm] = squares + norm.sums_about_mean(x)[1].double(), num + x.numel() // x.shape[1]
+        sums[norm] = squares + sums_about(x, norm.mean.detach())[1].double(), num + x.numel() // x.shape[1]
 
     found: dict[str, float] = {}
     with on_input(norms, see):

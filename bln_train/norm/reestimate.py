@@ -85,9 +85,9 @@ def _reestimate(norm: nn.Module, moments: Moments) -> bool:
     weight, old_bias = _copy(norm.weight), _copy(norm.bias)
     norm.bias.copy_(old_bias + weight * shift / old_std)
     norm.weight.copy_(weight * ratio)
-    if norm.correction is not None:  # E[g xhat'], with xhat' = (xhat - shift / old_std) / ratio
-        of_g, of_g_xhat = _copy(norm.correction)
-        norm.correction[1] = (of_g_xhat - of_g * shift / old_std) / ratio
+    if norm.correction is not None:  # A + B * xhat stays what it is, with xhat' = (xhat - shift / old_std) / ratio
+        along_one, along_xhat = _copy(norm.correction)
+        norm.correction.copy_(torch.stack((along_one + along_xhat * shift / old_std, along_xhat * ratio)))
     if norm.imputation is not None:  # h is what the relu shows, less bias'
         norm.imputation[0] += old_bias - norm.bias.double()
     return bool(too_small.any())

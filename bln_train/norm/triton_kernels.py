@@ -1,9 +1,9 @@
 """The kernels of norm/epilogue.py in Triton's language; norm/triton_launch.py calls them, and nothing else imports this.
 
-A tensor is parts of `length` positions each: one part of N * S positions where channels are adjacent in memory (AXIS, that of a
-tile's positions, is 0), N parts of S where positions are (AXIS is 1). A program walks some tiles one after the other and keeps
-their sums in registers, so that partials, (programs along positions, NUM_SUMS, C), are small; a second kernel adds those in their
-order. No atomics: the same shape on the same device gives the same bits.
+A tile is of one image: positions along AXIS, which is 0 where channels are adjacent in memory and 1 where positions are. A program
+walks some tiles of an image one after the other and keeps their sums in registers, so that partials, (N * programs of an image,
+NUM_SUMS, C), are small; a second kernel adds those in their order. No atomics: the same shape on the same device gives the same
+bits.
 
 REAL is the precision of tables and sums, in which everything between load and store is computed; tensors may be of a lower one.
 Offsets are 64-bit. What may be None says so.
@@ -12,6 +12,7 @@ Offsets are 64-bit. What may be None says so.
 import triton
 import triton.language as tl
 
+from bln_train.norm.balance import BalanceRow
 from bln_train.norm.epilogue import Row
 
 SCALE = tl.constexpr(int(Row.SCALE))
@@ -26,31 +27,34 @@ MEAN_MOMENT = tl.constexpr(int(Row.MEAN_MOMENT))
 RAW_MOMENT = tl.constexpr(int(Row.RAW_MOMENT))
 RAW_IMAGE = tl.constexpr(int(Row.RAW_IMAGE))
 SPREAD = tl.constexpr(int(Row.SPREAD))
+INVERSE = tl.constexpr(int(Row.INVERSE))
+LEFT_SHIFT = tl.constexpr(int(BalanceRow.LEFT_SHIFT))
+LEFT_SLOPE = tl.constexpr(int(BalanceRow.LEFT_SLOPE))
+TO_COME = tl.constexpr(int(BalanceRow.TO_COME))
 
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)
 
 # Numbers that change with the micro-batch, and pointers into tables: no reason to compile again.
-_PLAIN = ["length", "tiles_per_part", "num_tiles", "tiles_per_program", "watched_rows"]
+_PLAIN = ["num_positions", "num_tiles", "tiles_per_program", "num_blocks", "num_watched"]
 _FEW = ["num_blocks", "num_images", "num_positions"]
-_TABLES = ["table", "partials", "sums", "watched", "nll", "grad_nll", "vectors"]
+_TABLES = ["table", "partials", "sums", "watched", "nll", "grad_nll", "taken", "prior", "state", "vectors"]
 
 
 @triton.jit
-def _positions(tile, tiles_per_part, AXIS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
-    """The part that a tile is of, and its positions there, along AXIS."""
-    part = tile // tiles_per_part
-    first = (tile - part * tiles_per_part).to(tl.int64) * BLOCK_POSITIONS
-    return part.to(tl.int64), tl.expand_dims(first + tl.arange(0, BLOCK_POSITIONS), 1 - AXIS)
+def _positions(tile, AXIS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
+    """A tile's positions in its image, along AXIS."""
+    return tl.expand_dims((tile * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)).to(tl.int64), 1 - AXIS)
 
 
 @triton.jit
-def _offsets(part, positions, channels, length, num_channels, AXIS: tl.constexpr):
+def _offsets(image, positions, channels, num_positions, num_channels, AXIS: tl.constexpr):
     """Where a tile's entries lie."""
-    if AXIS == 0:  # there is one part
-        return positions * num_channels + channels
-    return part * num_channels * length + channels.to(tl.int64) * length + positions
+    begin = image.to(tl.int64) * num_positions * num_channels
+    if AXIS == 0:
+        return begin + positions * num_channels + channels
+    return begin + channels.to(tl.int64) * num_positions + positions
 
 
 @triton.jit
@@ -93,17 +97,24 @@ def _add_partials(
 
 
 @triton.jit
+def _taken(prior, state, row: tl.constexpr, channels, num_channels, horizon):
+    """A or B of the image that comes next."""
+    rest = tl.maximum(_row(state, TO_COME, channels, num_channels), horizon)
+    return _row(prior, row, channels, num_channels) + _row(state, row, channels, num_channels) / rest
+
+
+@triton.jit
 def _cut_off(shift, spread):
     return (tl.sqrt(shift * shift + spread) + shift) * -0.5
 
 
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_TABLES)
 def forward(
-    y, residual, table, partials, length, tiles_per_part, num_tiles, tiles_per_program, watched_rows, num_channels,
+    y, residual, table, partials, num_positions, num_tiles, tiles_per_program, num_blocks, num_watched, num_channels,
     REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, AXIS: tl.constexpr, NUM_SUMS: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y becomes act(scale * y + shift + residual); sums of y and y^2 and, where NUM_SUMS is 6, of the first `watched_rows` rows
+    """y becomes act(scale * y + shift + residual); sums of y and y^2 and, where NUM_SUMS is 6, of the first `num_watched` images
     those and, for a relu, those of q, as backward reads it off, and of q * y.
 
     None: residual; table, then y stays; partials, where NUM_SUMS is 0.
@@ -119,17 +130,18 @@ def forward(
         scale, shift = _row(table, SCALE, channels, num_channels), _row(table, SHIFT, channels, num_channels)
         if NUM_SUMS == 6:  # a map's table ends after SHIFT
             spread = _row(table, SPREAD, channels, num_channels)
-    begin = tl.program_id(0) * tiles_per_program
+    image = tl.program_id(0) // num_blocks
+    begin = (tl.program_id(0) - image * num_blocks) * tiles_per_program
     for tile in range(begin, tl.minimum(begin + tiles_per_program, num_tiles)):
-        part, positions = _positions(tile, tiles_per_part, AXIS, BLOCK_POSITIONS)
-        there = (positions < length) & is_channel
-        offsets = _offsets(part, positions, channels, length, num_channels, AXIS)
+        positions = _positions(tile, AXIS, BLOCK_POSITIONS)
+        there = (positions < num_positions) & is_channel
+        offsets = _offsets(image, positions, channels, num_positions, num_channels, AXIS)
         v = _load(y, offsets, there, REAL)
         if NUM_SUMS:
             total += v
             square += v * v
         if NUM_SUMS == 6:
-            is_seen = there & (part * length + positions < watched_rows)
+            is_seen = there & (image < num_watched)
             seen = tl.where(is_seen, v, zero)
             seen_total += seen
             seen_square += seen * seen
@@ -194,15 +206,17 @@ def finish_forward(
 
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_TABLES)
 def backward(
-    grad_out, z, given, residual, table, grad_nll, grad_y, grad, partials, length, tiles_per_part, num_tiles, tiles_per_program,
-    num_channels, REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, AXIS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, num_positions, num_tiles,
+    tiles_per_program, num_blocks, num_channels, horizon, REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    AXIS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """With g = grad_out * act'(z):  grad_y = scale * g + grad_nll * (offset + gain * q), grad = g, and sums of g and of g * q.
+    """With g = grad_out * act'(z):  grad_y = scale * g - grad_nll * (scale * A + B * (offset + gain * q)), grad = g, and sums of g
+    and of g * q.
 
-    q is `given` or, where that is None, read off z, less the residual. grad or grad_y may be grad_out itself: each entry is read
-    before it is written. None: z with the identity, which then needs `given`; given; residual; grad; grad_nll, then grad_y is
-    scale * g.
+    q is `given` or, where that is None, read off z, less the residual; (A, B) is the image's row of `taken`, (N, 2, C), or that of
+    the one image from prior and state. grad or grad_y may be grad_out itself: each entry is read before it is written. None: z with
+    the identity, which then needs `given`; given; residual; grad; grad_y, then nothing is written but sums; partials, then there
+    are none; taken; state, then A and B are 0.
     """
     channels = tl.expand_dims(tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), AXIS)
     is_channel = channels < num_channels
@@ -210,17 +224,26 @@ def backward(
         [BLOCK_POSITIONS if AXIS == 0 else BLOCK_CHANNELS, BLOCK_CHANNELS if AXIS == 0 else BLOCK_POSITIONS], REAL
     )
     total, product = zero, zero
+    image = tl.program_id(0) // num_blocks
     scale = _row(table, SCALE, channels, num_channels)
     shift, spread = _row(table, SHIFT, channels, num_channels), _row(table, SPREAD, channels, num_channels)
-    if grad_nll is not None:
+    if state is not None and grad_y is not None:
         weight = tl.load(grad_nll)
-        offset = weight * _row(table, OFFSET, channels, num_channels)
-        gain = weight * _row(table, GAIN, channels, num_channels)
-    begin = tl.program_id(0) * tiles_per_program
+        if taken is not None:
+            own = taken + image.to(tl.int64) * 2 * num_channels
+            along_one, along_xhat = _row(own, 0, channels, num_channels), _row(own, 1, channels, num_channels)
+        else:
+            along_one = _taken(prior, state, LEFT_SHIFT, channels, num_channels, horizon)
+            along_xhat = _taken(prior, state, LEFT_SLOPE, channels, num_channels, horizon)
+        along_one *= weight
+        along_xhat *= weight
+        offset = scale * along_one + _row(table, OFFSET, channels, num_channels) * along_xhat
+        gain = _row(table, GAIN, channels, num_channels) * along_xhat
+    begin = (tl.program_id(0) - image * num_blocks) * tiles_per_program
     for tile in range(begin, tl.minimum(begin + tiles_per_program, num_tiles)):
-        part, positions = _positions(tile, tiles_per_part, AXIS, BLOCK_POSITIONS)
-        there = (positions < length) & is_channel
-        offsets = _offsets(part, positions, channels, length, num_channels, AXIS)
+        positions = _positions(tile, AXIS, BLOCK_POSITIONS)
+        there = (positions < num_positions) & is_channel
+        offsets = _offsets(image, positions, channels, num_positions, num_channels, AXIS)
         g = _load(grad_out, offsets, there, REAL)
         if ACTIVATION != IDENTITY:
             out = _load(z, offsets, there, REAL)
@@ -240,40 +263,84 @@ def backward(
             q -= other
         if given is None and ACTIVATION == RELU:
             q = tl.where(out <= 0, shift + _cut_off(other + shift, spread), q)
-        total += g
-        product += g * q
+        if partials is not None:
+            total += g
+            product += g * q
         if grad is not None:
             _store(grad, offsets, g, there)
-        g *= scale
-        if grad_nll is not None:
-            g += offset + q * gain
-        _store(grad_y, offsets, g, there)
-    _store_partial(partials, 0, total, channels, num_channels, AXIS, 2)
-    _store_partial(partials, 1, product, channels, num_channels, AXIS, 2)
+        if grad_y is not None:
+            g *= scale
+            if state is not None:
+                g -= offset + q * gain
+            _store(grad_y, offsets, g, there)
+    if partials is not None:
+        _store_partial(partials, 0, total, channels, num_channels, AXIS, 2)
+        _store_partial(partials, 1, product, channels, num_channels, AXIS, 2)
 
 
 @triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_TABLES)
 def finish_backward(
-    partials, table, sums, grad_nll, vectors, num_blocks, num_images, num_positions, num_channels, REAL: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    partials, table, sums, grad_nll, prior, state, taken, vectors, num_blocks, num_images, num_positions, num_channels, horizon,
+    REAL: tl.constexpr, IS_ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """vectors, (4, C), gain the gradients of mean, raw_std, gamma and beta. None: grad_nll, which is then 0."""
+    """vectors, (4, C), gain the gradients of mean, raw_std, gamma and beta; image after image `state` goes on (norm/balance.py).
+
+    partials: those of the one image, where IS_ONE, else sums of each, (N, 2, C). sums: (N, 2, C), of the forward. None: grad_nll,
+    which is then 0; prior and state; taken, (N, 2, C), to which each image's (A, B) are written.
+    """
     channels = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     is_channel = channels < num_channels
-    total = _add_partials(partials, 0, num_blocks, channels, num_channels, REAL, 2, BLOCK, BLOCK_CHANNELS)
-    product = _add_partials(partials, 1, num_blocks, channels, num_channels, REAL, 2, BLOCK, BLOCK_CHANNELS)
+    zero = tl.zeros([BLOCK_CHANNELS], REAL)
+    all_g, all_product, all_y, all_square = zero, zero, zero, zero
+    gamma_scale = _row(table, GAMMA_SCALE, channels, num_channels)
+    gamma_shift = _row(table, GAMMA_SHIFT, channels, num_channels)
+    if state is not None:
+        weight = tl.load(grad_nll)
+        counts = weight != 0
+        unit = 1 / (tl.where(counts, weight, 1) * num_positions)
+        inverse = _row(table, INVERSE, channels, num_channels) / num_positions
+        inverse_square = inverse * _row(table, INVERSE, channels, num_channels)
+        left_shift = _row(state, LEFT_SHIFT, channels, num_channels)
+        left_slope = _row(state, LEFT_SLOPE, channels, num_channels)
+        to_come = _row(state, TO_COME, channels, num_channels)
+        prior_shift, prior_slope = _row(prior, 0, channels, num_channels), _row(prior, 1, channels, num_channels)
+    for image in range(num_images):
+        if IS_ONE:
+            g = _add_partials(partials, 0, num_blocks, channels, num_channels, REAL, 2, BLOCK, BLOCK_CHANNELS)
+            product = _add_partials(partials, 1, num_blocks, channels, num_channels, REAL, 2, BLOCK, BLOCK_CHANNELS)
+        else:
+            g = _row(partials + image * 2 * num_channels, 0, channels, num_channels)
+            product = _row(partials + image * 2 * num_channels, 1, channels, num_channels)
+        y = _row(sums + image * 2 * num_channels, 0, channels, num_channels)
+        square = _row(sums + image * 2 * num_channels, 1, channels, num_channels)
+        all_g += g
+        all_product += product
+        all_y += y
+        all_square += square
+        if state is not None:
+            rest = tl.maximum(to_come, horizon)
+            shift, slope = prior_shift + left_shift / rest, prior_slope + left_slope / rest
+            if taken is not None:
+                tl.store(taken + image * 2 * num_channels + channels, shift, mask=is_channel)
+                tl.store(taken + (image * 2 + 1) * num_channels + channels, slope, mask=is_channel)
+            if counts:
+                first, second = inverse * y, inverse_square * square
+                left_shift += g * unit - shift - slope * first
+                left_slope += (gamma_scale * product + gamma_shift * g) * unit - shift * first - slope * second
+                to_come -= 1
+    if state is not None:
+        tl.store(state + LEFT_SHIFT * num_channels + channels, left_shift, mask=is_channel)
+        tl.store(state + LEFT_SLOPE * num_channels + channels, left_slope, mask=is_channel)
+        tl.store(state + TO_COME * num_channels + channels, to_come, mask=is_channel)
     mean = vectors + channels
     raw, gamma, beta = mean + num_channels, mean + 2 * num_channels, mean + 3 * num_channels
     if grad_nll is not None:
-        weight = tl.load(grad_nll)
-        of_mean = (
-            _row(table, MEAN_MOMENT, channels, num_channels) * _row(sums, 0, channels, num_channels) / num_positions
-        )
-        of_raw = _row(table, RAW_MOMENT, channels, num_channels) * _row(sums, 1, channels, num_channels) / num_positions
+        nll_weight = tl.load(grad_nll)
+        of_mean = _row(table, MEAN_MOMENT, channels, num_channels) * all_y / num_positions
+        of_raw = _row(table, RAW_MOMENT, channels, num_channels) * all_square / num_positions
         of_raw += _row(table, RAW_IMAGE, channels, num_channels) * num_images
-        tl.store(mean, tl.load(mean, mask=is_channel) + weight * of_mean, mask=is_channel)
-        tl.store(raw, tl.load(raw, mask=is_channel) + weight * of_raw, mask=is_channel)
-    of_gamma = _row(table, GAMMA_SCALE, channels, num_channels) * product
-    of_gamma += _row(table, GAMMA_SHIFT, channels, num_channels) * total
+        tl.store(mean, tl.load(mean, mask=is_channel) + nll_weight * of_mean, mask=is_channel)
+        tl.store(raw, tl.load(raw, mask=is_channel) + nll_weight * of_raw, mask=is_channel)
+    of_gamma = gamma_scale * all_product + gamma_shift * all_g
     tl.store(gamma, tl.load(gamma, mask=is_channel) + of_gamma, mask=is_channel)
-    tl.store(beta, tl.load(beta, mask=is_channel) + total, mask=is_channel)
+    tl.store(beta, tl.load(beta, mask=is_channel) + all_g, mask=is_channel)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bln_train.errors import first_line
+from bln_train.norm.balance import HORIZON
 from bln_train.norm.compiled import compiled_is_wanted
 
 _TYPES: tuple[str, ...] = ("cuda",)  # of devices; a test adds the CPU, on which Triton's interpreter runs
@@ -38,7 +39,7 @@ _FINISH_CHANNELS = 512
 _FINISH_WARPS = 16
 _MOST_SUMS = 6
 PARTIAL_BYTES = _MOST_SUMS * _MOST_PROGRAMS * max(_TILE_CHANNELS.values()) * torch.float64.itemsize
-"""The most that partial sums take; beyond 16,384 channels it is `_MOST_SUMS` values for each."""
+"""The most that partial sums take, unless `_MOST_SUMS` values for each image and channel are more."""
 
 _hollow = False
 
@@ -58,14 +59,20 @@ class _Grid(NamedTuple):
     """How programs share a tensor; see norm/triton_kernels.py."""
 
     axis: int
-    length: int
-    tiles_per_part: int
+    num_images: int
+    num_positions: int
     num_tiles: int
     tiles_per_program: int
     num_blocks: int
+    """Programs of an image, for each block of channels."""
     num_channel_blocks: int
     block_positions: int
     block_channels: int
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """Along images and positions, and along channels."""
+        return self.num_images * self.num_blocks, self.num_channel_blocks
 
 
 def takes(order: Tensor, dtype: torch.dtype, *others: Tensor | None) -> bool:
@@ -90,59 +97,102 @@ def why_not_triton(device: torch.device) -> str:
 
 
 def forward(
-    y: Tensor, residual: Tensor | None, table: Tensor | None, activation: int, slope: float, sums: Tensor | None,
-    nll: Tensor | None = None, num_watched: int = 0, watched: Tensor | None = None,
-) -> None:  # fmt: skip
-    """`forward_` of norm/epilogue.py, into sums; without sums the map alone, without table the sums alone."""
+    y: Tensor, residual: Tensor | None, table: Tensor, activation: int, slope: float, nll: Tensor, num_watched: int = 0,
+    watched: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`forward_` of norm/epilogue.py."""
+    partials, total = _forward(y, residual, table, activation, slope, table.dtype, nll, num_watched, watched)
+    return _of_images(partials, len(y), total)
+
+
+def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sums_of` of norm/epilogue.py."""
+    return _forward(y, None, None, 0, 0.0, dtype, None, 0, None)[1]
+
+
+def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: int, slope: float) -> None:
+    """`map_` of norm/epilogue.py."""
+    grid = _grid(y)
+    if not _hollow:
+        with torch.cuda.device_of(y):
+            _kernels().forward[grid.programs](
+                y, residual, table, None, grid.num_positions, grid.num_tiles, grid.tiles_per_program, grid.num_blocks, 0,
+                y.shape[1], **_constants(grid, table.dtype, activation, slope), NUM_SUMS=0,
+            )  # fmt: skip
+
+
+def _forward(
+    y: Tensor, residual: Tensor | None, table: Tensor | None, activation: int, slope: float, real: torch.dtype,
+    nll: Tensor | None, num_watched: int, watched: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Partial sums, and those of all images, (2, C)."""
     grid = _grid(y)
     num_images, num_channels = y.shape[:2]
-    num_positions = y.numel() // (num_images * num_channels)
-    num_sums = 0 if sums is None else (2 if watched is None else _MOST_SUMS)
-    real = (sums if table is None else table).dtype  # type: ignore[union-attr] # one of them is there
-    partials = None
-    if num_sums:
-        partials = torch.empty(grid.num_blocks, num_sums, num_channels, dtype=real, device=y.device)
+    num_sums = 2 if watched is None else _MOST_SUMS
+    partials = torch.empty(grid.programs[0], num_sums, num_channels, dtype=real, device=y.device)
+    total = torch.empty(2, num_channels, dtype=real, device=y.device)
     if _hollow:
-        return
+        return partials, total
     kernels = _kernels()
     with torch.cuda.device_of(y):
-        kernels.forward[grid.num_blocks, grid.num_channel_blocks](
-            y, residual, table, partials, grid.length, grid.tiles_per_part, grid.num_tiles, grid.tiles_per_program,
-            num_watched * num_positions, num_channels, **_constants(grid, real, activation, slope), NUM_SUMS=num_sums,
+        kernels.forward[grid.programs](
+            y, residual, table, partials, grid.num_positions, grid.num_tiles, grid.tiles_per_program, grid.num_blocks,
+            num_watched, num_channels, **_constants(grid, real, activation, slope), NUM_SUMS=num_sums,
         )  # fmt: skip
-        if num_sums:
-            block_channels = min(_power_of_2(num_channels), _FINISH_CHANNELS)
-            kernels.finish_forward[1,](
-                partials, table, sums, watched, nll, grid.num_blocks, num_images, num_positions, num_channels,
-                REAL=_real(real), NUM_SUMS=num_sums, BLOCK=_FINISH_TILE // block_channels, BLOCK_CHANNELS=block_channels,
-                num_warps=_FINISH_WARPS,
-            )  # fmt: skip
+        block_channels = min(_power_of_2(num_channels), _FINISH_CHANNELS)
+        kernels.finish_forward[1,](
+            partials, table, total, watched, nll, grid.programs[0], num_images, grid.num_positions, num_channels,
+            REAL=_real(real), NUM_SUMS=num_sums, BLOCK=_FINISH_TILE // block_channels, BLOCK_CHANNELS=block_channels,
+            num_warps=_FINISH_WARPS,
+        )  # fmt: skip
+    return partials, total
+
+
+def _of_images(partials: Tensor, num_images: int, total: Tensor | None = None) -> Tensor:
+    """The first two sums of each image, (N, 2, C)."""
+    if num_images == 1 and total is not None:
+        return total.unsqueeze(0)
+    if partials.shape[:2] == (num_images, 2):
+        return partials
+    return partials.view(num_images, -1, *partials.shape[1:])[:, :, :2].sum(1)
 
 
 def backward(
     grad_out: Tensor, z: Tensor | None, given: Tensor | None, residual: Tensor | None, table: Tensor, sums: Tensor,
-    grad_nll: Tensor | None, activation: int, slope: float, corrects: bool, grad_y: Tensor, grad: Tensor | None, vectors: Tensor,
+    grad_nll: Tensor | None, activation: int, slope: float, prior: Tensor | None, state: Tensor | None, grad_y: Tensor,
+    grad: Tensor | None, vectors: Tensor,
 ) -> None:  # fmt: skip
-    """`backward` of norm/epilogue.py, into grad_y and, where it is wanted, grad; each may be grad_out. All in one memory order."""
+    """`backward` of norm/epilogue.py, into grad_y and, where it is wanted, grad; each may be grad_out. All in one memory order.
+
+    One image's correction is known before its sums; of several images the sums come first, in a pass of their own.
+    """
     grid = _grid(grad_out)
     num_images, num_channels = grad_out.shape[:2]
-    num_positions = grad_out.numel() // (num_images * num_channels)
-    partials = torch.empty(grid.num_blocks, 2, num_channels, dtype=table.dtype, device=grad_out.device)
-    if _hollow:
-        return
-    kernels = _kernels()
+    partials = torch.empty(grid.programs[0], 2, num_channels, dtype=table.dtype, device=grad_out.device)
+    first = state is None or num_images == 1
+    taken = None if first else torch.empty(num_images, 2, num_channels, dtype=table.dtype, device=grad_out.device)
+    constants = _constants(grid, table.dtype, activation, slope)
+
+    def run(grad_y: Tensor | None, grad: Tensor | None, partials: Tensor | None) -> None:
+        _kernels().backward[grid.programs](
+            grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, grid.num_positions,
+            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, HORIZON, **constants,
+        )  # fmt: skip
+
     with torch.cuda.device_of(grad_out):
-        kernels.backward[grid.num_blocks, grid.num_channel_blocks](
-            grad_out, z, given, residual, table, grad_nll if corrects else None, grad_y, grad, partials, grid.length,
-            grid.tiles_per_part, grid.num_tiles, grid.tiles_per_program, num_channels,
-            **_constants(grid, table.dtype, activation, slope),
-        )  # fmt: skip
+        if not _hollow:
+            run(*((grad_y, grad, partials) if first else (None, None, partials)))
+        seen = partials if num_images == 1 else _of_images(partials, num_images)
+        if _hollow:
+            return
         block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[0])
-        kernels.finish_backward[-(-num_channels // block_channels),](
-            partials, table, sums, grad_nll, vectors, grid.num_blocks, num_images, num_positions, num_channels,
-            REAL=_real(table.dtype), BLOCK=_FINISH_TILE // block_channels, BLOCK_CHANNELS=block_channels,
-            num_warps=_FINISH_WARPS,
+        _kernels().finish_backward[-(-num_channels // block_channels),](
+            seen, table, sums, grad_nll, prior, state, taken, vectors, grid.programs[0], num_images, grid.num_positions,
+            num_channels, HORIZON, REAL=_real(table.dtype), IS_ONE=num_images == 1, BLOCK=_FINISH_TILE // block_channels,
+            BLOCK_CHANNELS=block_channels, num_warps=_FINISH_WARPS,
         )  # fmt: skip
+        if not first:
+            run(grad_y, grad, None)
 
 
 def _axis(tensor: Tensor) -> int | None:
@@ -156,18 +206,16 @@ def _axis(tensor: Tensor) -> int | None:
 
 def _grid(tensor: Tensor) -> _Grid:
     num_images, num_channels = tensor.shape[:2]
-    num_rows = tensor.numel() // num_channels
+    num_positions = tensor.numel() // (num_images * num_channels)
     axis = _axis(tensor)
     assert axis is not None
-    length = num_rows if axis == 0 else num_rows // num_images
     block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[axis])
-    block_positions = _TILE // block_channels
-    tiles_per_part, num_channel_blocks = -(-length // block_positions), -(-num_channels // block_channels)
-    num_tiles = tiles_per_part * (num_rows // length)
-    tiles_per_program = -(-num_tiles // max(1, _MOST_PROGRAMS // num_channel_blocks))
-    num_blocks = -(-num_tiles // tiles_per_program)
+    block_positions = min(_power_of_2(num_positions), _TILE // block_channels)
+    num_tiles, num_channel_blocks = -(-num_positions // block_positions), -(-num_channels // block_channels)
+    tiles_per_program = -(-num_tiles // max(1, _MOST_PROGRAMS // (num_channel_blocks * num_images)))
     return _Grid(
-        axis, length, tiles_per_part, num_tiles, tiles_per_program, num_blocks, num_channel_blocks, block_positions, block_channels
+        axis, num_images, num_positions, num_tiles, tiles_per_program, -(-num_tiles // tiles_per_program), num_channel_blocks,
+        block_positions, block_channels,
     )  # fmt: skip
 
 
@@ -220,6 +268,7 @@ def _trial(device: torch.device) -> str:
 
 @torch.no_grad()
 def _try_on(device: torch.device) -> str:
+    from bln_train.norm.balance import BalanceRow, balance_images
     from bln_train.norm.epilogue import Row, cut_off
 
     shape = (3, 5)
@@ -227,19 +276,25 @@ def _try_on(device: torch.device) -> str:
     table = torch.sin(numbers).view(len(Row), shape[1])
     table[Row.SPREAD].abs_()
     y, residual, grad_out, weight = (torch.cos(n * numbers[:15] + n).view(shape) for n in range(1, 5))
-    out, sums, nll = y.clone(), torch.empty(2, 5, device=device), torch.zeros((), device=device)
-    forward(out, residual, table, 1, 0.0, sums, nll)
+    out, nll = y.clone(), torch.zeros((), device=device)
+    sums = forward(out, residual, table, 1, 0.0, nll)
     z = torch.relu(y * table[Row.SCALE] + table[Row.SHIFT] + residual)
     likelihood = (table[Row.NLL_SQUARE] * (y * y).sum(0) + 3 * table[Row.NLL_IMAGE]).sum()
     vectors, grad_y, grad_nll = torch.zeros(4, 5, device=device), torch.empty_like(y), weight[0, 0]
-    backward(grad_out, out, None, residual, table, sums, grad_nll, 1, 0.0, True, grad_y, None, vectors)
+    prior, state = table[:2].clone(), torch.sin(numbers[: 5 * len(BalanceRow)]).view(-1, 5)
+    other = state.clone()
+    backward(grad_out, out, None, residual, table, sums, grad_nll, 1, 0.0, prior, state, grad_y, None, vectors)
     g = grad_out * (z > 0)
     shift = table[Row.SHIFT]
     q = torch.where(z > 0, z - residual, shift + cut_off(residual + shift, table[Row.SPREAD]))
-    gives = g * table[Row.SCALE] + grad_nll * (table[Row.OFFSET] + table[Row.GAIN] * q)
+    along_xhat = (g * q) * table[Row.GAMMA_SCALE] + g * table[Row.GAMMA_SHIFT]
+    seen, xhat = torch.stack((g, along_xhat), 1) / grad_nll, y * table[Row.INVERSE]
+    shifts, slopes = balance_images(prior, other, seen, torch.stack((xhat, xhat * xhat), 1)).unbind(1)
+    gives = (g - grad_nll * shifts) * table[Row.SCALE] - grad_nll * slopes * (table[Row.OFFSET] + table[Row.GAIN] * q)
     pairs = (
         (out, z),
-        (sums, torch.stack((y.sum(0), (y * y).sum(0)))),
+        (sums, torch.stack((y, y * y), 1)),
+        (state, other),
         (nll, likelihood),
         (grad_y, gives),
         (vectors[3], g.sum(0)),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from bln_train.norm.accounts import Account
+from bln_train.norm.balance import begin_balance, regression
 from bln_train.norm.functional import raw_from_std, std_from_raw, std_slope
 from bln_train.norm.replay import Run, addresses, at_once
 
@@ -66,7 +68,8 @@ def update_layers(layers: Sequence[_BatchlessNorm], num_images: int, run: Run = 
         if layer.statistics == "natural":
             layer.mean.grad = layer.raw_std.grad = None
     for layer in layers:
-        layer.close_account()
+        layer.account = Account()
+    begin_balance(layers, None)
     return said.nll.clone()  # a replay will write there again
 
 
@@ -108,7 +111,8 @@ def _watched_kind(layer: _BatchlessNorm) -> Hashable:
 
 
 def _correction_kind(layer: _BatchlessNorm) -> Hashable:
-    return _kind(layer), layer.account.num_positions, layer.correction_rate
+    has = layer.mean.grad is not None and layer.raw_std.grad is not None
+    return _kind(layer), layer.account.num_positions, layer.correction_rate, has
 
 
 def _learns_correction(layer: _BatchlessNorm) -> bool:
@@ -156,10 +160,25 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
     positions = account.num_positions / account.num_images * (account.num_images / num_images)
     of_bias = stack(layer.bias.grad for layer in layers if layer.bias is not None)
     of_weight = stack(layer.weight.grad for layer in layers if layer.weight is not None)
-    seen = torch.stack((of_bias, of_weight), 1) / positions
+    seen = (of_bias / positions, of_weight / positions)
+    # Statistics of a whole layer say nothing of its channels' own moments.
+    knows = first.share == "channel" and first.mean.grad is not None and first.raw_std.grad is not None
+    m1, excess = _moments_of(layers, num_images) if knows else (torch.zeros_like(of_bias),) * 2
+    found = regression(seen, (m1, excess + 1))
     torch._foreach_lerp_(
-        [x.correction for x in layers if x.correction is not None], list(seen.unbind(0)), first.correction_rate
+        [x.correction for x in layers if x.correction is not None], list(found.unbind(1)), first.correction_rate
     )
+
+
+def _moments_of(layers: Sequence[_BatchlessNorm], num_images: int) -> tuple[Tensor, Tensor]:
+    """m1 and m2 - 1 of an effective batch, (L, C) or (L, 1), off the gradients of the likelihood."""
+    first = layers[0]
+    raw = stack(layer.raw_std for layer in layers)
+    std = std_from_raw(raw, first.parametrization, first.eps)
+    scale = -first.nll_scale * (first.account.num_images / num_images)
+    m1 = stack(layer.mean.grad for layer in layers) * std / scale
+    slope = std_slope(raw, std, first.parametrization)
+    return m1, stack(layer.raw_std.grad for layer in layers) * std / (scale * slope)
 
 
 def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict[_BatchlessNorm, _Moments]:
@@ -167,10 +186,7 @@ def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict
     first = layers[0]
     mean, raw = stack(layer.mean for layer in layers), stack(layer.raw_std for layer in layers)
     std = std_from_raw(raw, first.parametrization, first.eps)
-    scale = -first.nll_scale * (first.account.num_images / num_images)
-    m1 = stack(layer.mean.grad for layer in layers) * std / scale
-    slope = std_slope(raw, std, first.parametrization)
-    excess = stack(layer.raw_std.grad for layer in layers) * std / (scale * slope)  # m2 - 1
+    m1, excess = _moments_of(layers, num_images)
     if first.statistics == "natural":
         rate = first.statistics_rate
         growth = (1 + rate * excess).clamp(min=0).sqrt()

@@ -66,6 +66,8 @@ class AccumulationStep:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.
         micro_batch_size: images in memory at once.
         probe_images: images of the effective batch on which statistics follow the weights; 0 for none.
+        balanced_parts: contiguous parts of the effective batch whose correction is balanced by itself (norm/balance.py), a multiple
+            of the number of processes; 0 for that number.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
         clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate).
@@ -94,6 +96,7 @@ class AccumulationStep:
         device: torch.device,
         micro_batch_size: int,
         probe_images: int = 0,
+        balanced_parts: int = 0,
         label_smoothing: float = 0.0,
         clip_norm: float | None = None,
         clip_step: float | None = None,
@@ -105,6 +108,7 @@ class AccumulationStep:
         self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
         self.label_smoothing, self.clip_norm, self.clip_step = label_smoothing, clip_norm, clip_step
         self.autocast, self.scaler, self.world = autocast, scaler, world
+        self.balanced_parts = balanced_parts or world.size
         self.reduced = False
         self.into_momentum = optimizer if isinstance(optimizer, MomentumAccumulatingSGD) else None
         if self.into_momentum is not None and (clip_norm is not None or scaler is not None):
@@ -133,7 +137,7 @@ class AccumulationStep:
                     centre_filters(layer.linear.weight)
             # From here on the weights' gradients are their momentum; it enters the sum over the processes once.
             self.into_momentum.begin(from_zero=self.world.rank > 0)
-        self.statistics.watch(max(0, self.probe_images - self.world.begin_of_share(num_images)))
+        self.statistics.begin(None, max(0, self.probe_images - self.world.begin_of_share(num_images)))
         random_state, running = torch.get_rng_state(), [buffer.clone() for buffer in self.running]
         try:
             loss_sum, correct = self.accumulate(images, index, seed, epoch, gradients_ready)
@@ -244,7 +248,7 @@ class AccumulationStep:
             with fold_once(self.folded, self._run):
                 if self.graphs is not None:
                     sums = self.graphs.begin(sums)
-                for num_done, batch in enumerate(self._micro_batches(images, self.world.share(index), seed, epoch)):
+                for num_done, batch in enumerate(self._balanced(images, index, seed, epoch)):
                     if num_done and self.into_momentum is None and self.stop_asked():
                         raise StopRequested
                     take(batch, sums)
@@ -252,6 +256,14 @@ class AccumulationStep:
                     sums = self.graphs.end(sums)
             gradients_ready()
         return sums.loss, sums.correct
+
+    def _balanced(self, images: ImageSet, index: Tensor, seed: int, epoch: int) -> Iterator[MicroBatch]:
+        """This process's micro-batches, part by part."""
+        own = self.balanced_parts // self.world.size
+        for number in range(self.world.rank * own, (self.world.rank + 1) * own):
+            part = World(number, self.balanced_parts).share(index)
+            self.statistics.begin_part(len(part))
+            yield from self._micro_batches(images, part, seed, epoch)
 
     def micro_step(self, batch: MicroBatch, sums: Sums) -> None:
         """Forward and backward of one micro-batch: adds to gradients, statistics' accounts and sums."""

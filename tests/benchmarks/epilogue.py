@@ -15,6 +15,7 @@ import sys
 import torch
 
 from bln_train import runtime
+from bln_train.norm.balance import BalanceRow
 from bln_train.norm.compiled import use_compiled
 from bln_train.norm.epilogue import Row, backward, forward_
 from bln_train.norm.triton_launch import why_not_triton
@@ -43,15 +44,17 @@ def directions(shape, has_residual, dtype, device):
     table = torch.zeros(len(Row), shape[1], device=device)
     table[Row.SCALE] = 0.5  # repeated in place it stays finite
     vectors, nll, weight = torch.zeros_like(table[:4]), table.new_zeros(()), table.new_ones(())
-    sums = torch.zeros_like(table[:2])
+    sums = table.new_zeros(shape[0], 2, shape[1])
+    prior, state = torch.zeros_like(table[:2]), torch.full_like(table[: len(BalanceRow)], torch.inf)
+    state[: BalanceRow.TO_COME] = 0
 
     def there():
         forward_(y, residual, table, "relu", 0.0, nll)
 
     def back():
         backward(
-            grad_out, y, None, residual, table, sums, weight, "relu", 0.0, vectors, corrects=True, wants_grad=has_residual,
-            may_overwrite=False,
+            grad_out, y, None, residual, table, sums, weight, "relu", 0.0, vectors, prior=prior, state=state,
+            wants_grad=has_residual, may_overwrite=False,
         )  # fmt: skip
 
     return {"forward": (there, (2 + has_residual) * y.nbytes), "backward": (back, (3 + 2 * has_residual) * y.nbytes)}

@@ -35,7 +35,7 @@ def bare_steps(experiment, effective, micro):
             index = order[start : start + effective]
             seeds = instance_seeds(0, epoch, index)
             loss_sum = torch.zeros(())
-            norms.watch(step.probe_images)
+            norms.begin(effective, step.probe_images)
             with standardize_once(step.standardized), fold_once(step.folded):
                 for at in range(0, effective, micro):
                     part = index[at : at + micro]

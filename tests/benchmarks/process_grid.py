@@ -28,7 +28,7 @@ def recipe(micro_batch_size):
         {
             "data": {"name": "shapes", "num_train": 43, "num_test": 10},
             "model": {"name": "resnet8"},
-            "norm": {"name": "batchless", "probe_images": 6, "init_images": 10},
+            "norm": {"name": "batchless", "probe_images": 6, "init_images": 10, "correction_parts": 12},
             "train": {
                 "epochs": 4,
                 "effective_batch_size": 10,

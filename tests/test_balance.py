@@ -1,0 +1,125 @@
+"""The correction that each image gets from those before it (float64)."""
+
+import pytest
+import torch
+from helpers import largest_difference
+from torch import nn
+
+from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
+from bln_train.norm.balance import HORIZON, BalanceRow, regression
+
+
+def drawn(num_images=40, std=1.0, dtype=torch.float64):
+    """A norm of true mean whose deviation may lag behind, an input, and a gradient of its output with parts along 1 and xhat."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_images, 3, 5, 5, generator=generator, dtype=dtype)
+    g = torch.randn(x.shape, generator=generator, dtype=dtype) + 0.5 * x + 0.3
+    norm = BatchlessNorm2d(3, dtype=dtype)
+    norm.set_statistics(x.mean((0, 2, 3)), std * x.std((0, 2, 3), correction=0))
+    return norm, x, g
+
+
+def corrected(norm, x, g, sizes, announced):
+    """(g - A - B * xhat) of each image, as the input's gradient shows it, of a summed loss."""
+    statistics, inputs = BatchlessStatistics(norm), x.clone().requires_grad_()
+    statistics.begin(announced)
+    for part, of_part in zip(inputs.split(sizes), g.split(sizes), strict=True):
+        ((norm(part) * of_part).sum() + statistics.nll()).backward()
+    return inputs.grad * norm.std.detach().view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("std", [1.0, 0.4])  # with the second xhat^2 is 6 on average
+def test_what_is_left_over_is_spread_over_the_images_to_come(std):
+    """Each image loses prior + left / (N - k + HORIZON); what is left over at last is in the state, and small."""
+    norm, x, g = drawn(std=std)
+    norm.correction.copy_(torch.tensor([[0.2], [-0.1]], dtype=x.dtype).expand(2, 3))
+    found = corrected(norm, x, g, 1, len(x))
+    xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
+    left, constant = torch.zeros(2, 2, 3, dtype=x.dtype).unbind(0)
+    for k, image in enumerate(found):
+        (a, b) = (norm.correction + left / (len(x) - k + HORIZON))[..., None, None]
+        torch.testing.assert_close(image, g[k] - a - b * xhat[k], rtol=1e-10, atol=1e-12)
+        left += torch.stack((image.mean((1, 2)), (image * xhat[k]).mean((1, 2))))
+        rest = g[k] - norm.correction[0].view(-1, 1, 1) - norm.correction[1].view(-1, 1, 1) * xhat[k]
+        constant += torch.stack((rest.mean((1, 2)), (rest * xhat[k]).mean((1, 2))))
+    torch.testing.assert_close(norm.balance[: BalanceRow.TO_COME], left, rtol=1e-10, atol=1e-10)
+    assert left.norm() < 0.85 * constant.norm()
+
+
+def test_no_split_changes_it():
+    """Micro-batches of any size, also where more images come than were announced, or nobody knows how many."""
+    for announced in (40, 7, None):
+        found = []
+        for sizes in (1, 7, 40):
+            norm, x, g = drawn(std=0.7)
+            found.append(
+                {"g": corrected(norm, x, g, sizes, announced), "state": norm.balance[: BalanceRow.TO_COME].clone()}
+            )
+        assert largest_difference(found[0], found[1]) < 1e-12
+        assert largest_difference(found[0], found[2]) < 1e-12
+
+
+def test_without_a_number_the_prior_is_taken():
+    """As where `begin` was never called, or the batch is over."""
+    norm, x, g = drawn()
+    norm.correction.fill_(0.1)
+    xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
+    torch.testing.assert_close(corrected(norm, x, g, 4, None), g - 0.1 - 0.1 * xhat, rtol=1e-10, atol=1e-12)
+    assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
+    corrected(norm, x, g, 4, 40)
+    norm.update(40)
+    assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
+    assert not norm.balance[: BalanceRow.TO_COME].any()
+
+
+def test_a_layer_used_twice_is_not_balanced():
+    """Its images come in another order with each split: it keeps to the prior, and law 1."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.conv = BatchlessNorm2d(3, dtype=torch.float64), nn.Conv2d(3, 3, 3, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.norm(self.conv(self.norm(x)))
+
+    found = []
+    for sizes in (1, 3, 8):
+        net, (_, x, _) = Twice(), drawn(8)
+        statistics = BatchlessStatistics(net)
+        net.norm.correction.fill_(0.3)
+        statistics.begin(8)
+        for part in x.split(sizes):
+            (net(part).square().sum() + statistics.nll()).backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+        assert net.norm.is_reused
+    assert largest_difference(found[0], found[1]) < 1e-12
+    assert largest_difference(found[0], found[2]) < 1e-12
+
+
+def test_regression_leaves_nothing_over():
+    """Also of values that are not standardised; of values that hardly vary it takes little."""
+    x, g = torch.randn(2, 1000, 4, dtype=torch.float64) * 1.7 + 0.4
+
+    def regressed(x):
+        return regression((g.mean(0), (g * x).mean(0)), (x.mean(0), (x * x).mean(0)))
+
+    shift, slope = regressed(x)
+    rest = g - shift - slope * x
+    assert rest.mean(0).abs().max() < 1e-12
+    assert (rest * x).mean(0).abs().max() < 1e-12
+    assert bool((regressed(1e-3 * x)[1].abs() < 1e-4 * slope.abs().max() * 1e3).all())
+
+
+def test_the_prior_follows_the_regression():
+    """update averages the batch's own coefficients, whatever the deviation in force."""
+    norm, x, g = drawn(std=0.5)
+    statistics = BatchlessStatistics(norm)
+    xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
+    ((norm(x) * g).sum() + statistics.nll()).div(40).backward()
+    statistics.update(40)
+    variance, first = torch.var_mean(xhat, (0, 2, 3), correction=0)
+    slope = ((g * xhat).mean((0, 2, 3)) - g.mean((0, 2, 3)) * first) / variance
+    expected = torch.stack((g.mean((0, 2, 3)) - slope * first, slope))
+    torch.testing.assert_close(norm.correction, 0.1 * expected, rtol=1e-9, atol=1e-12)

@@ -1,16 +1,25 @@
-"""What an exact correction would bring: batchless norms whose parts can be taken from elsewhere, trained on whole batches.
+"""What corrections of the backward pass bring: batchless norms that take theirs from anywhere, trained on whole batches.
 
-    python tests/benchmarks/settled_correction.py --correction settled --images 32 --gain 1
+    python tests/benchmarks/corrections.py --correction balanced --horizon 64 --gain 1 \\
+        --set model.name=resnet20 --set train.epochs=6
+    python tests/benchmarks/corrections.py --correction regression --gain 1 --errors 30 --set model.name=resnet20 \\
+        --set train.epochs=6 --set train.max_steps=80
 
-Research, not the product: unfolded, whole batches, plain SGD. The layer is that of `batchless` in exact mode (losses of its first
-steps are equal to 1e-5 in float64), except for where the backward correction comes from:
+Research, not the product: unfolded, whole batches, plain SGD. The layer is that of `batchless` in exact mode, except for where the
+backward correction (A, B) comes from:
 
-    average   running means over earlier batches, as in the product
-    batch     the batch itself, as in BatchNorm's backward
-    settled   averages, and afterwards a pass without loss through the batch's first images, scaled up, which takes out what the
-              averages left; --apart one image at a time, else those images together
+    average     running means of E[g] and E[g xhat] over earlier batches
+    batch       those of the batch itself
+    regression  the batch's own regression of g on 1 and xhat, which is BatchNorm's backward for any statistics in force
+    balanced    as in the product (norm/balance.py): running means of the regression's coefficients, and what the batch's images
+                before left over
+    settled     averages, and afterwards a pass without loss through the batch's first images, scaled up, which takes out what the
+                averages left; --apart one image at a time, else those images together
 
 Prints the train loss of each epoch and the accuracy on the held-out images, 10,000 training images each (recipes/RESULTS.md).
+With --errors N the weights then stay, and over N batches the gradients of convolutions are compared with those of `regression`:
+the energy of the difference over that of the gradient, of the first convolution, the middle one and the last, and the same of
+sums over batches.
 """
 
 import argparse
@@ -19,6 +28,8 @@ import torch
 from torch import nn
 
 from bln_train.build import build_experiment
+from bln_train.norm import balance
+from bln_train.norm.balance import BalanceRow, balance_images, regression
 from bln_train.recipe_file import load_recipe
 from bln_train.records import EpochRecord
 
@@ -44,8 +55,10 @@ class _Normalize(torch.autograd.Function):
         num_images = len(grad)
         of_weight, of_bias = (grad * xhat).sum((0, 2, 3)), grad.sum((0, 2, 3))
         # Of a summed loss, per position: a short batch must not change their meaning.
-        along_one, along_xhat = grad.mean((0, 2, 3)) * num_images, (grad * xhat).mean((0, 2, 3)) * num_images
-        shift, slope = layer.take_correction(along_one, along_xhat)
+        of_images = torch.stack((grad.mean((2, 3)), (grad * xhat).mean((2, 3))), 1) * num_images
+        moments = torch.stack((xhat.mean((2, 3)), (xhat * xhat).mean((2, 3))), 1)
+        along_one, along_xhat = of_images.mean(0)
+        shift, slope = layer.take_correction(of_images, moments)
         if layer.left is not None and layer.options.apart:
             grad = without_regression(grad, xhat)
         elif layer.left is not None:
@@ -98,12 +111,21 @@ class Norm(nn.Module):
         """The layer's map."""
         return (x - per_channel(self.mean)) * per_channel(self.weight / self.std) + per_channel(self.bias)
 
-    def take_correction(self, along_one, along_xhat):
-        """What to take out of the gradient along 1 and along xhat, given what this batch has of it."""
+    def take_correction(self, of_images, moments):
+        """What to take out of the gradient along 1 and along xhat, of all images or of each, given what they have of it."""
+        kind = self.options.correction
         if self.left is not None:
             return self.left
-        self.seen = along_one, along_xhat
-        return self.seen if self.options.correction == "batch" else (self.shift, self.slope)
+        own = of_images.mean(0)
+        self.seen = tuple(regression(own, moments.mean(0)) if kind in ("regression", "balanced") else own)
+        if kind in ("batch", "regression"):
+            return self.seen
+        if kind != "balanced":
+            return self.shift, self.slope
+        state = torch.zeros(len(BalanceRow), *self.shift.shape)
+        state[BalanceRow.TO_COME] = len(of_images) + self.options.horizon
+        balance.HORIZON = self.options.horizon
+        return balance_images(torch.stack((self.shift, self.slope)), state, of_images, moments).unbind(1)
 
     def update(self):
         """After a batch."""
@@ -111,6 +133,10 @@ class Norm(nn.Module):
         change = mean - self.mean
         self.std.copy_(((1 - RATE) * self.std**2 + RATE * (variance + change * change)).sqrt())
         self.mean += RATE * change
+        self.update_correction()
+
+    def update_correction(self):
+        """The part of that which leaves the statistics alone."""
         self.shift.lerp_(self.seen[0], RATE)
         self.slope.lerp_(self.seen[1], RATE)
 
@@ -174,10 +200,49 @@ def prepare(experiment, options):
     return experiment
 
 
+CORRECTIONS = ("average", "batch", "regression", "balanced", "settled")
+
+
+def print_errors(experiment, options):
+    """The table of --errors."""
+    model, step = experiment.model, experiment.trainer.take_step
+    layers = [module for module in model.modules() if isinstance(module, Norm)]
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    weights = [weights[0], weights[len(weights) // 2], weights[-1]]
+    generator, found, skipped = torch.Generator().manual_seed(1), {}, 10  # first batches only fill the averages
+    batches = [torch.randperm(10_000, generator=generator)[:128] for _ in range(skipped + options.errors)]
+    for kind in CORRECTIONS[:-1]:
+        options.correction = kind
+        for layer in layers:
+            layer.shift.zero_(), layer.slope.zero_()
+        found[kind] = []
+        for n, index in enumerate(batches):
+            inputs, labels, _ = step._load_first(experiment.data.train, index, 128, 0, n)
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+            for layer in layers:
+                layer.update_correction()
+            if n >= skipped:
+                found[kind].append([p.grad.clone() for p in weights])
+    for kind, gradients in found.items():
+        exact = found["regression"]
+        columns = []
+        for k in range(3):
+            difference = torch.stack([a[k] - b[k] for a, b in zip(gradients, exact, strict=True)])
+            own = torch.stack([a[k] for a in exact])
+            columns += [
+                difference.square().sum() / own.square().sum(),
+                difference.sum(0).square().sum() / own.sum(0).square().sum(),
+            ]
+        print(f"{kind:11s}", "  ".join(f"{float(error):.3f}" for error in columns[::2] + columns[1::2]))
+
+
 def main():
     """Train once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--correction", default="settled", choices=("average", "batch", "settled"))
+    parser.add_argument("--correction", default="balanced", choices=CORRECTIONS)
+    parser.add_argument("--horizon", type=float, default=balance.HORIZON, help="of a balanced correction, in images")
+    parser.add_argument("--errors", type=int, default=0, help="batches on which gradients are compared afterwards")
     parser.add_argument("--images", type=int, default=32, help="through which it is settled")
     parser.add_argument("--apart", action="store_true", help="as if one at a time were in memory")
     parser.add_argument(
@@ -189,13 +254,16 @@ def main():
     held_out = ["data.num_train=20000", "data.validation_fraction=0.5", "data.num_test=100"]
     fixed = ["norm=batch", "model.weight_standardization=true", f"train.seed={options.seed}"]
     recipe = load_recipe("cifar10_10k_resnet8", [*held_out, *fixed, *options.set])
-    for record in prepare(build_experiment(recipe), options).trainer.steps():
+    experiment = prepare(build_experiment(recipe), options)
+    for record in experiment.trainer.steps():
         if isinstance(record, EpochRecord):
             on_held_out = record.validation_accuracy
             accuracy = (
                 "" if on_held_out is None else f", {100 * on_held_out:.2f} % held out, {record.validation_loss:.3f}"
             )
             print(f"epoch {record.epoch}: train loss {record.train_loss:.3f}{accuracy}", flush=True)
+    if options.errors:
+        print_errors(experiment, options)
 
 
 if __name__ == "__main__":

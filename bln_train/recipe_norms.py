@@ -53,7 +53,7 @@ class BatchlessNormSection(Section):
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
     turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
-    probe_gain: Annotated[float, Field(gt=0, le=1)] = 0.25
+    probe_gain: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or

@@ -88,7 +88,7 @@ class _BatchlessNorm(nn.Module):
         gauge: bool = True,
         correction_rate: float = 0.1,
         correction_mode: Literal["exact", "imputed"] = "exact",
-        probe_gain: float = 0.25,
+        probe_gain: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

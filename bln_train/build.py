@@ -314,7 +314,7 @@ def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
         yield (
             f"BatchNorm sees {micro} image{'s' * (micro > 1)} at a time, not the effective batch of {effective}: this trains, "
             "but not to what the whole batch would give. norm.name=batchless gives the same result at any micro-batch size"
-            f"{' and number of processes' * (world.size > 1)}."
+            f"{' and, with norm.correction_parts, number of processes' * (world.size > 1)}."
         )
     if recipe.train.effective_batch_size > len(data.train):
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."

@@ -5,9 +5,10 @@
 *_old are moments of the images that the training forward saw under the old weights, *_new those under the new ones, layer after
 layer. The images are the same on both sides, so their sampling noise cancels; what upstream layers changed has already been
 normalised away in part. A gain of 1 undoes at once what the step did to mean and scale, where a corrected gradient
-(norm/balance.py) meant to do nothing; a gain of 0 lets the lag compound with depth. The ratio is of std^2 + (1e-4 + 1/n) * std_now^2
-for n positions: where images barely vary it says nothing, and of few values, as the two that a dense layer has of two images, it
-says little: now and then they all but agree, and their ratio would multiply the deviation by any number, step after step.
+(norm/balance.py) meant to do nothing; a gain of 0 lets the lag compound with depth. The ratio is of std^2 + (1e-4 + 1/n) *
+std_now^2 for n positions: where images barely vary it says nothing, and of few values, as the two that a dense layer has of two
+images, it says little: now and then they all but agree, and their ratio would multiply the deviation by any number, step after
+step.
 
 Everything that needs no image is worked out before and after, layers of one kind side by side, (L, C) at a time.
 """

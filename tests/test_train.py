@@ -158,6 +158,8 @@ def test_loss_scaling_changes_nothing(norm):
 def test_overflowing_loss_scale_skips_the_step():
     """Where the scaled gradient overflows, no parameter, statistic or correction moves, and the scale is halved."""
     trainer = with_scaler(tiny_recipe(train__precision="fp32"), 3e38)
+    with torch.no_grad():
+        trainer.take_step.model.fc.weight.mul_(20)  # larger gradients below
     before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}
     advance(trainer, 1)
     assert all(torch.equal(before[k], v) for k, v in trainer.take_step.model.state_dict().items())

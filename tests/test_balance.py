@@ -66,10 +66,12 @@ def test_without_a_number_the_prior_is_taken():
     xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
     torch.testing.assert_close(corrected(norm, x, g, 4, None), g - 0.1 - 0.1 * xhat, rtol=1e-10, atol=1e-12)
     assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
-    corrected(norm, x, g, 4, 40)
-    norm.update(40)
-    assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
-    assert not norm.balance[: BalanceRow.TO_COME].any()
+    for over in (lambda: norm.update(40), norm.discard):
+        corrected(norm, x, g, 4, 40)
+        assert bool(norm.balance[: BalanceRow.TO_COME].any())
+        over()
+        assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
+        assert not norm.balance[: BalanceRow.TO_COME].any()
 
 
 def test_a_layer_used_twice_is_not_balanced():

@@ -79,6 +79,7 @@ def build_experiment(
         tf32=recipe.train.precision == "tf32",
     )
     runtime.autocast(device, recipe.train.precision)  # says at once if the device cannot do the precision
+    _balanced_parts(recipe, world)  # and if the processes cannot share the parts
     with world.first_rank_first():
         data = load(recipe) if data is None else data
         preprocess = build_preprocess(recipe, data)
@@ -175,6 +176,7 @@ def assemble(
 
 
 def _balanced_parts(recipe: Recipe, world: World) -> int:
+    """Parts of an effective batch whose correction is balanced apart; raises UsageError where the processes cannot share them."""
     parts = recipe.norm.correction_parts if isinstance(recipe.norm, BatchlessNormSection) else "auto"
     if parts == "auto":
         return world.size

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
-from helpers import largest_difference
+from helpers import largest_difference, tiny_recipe
 from torch import nn
 
+from bln_train.build import build_experiment
+from bln_train.data import ImageSet
+from bln_train.errors import UsageError
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.balance import HORIZON, BalanceRow, regression
+from bln_train.parallel import World
 
 
 def drawn(num_images=40, std=1.0, dtype=torch.float64):
@@ -125,3 +129,30 @@ def test_the_prior_follows_the_regression():
     slope = ((g * xhat).mean((0, 2, 3)) - g.mean((0, 2, 3)) * first) / variance
     expected = torch.stack((g.mean((0, 2, 3)) - slope * first, slope))
     torch.testing.assert_close(norm.correction, 0.1 * expected, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_are_balanced_apart():
+    """`norm.correction_parts`: each part begins anew, with its own number of images, whatever the micro-batch."""
+    for micro in (1, 4):
+        norm = {"name": "batchless", "correction_parts": 3}
+        step = build_experiment(tiny_recipe(norm=norm, train__micro_batch_size=micro)).trainer.take_step
+        begin, lengths = step.statistics.begin_part, []
+        step.statistics.begin_part = lambda num, begin=begin, lengths=lengths: (lengths.append(num), begin(num))
+        list(step._balanced(step_images(), torch.arange(16), 0, 0))
+        assert lengths == [6, 5, 5]
+        assert all(
+            float(layer.balance[BalanceRow.TO_COME, 0]) == 5 + HORIZON for layer in step.statistics.layers.values()
+        )
+
+
+def step_images():
+    """16 images of no meaning."""
+    return ImageSet(torch.zeros(16, 3, 8, 8, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64))
+
+
+def test_parts_that_processes_cannot_share_are_refused():
+    """With what would do."""
+    recipe = tiny_recipe(norm={"name": "batchless", "correction_parts": 4})
+    with pytest.raises(UsageError, match="3 processes cannot share equally") as error:
+        build_experiment(recipe, world=World(0, 3))
+    assert "norm.correction_parts=6" in str(error.value)

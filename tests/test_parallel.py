@@ -28,12 +28,8 @@ RAGGED = {
     "train__effective_batch_size": 10,
     "train__micro_batch_size": 3,
     "train__epochs": 1,
-    "norm": {
-        "name": "batchless",
-        "probe_images": 6,
-        "init_images": 4,
-        "correction_parts": 12,
-    },  # for 1, 2, 3, 4 processes
+    # Parts of two images, which 1, 2 and 3 processes share.
+    "norm": {"name": "batchless", "probe_images": 6, "init_images": 4, "correction_parts": 6},
 }
 
 
@@ -96,13 +92,20 @@ def trained(recipe, world=None, *, num_steps=None, resume=None, change=lambda tr
 
 
 VARIANTS = {
-    "sgd, clipped, nesterov, probe, correction": {},
-    "one part each": {"norm__correction_parts": 4},
-    "no clipping, no probe": {"norm__probe_images": 0, "optimizer": {**SGD, "clip_norm": None}},
+    "sgd, clipped, nesterov, probe, correction": {"norm__correction_parts": 4},
+    "three parts each": {"norm__correction_parts": 12},
+    "no clipping, no probe": {
+        "norm__correction_parts": 4,
+        "norm__probe_images": 0,
+        "optimizer": {**SGD, "clip_norm": None},
+    },
     "no correction, not folded": {
         "norm": {**RAGGED["norm"], "correction_parts": "auto", "correction_rate": 0.0, "fold": False}
     },
-    "into momentum, update clipped": {"optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05}},
+    "into momentum, update clipped": {
+        "norm__correction_parts": 4,
+        "optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05},
+    },
     "paper, adam": {"norm": {"name": "batchless-paper", "init_images": 4}, "optimizer": {"name": "adam", "lr": 1e-3}},
     "group, adamw": {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
 }

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/process_grid.py
 
-20 steps of a ResNet-8 with the default norm (probe, correction, clipped SGD with Nesterov momentum) on batches of 10, 10, 10, 10
-and 3 images: no number of processes but 1 and 2 divides 10, and the last batch leaves the fourth process without an image.
+20 steps of a ResNet-8 with the default norm (probe, correction, clipped SGD with Nesterov momentum) on batches of 40, 40, 40, 40
+and 3 images, each balanced in 12 parts: of three or four images, and in the last batch of one or none, which leaves the fourth
+process without an image.
 Exits with 1 where a difference reaches 1e-10.
 """
 
@@ -26,12 +27,12 @@ PROCESSES, MICRO_BATCHES, NUM_STEPS, BOUND = (1, 2, 3, 4), (1, 3, 8), 20, 1e-10
 def recipe(micro_batch_size):
     return Recipe.model_validate(
         {
-            "data": {"name": "shapes", "num_train": 43, "num_test": 10},
+            "data": {"name": "shapes", "num_train": 163, "num_test": 10},
             "model": {"name": "resnet8"},
             "norm": {"name": "batchless", "probe_images": 6, "init_images": 10, "correction_parts": 12},
             "train": {
                 "epochs": 4,
-                "effective_batch_size": 10,
+                "effective_batch_size": 40,
                 "micro_batch_size": micro_batch_size,
                 "precision": "fp64",
             },
@@ -45,7 +46,7 @@ def recipe(micro_batch_size):
 def work(folder):
     """What each process does: the row of its number of processes."""
     with joined(torch.device("cpu"), 120) as world:
-        for micro in (*MICRO_BATCHES, 10) if world.size == 1 else MICRO_BATCHES:
+        for micro in (*MICRO_BATCHES, 40) if world.size == 1 else MICRO_BATCHES:
             experiment = build_experiment(recipe(micro), world=world)
             begin_together(world, recipe(micro), experiment)
             for _ in experiment.trainer.steps():
@@ -64,10 +65,10 @@ def main():
             )
             command = [sys.executable, *launcher, __file__, "--worker", name]
             subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        whole = torch.load(Path(name) / "1-10.pt", weights_only=True)
+        whole = torch.load(Path(name) / "1-40.pt", weights_only=True)
         worst = 0.0
         print(
-            f"largest |difference| of any weight or statistic from 1 process, micro-batch 10, after {NUM_STEPS} steps"
+            f"largest |difference| of any weight or statistic from 1 process, micro-batch 40, after {NUM_STEPS} steps"
         )
         print("processes  " + "".join(f"micro-batch {micro:<6}" for micro in MICRO_BATCHES))
         for size in PROCESSES:

@@ -7,8 +7,10 @@ this one have left over; that is spread over those to come:
     (A, B) of image k  =  prior + (left over by images 0 to k-1) / (N - k + HORIZON)
     left over by an image  =  its means of g and g*xhat  -  [[1, m1], [m1, m2]] (A, B)       m1, m2: its means of xhat and xhat^2
 
-so that at the end of a batch of N about the square root of HORIZON images' worth is left, and not of N. What is left is counted as
-it is: where statistics lag behind, m2 is not 1, and taking out B * xhat as if it were would leave (1 - m2) * B, layer after layer.
+so that of independent images the variance of N * HORIZON / (N + HORIZON) of them is left at the end, and not that of N. What is
+left is counted as it is: where statistics lag behind, m2 is not 1, and taking out B * xhat as if it were would leave (1 - m2) * B,
+layer after layer. Where xhat is imputed (norm/fused_function.py) what stands in for it counts as xhat.
+
 No image sees a later one, so any split into micro-batches gives the same; the order of the images counts.
 
 Legend as in norm/functional.py; A and B are per position, for a loss that weighs each image with 1.

@@ -55,13 +55,12 @@ class World:
         return self.stop_asked() if self.size == 1 else self.stop_agreed
 
     def begin_of_share(self, num: int) -> int:
-        """Where this process's share of `num` items begins; no two differ by more than one, and those of twice the processes divide
-        these."""
-        return -(-num * self.rank // self.size)
+        """Where this process's share of `num` items begins."""
+        return _begin_of_part(num, self.rank, self.size)
 
     def share(self, items: Sliceable) -> Sliceable:
-        """This process's contiguous share; it may be empty, that of rank 0 only where there are no items."""
-        return items[self.begin_of_share(len(items)) : -(-len(items) * (self.rank + 1) // self.size)]
+        """This process's share; it may be empty, that of rank 0 only where there are no items."""
+        return part_of(items, self.rank, self.size)
 
     @torch.no_grad()
     def add_up(self, tensors: Iterable[Tensor]) -> None:
@@ -146,6 +145,15 @@ class World:
 
 
 ALONE = World()
+
+
+def part_of(items: Sliceable, number: int, count: int) -> Sliceable:
+    """Part `number` of `count` contiguous ones, of equal lengths but for one; those of a multiple of `count` divide these."""
+    return items[_begin_of_part(len(items), number, count) : _begin_of_part(len(items), number + 1, count)]
+
+
+def _begin_of_part(num: int, number: int, count: int) -> int:
+    return -(-num * number // count)
 
 
 def _pieces(tensors: Iterable[Tensor], num_elements: int) -> Iterator[list[Tensor]]:

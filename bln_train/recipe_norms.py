@@ -46,7 +46,7 @@ class BatchlessNormSection(Section):
     """Rate of the running averages from which the backward correction of each batch starts; 0 turns the correction off."""
     correction_parts: Positive | Literal["auto"] = "auto"
     """Parts of each effective batch over which the correction balances what it takes out of the images' gradients; auto is one for
-    each process. With a number, which the processes must divide, their number changes no result."""
+    each process. With a number, which the processes must divide, their number changes no result; no micro-batch spans two parts."""
     correction_mode: Literal["auto", "exact", "imputed"] = "auto"
     """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
     it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe."""

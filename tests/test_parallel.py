@@ -122,6 +122,16 @@ def test_several_processes_end_where_one_does(variant):
         assert all(torch.equal(a, b) for a, b in zip(state(ranks[0][0]).values(), state(other).values(), strict=True))
 
 
+def test_by_default_each_process_balances_its_own_share():
+    """Two processes end where one does that balances two parts, and not where one does that balances the whole batch."""
+    recipe, parts = (
+        tiny_recipe(**RAGGED | {"norm": {**RAGGED["norm"], "correction_parts": number}}) for number in ("auto", 2)
+    )
+    found = state(in_ranks(2, lambda world: trained(recipe, world))[0][0])
+    assert largest_difference(state(trained(parts)[0]), found) < 1e-10
+    assert largest_difference(state(trained(recipe)[0]), found) > 1e-6
+
+
 def test_resume_with_other_processes_and_micro_batches():
     """A run that goes on with another number of processes and another micro-batch ends where one that never stopped ends."""
     for variant in ({}, {"optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05}}):

@@ -82,6 +82,12 @@ def test_activations_per_image_are_the_slope():
     assert second.activation_bytes - first.activation_bytes == pytest.approx(first.activation_bytes_per_image, rel=1e-3)
 
 
+def test_a_plan_is_of_the_micro_batch_that_was_asked_for():
+    """Also where the parts of a balanced correction are smaller: it bounds what they take."""
+    parts = recipe("norm.correction_parts=12")
+    assert plan_memory(parts, [3, 8], cuda=False) == plan_memory(recipe(), [3, 8], cuda=False)
+
+
 def test_a_plan_computes_nothing():
     """A micro-batch of 50,000 images is planned in the time and the memory of a small one."""
     of = recipe(effective=65536)

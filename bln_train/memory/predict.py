@@ -145,8 +145,13 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     """The recipe as a CPU can run it, with tensors of the same sizes, and images whose values nobody asks for."""
     precision = {"fp16": "bf16", "tf32": "fp32"}.get(recipe.train.precision, recipe.train.precision)
     change = {"precision": precision, "micro_batch_size": 1}
+    norm = recipe.norm
+    # No micro-batch spans two parts of a balanced correction, and those of a traced step would be smaller than asked for.
+    if isinstance(norm, BatchlessNormSection):
+        norm = norm.model_copy(update={"correction_parts": "auto"})
     return recipe.model_copy(
         update={
+            "norm": norm,
             "train": recipe.train.model_copy(update=change),
             "runtime": recipe.runtime.model_copy(update={"graphs": False}),
             "data": recipe.data.model_copy(update={"normalize": "symmetric"}),

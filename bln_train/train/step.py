@@ -22,7 +22,7 @@ from bln_train.norm.fused import fold_once
 from bln_train.norm.replay import Run, at_once
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
 from bln_train.optim import MomentumAccumulatingSGD
-from bln_train.parallel import ALONE, World, reduce_step
+from bln_train.parallel import ALONE, World, part_of, reduce_step
 from bln_train.rng import instance_seeds
 from bln_train.signals import StopRequested, never
 from bln_train.train.micro_step import Graphs, MicroBatch, Sums
@@ -261,7 +261,7 @@ class AccumulationStep:
         """This process's micro-batches, part by part."""
         own = self.balanced_parts // self.world.size
         for number in range(self.world.rank * own, (self.world.rank + 1) * own):
-            part = World(number, self.balanced_parts).share(index)
+            part = part_of(index, number, self.balanced_parts)
             self.statistics.begin_part(len(part))
             yield from self._micro_batches(images, part, seed, epoch)
 

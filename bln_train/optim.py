@@ -235,8 +235,9 @@ class Schedule:
         return 1.0
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set every group's rate for `step`; returns that of the first group."""
+        """Set every group's rate for `step`, and as `settled_lr` what warm-up is on the way to; returns the first group's rate."""
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+            group["settled_lr"] = group["peak_lr"] if step < self.warmup_steps else group["lr"]
         return float(optimizer.param_groups[0]["lr"])

@@ -70,7 +70,8 @@ class AccumulationStep:
             of the number of processes; 0 for that number.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
-        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate).
+        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate), while the
+            rate warms up with the one it comes to.
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
         world: the processes that share each effective batch; all take every step together.
@@ -189,7 +190,8 @@ class AccumulationStep:
 
     def _bound(self, clip_norm: float) -> float:
         """The gradient norm that this step clips to."""
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        group = self.optimizer.param_groups[0]
+        rate = float(group.get("settled_lr", group["lr"]))  # warm-up is there for short steps
         return clip_norm if self.clip_step is None or rate <= 0 else max(clip_norm, self.clip_step / rate)
 
     def give_up(self) -> None:

@@ -32,7 +32,7 @@ from bln_train.train.graph import MOST_PIXELS, GraphedSteps
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
-AUTO_PROBE = (4, 8)  # least and most images: fewer images let deep nets drift; more were measured to gain nothing
+_LEAST_PROBE, _ENOUGH_PROBE, _NORMS_PER_IMAGE = 4, 8, 4  # see recipes/RESULTS.md, "Depth"
 
 
 @dataclass(frozen=True)
@@ -221,15 +221,16 @@ def _fuse(model: nn.Module) -> Iterator[str]:
 def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
     """Images of the probe; 0 for norms without one.
 
-    Auto is measured on one image whatever the micro-batch, which must not change the result: the largest number, from 4 to
-    8, whose forward without gradients stays within the live tensors of one image's forward and backward.
+    Auto is measured on one image whatever the micro-batch, which must not change the result: the largest number whose forward
+    without gradients stays within the live tensors of one image's forward and backward, from 4 to 8 and in deep networks to one
+    for 4 norms: what a layer misjudges is passed on to all those above it.
     """
     norm = recipe.norm
     if not isinstance(norm, BatchlessNormSection):
         return 0
     number = norm.probe_images
     if number == "auto":
-        low, high = AUTO_PROBE
+        low, high = _LEAST_PROBE, max(_ENOUGH_PROBE, len(step.statistics.layers) // _NORMS_PER_IMAGE)
         one, few = step.live_bytes(data.train, 1, gradients=True), step.live_bytes(data.train, low, gradients=False)
         more = step.live_bytes(data.train, 2 * low, gradients=False)
         per_image = max(1, (more - few) // low)

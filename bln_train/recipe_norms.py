@@ -52,7 +52,8 @@ class BatchlessNormSection(Section):
     it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe."""
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
-    turns it off; auto takes as many, from 4 to 8, as need no more memory without gradients than one image with them."""
+    turns it off; auto takes as many as need no more memory without gradients than one image with them, from 4 to 8 and in
+    networks of more than 32 norms to one for 4 norms."""
     probe_gain: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from bln_train.build import AUTO_PROBE, assemble, network_on
+from bln_train.build import assemble, network_on
 from bln_train.build_data import build_preprocess, input_spec
 from bln_train.data import DataSet, ImageSet
 from bln_train.memory.allocator import BLOCK_BYTES, MIB, Block, CachingAllocator
@@ -105,25 +105,25 @@ def _rows(recipe: Recipe, micro_batch_sizes: Sequence[int], *, context_bytes: in
     effective, cuda = recipe.train.effective_batch_size, context_bytes is not None
     rest = {size: effective - size for size in micro_batch_sizes if size < effective < 2 * size}
     with _kernels(wanted=recipe.runtime.compiled and not cuda), torch.random.fork_rng(devices=[]):
-        traces, twins = _traces(_on_cpu(recipe), [*micro_batch_sizes, *rest.values()])
+        traces, twins, probe_images = _traces(_on_cpu(recipe), [*micro_batch_sizes, *rest.values()])
     rows = []
     for size in micro_batch_sizes:
         trace, single = traces[size], size in rest or size == effective
         seen = trace.all_but_second() if single else torch.ones(trace.num_events + 1, dtype=torch.bool)
         row = _row(trace, twins.get(size), seen, context_bytes=context_bytes)
-        row = _with_graphs(row, recipe) if cuda else row
+        row = _with_graphs(row, recipe, probe_images) if cuda else row
         if size in rest:  # gradients are there when the second and last micro-batch comes, which is smaller
             smaller = traces[rest[size]]
             second = _row(smaller, twins.get(rest[size]), smaller.second_micro_batch(), context_bytes=context_bytes)
             second = replace(second, micro_batch_size=size)
-            row = max(row, _with_graphs(second, recipe) if cuda else second, key=lambda r: r.total_bytes)
+            row = max(row, _with_graphs(second, recipe, probe_images) if cuda else second, key=lambda r: r.total_bytes)
         rows.append(row)
     return rows
 
 
-def _with_graphs(row: PlanRow, recipe: Recipe) -> PlanRow:
+def _with_graphs(row: PlanRow, recipe: Recipe, probe_images: int) -> PlanRow:
     """The row with the memory of recordings: what the recorded work allocates, apart from what all else finds in the allocator."""
-    wanted, norm = recipe.runtime.graphs, recipe.norm
+    wanted = recipe.runtime.graphs
 
     def is_recorded(num_images: int) -> bool:
         return wanted is not False and (wanted is True or num_images * recipe.image_size**2 <= MOST_PIXELS)
@@ -131,12 +131,9 @@ def _with_graphs(row: PlanRow, recipe: Recipe) -> PlanRow:
     own = 0.0
     if is_recorded(row.micro_batch_size):
         own = row.activation_bytes + (row.workspace_bytes or 0) - MATMUL_BYTES
-    elif isinstance(norm, BatchlessNormSection) and norm.probe_images:
-        number = norm.probe_images if norm.probe_images != "auto" else AUTO_PROBE[1]
-        if is_recorded(
-            number
-        ):  # the probe's forward alone, for which there is no figure: at most those images' way forth and back
-            own = number * row.activation_bytes_per_image
+    elif probe_images and is_recorded(probe_images):
+        # The probe's forward alone, for which there is no figure: at most those images' way forth and back.
+        own = probe_images * row.activation_bytes_per_image
     num_bytes = int(-(-own // (2 * MIB))) * 2 * MIB  # in whole segments of the allocator
     return replace(row, graph_bytes=num_bytes, total_bytes=row.total_bytes + num_bytes)
 
@@ -180,8 +177,8 @@ def _no_images(recipe: Recipe, num_images: int) -> DataSet:
     return DataSet(some, some, tuple(f"class {n}" for n in range(num_classes)), "no images")
 
 
-def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dict[int, Trace]]:
-    """A trace for each size, and for those that are like another one the same step with one image more."""
+def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dict[int, Trace], int]:
+    """A trace for each size, for those that are like another one the same step with one image more, and the probe's images."""
     device = torch.device("cpu")
     data = _no_images(recipe, recipe.train.effective_batch_size)
     preprocess = build_preprocess(recipe, data)
@@ -212,7 +209,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
         for size in sizes:
             if size not in found:
                 found[size] = _trace(step, data, size)
-    return found, twins
+    return found, twins, step.probe_images
 
 
 def _trace(step: AccumulationStep, data: DataSet, size: int, *, passes_only: bool = False) -> Trace:

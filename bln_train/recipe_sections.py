@@ -126,8 +126,8 @@ class _Optimizer(Section):
     """Factor of the weights in their gradient; on convolution and linear weights only, not on biases, norms and statistics."""
     clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
     """Bound on the global gradient norm; auto is none for every norm but `batchless`, and where gradients gather in the momentum,
-    which `clip_update` bounds. For `batchless` it is 1.0, with `sgd` at rates below 0.1, other than in warm-up, the looser 0.1 over the
-    step's rate."""
+    which `clip_update` bounds. For `batchless` it is 1.0, with `sgd` at rates below 0.1 the looser 0.1 over the step's rate, in
+    warm-up over the one it comes to."""
 
 
 class SgdSection(_Optimizer):

@@ -117,7 +117,7 @@ def test_peak_grows_with_the_micro_batch():
     ("model", "most"), [("resnet8", 8), ("resnet20", 8), ("wrn16_4", 8), ("paper_cnn", 8), ("resnet44", 10)]
 )
 def test_auto_probe_stays_within_the_memory_of_one_image(model, most):
-    """probe_images auto: from 4 to 8, or one for 4 norms; the same for every micro-batch, above 4 only within one image's tensors."""
+    """probe_images auto: from 4 to 8, or one for 4 norms; the same for every micro-batch, above 4 within one image's tensors."""
     found = set()
     for micro in (1, 8):
         norm = {"name": "batchless", "init_images": 4}

@@ -186,8 +186,11 @@ def test_looser_of_two_bounds_holds(lr, warmup_epochs, moves):
 
     Warm-up is there for short steps: the first of three is a third as long.
     """
-    recipe = tiny_recipe(norm={"name": "group"}, optimizer={"name": "sgd", "lr": lr, "momentum": 0.0, "weight_decay": 0.0,
-                                                            "clip_norm": 0.01}, schedule={"name": "constant", "warmup_epochs": warmup_epochs})  # fmt: skip
+    recipe = tiny_recipe(
+        norm={"name": "group"},
+        optimizer={"name": "sgd", "lr": lr, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 0.01},
+        schedule={"name": "constant", "warmup_epochs": warmup_epochs},
+    )
     trainer = build_experiment(recipe).trainer
     trainer.take_step.clip_step = 0.02
     before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}

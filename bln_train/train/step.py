@@ -70,8 +70,8 @@ class AccumulationStep:
             of the number of processes; 0 for that number.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
-        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate), while the
-            rate warms up with the one it comes to.
+        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate),
+            in warm-up with the rate it comes to.
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
         world: the processes that share each effective batch; all take every step together.

@@ -304,7 +304,7 @@ def finish_backward(
         left_slope = _row(state, LEFT_SLOPE, channels, num_channels)
         to_come = _row(state, TO_COME, channels, num_channels)
         prior_shift, prior_slope = _row(prior, 0, channels, num_channels), _row(prior, 1, channels, num_channels)
-    for image in range(num_images):
+    for image in tl.range(0, num_images, num_stages=1 if IS_ONE else 4):
         if IS_ONE:
             g = _add_partials(partials, 0, num_blocks, channels, num_channels, REAL, 2, BLOCK, BLOCK_CHANNELS)
             product = _add_partials(partials, 1, num_blocks, channels, num_channels, REAL, 2, BLOCK, BLOCK_CHANNELS)

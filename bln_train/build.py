@@ -32,7 +32,9 @@ from bln_train.train.graph import MOST_PIXELS, GraphedSteps
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
-_LEAST_PROBE, _ENOUGH_PROBE, _NORMS_PER_IMAGE = 4, 8, 4  # see recipes/RESULTS.md, "Depth"
+_LEAST_PROBE = 4  # with fewer images deep networks drift
+_ENOUGH_PROBE = 8  # more gain nothing (recipes/RESULTS.md), up to
+_NORMS_PER_IMAGE = 4  # times as many norms; beyond, ResNet-56 diverges with 8 where it trains with 16 ("Depth" there)
 
 
 @dataclass(frozen=True)

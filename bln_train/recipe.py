@@ -22,6 +22,8 @@ from bln_train.recipe_sections import (
     Train,
 )
 
+_OURS = ("batchless", "batchless-channel")  # the presets that are not the paper's
+
 
 class Recipe(Section):
     """A whole experiment."""
@@ -56,6 +58,10 @@ class Recipe(Section):
             )
         elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
+        if self.model.init is not None and isinstance(self.norm, BatchlessNormSection) and self.norm.channel_groups:
+            problems.append(
+                "norm.channel_groups: with model.init a norm computes what it was trained to, without groups; use 0"
+            )
         if isinstance(self.norm, BatchlessNormSection):
             if self.model.init is None and self.norm.reestimate_images:
                 problems.append(
@@ -117,7 +123,7 @@ class Recipe(Section):
         """Whether convolutions are standardised, `auto` resolved."""
         setting = self.model.weight_standardization
         if setting == "auto":
-            return self.norm.name in ("batchless", "group") and self.model.init is None
+            return self.norm.name in (*_OURS, "group") and self.model.init is None
         return setting
 
     @property
@@ -148,7 +154,7 @@ class Recipe(Section):
     def clip_norm(self) -> float | None:
         """Bound on the gradient norm, `auto` resolved; None where gradients gather in the momentum."""
         setting = self.optimizer.clip_norm
-        auto = 1.0 if self.norm.name == "batchless" and not self.accumulates_into_momentum else None
+        auto = 1.0 if self.norm.name in _OURS and not self.accumulates_into_momentum else None
         return auto if setting == "auto" else setting
 
     @property
@@ -167,7 +173,7 @@ class Recipe(Section):
         if not isinstance(self.optimizer, SgdSection) or self.optimizer.accumulate_into == "gradient":
             return None
         setting = self.optimizer.clip_update
-        return (1.0 if self.norm.name == "batchless" else None) if setting == "auto" else setting
+        return (1.0 if self.norm.name in _OURS else None) if setting == "auto" else setting
 
     def with_images(self, image_size: int, num_classes: int) -> Recipe:
         """The recipe as a plan needs it, for images of `image_size` pixels a side and `num_classes`; it is not one to run."""

@@ -37,6 +37,8 @@ LAYERS = [
         "norm.update",
         "norm.standardize",
         "norm.batchless",
+        "norm.batchless_channel",
+        "norm.channel",
         "norm.compiled",
         "norm.constants",
         "norm.dry",

@@ -13,6 +13,7 @@ from bln_train.models.layers import NormFactory
 from bln_train.models.names import CIFAR_RESNET_DEPTHS, parse_wide
 from bln_train.models.paper_cnn import PaperCnn
 from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d
+from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.standardize import StandardizedConv2d
 
 
@@ -34,12 +35,15 @@ class FrozenBatchNorm1d(nn.BatchNorm1d):
         return self
 
 
-def norm_factory(name: str, *, num_groups: int = 8, momentum: float = 0.1, **settings: Any) -> NormFactory:
+def norm_factory(
+    name: str, *, num_groups: int = 8, momentum: float = 0.1, channel_groups: int = 0, **settings: Any
+) -> NormFactory:
     """Factory of norm layers by the field's short name: batch, batch-frozen, group, layer, instance, none, batchless.
 
     Args:
         num_groups: of `group`, the greatest common divisor with the channels where those do not divide.
         momentum: of `batch`, rate of its running averages.
+        channel_groups: of `batchless`, groups of a BatchlessChannelNorm; 0 for none.
         settings: of `batchless`, the arguments of BatchlessNorm2d.
 
     Raises:
@@ -54,6 +58,9 @@ def norm_factory(name: str, *, num_groups: int = 8, momentum: float = 0.1, **set
     def pick(with_axes: type[nn.Module], without: type[nn.Module], **own: Any) -> Callable[[int, int], nn.Module]:
         return lambda num_features, num_axes: (with_axes if num_axes else without)(num_features, **own)
 
+    def with_channels(num_features: int, num_axes: int) -> nn.Module:
+        return BatchlessChannelNorm(num_features, channel_groups, num_axes=num_axes, **settings)
+
     makers: dict[str, Callable[[int, int], nn.Module]] = {
         "batch": pick(nn.BatchNorm2d, nn.BatchNorm1d, momentum=momentum),
         "batch-frozen": pick(FrozenBatchNorm2d, FrozenBatchNorm1d),
@@ -61,7 +68,7 @@ def norm_factory(name: str, *, num_groups: int = 8, momentum: float = 0.1, **set
         "layer": lambda num_features, _: nn.GroupNorm(1, num_features),
         "instance": instance,
         "none": lambda _num_features, _num_axes: nn.Identity(),
-        "batchless": pick(BatchlessNorm2d, BatchlessNorm1d, **settings),
+        "batchless": with_channels if channel_groups else pick(BatchlessNorm2d, BatchlessNorm1d, **settings),
     }
     make = makers[name]
 

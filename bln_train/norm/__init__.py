@@ -7,6 +7,7 @@ from bln_train.norm.batchless import (
     BatchlessNorm3d,
     BatchlessStatistics,
 )
+from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.functional import batchless_norm
@@ -18,6 +19,7 @@ from bln_train.norm.reestimate import Reestimate, reestimate_statistics
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
 
 __all__ = [
+    "BatchlessChannelNorm",
     "BatchlessNorm",
     "BatchlessNorm1d",
     "BatchlessNorm2d",

@@ -38,7 +38,8 @@ class _BatchlessNorm(nn.Module):
         share: "channel" for (C,) statistics, "layer" for one pair, shape (1,).
         eps: the smallest standard deviation that data can set, in units of the input; part of `std_from_raw` for abs, inv
             (a largest one there, 1/eps) and var, while log, left to an optimizer, has no bound.
-        affine: learn weight and bias, each (C,).
+        affine: learn weight and bias, each (C,). Without, a layer with a correction has both and they stay 1 and 0: the correction
+            is read off their gradients.
         init_mean, init_std: statistics before any data, in units of the input. device, dtype: of parameters and buffers.
         statistics: "natural" updates them by `BatchlessStatistics.update` (a natural-gradient step, an exact moving average
             of the second moment); "gradient" leaves their gradients to the optimizer, as the paper does.
@@ -59,7 +60,7 @@ class _BatchlessNorm(nn.Module):
             normal that nothing is added to.
 
     Raises:
-        ValueError: an argument is out of range, a correction without affine, or an input of another shape.
+        ValueError: an argument is out of range, or an input of another shape.
 
     Source: Berger & Uc Cetina, arXiv 2212.14729.
     """
@@ -103,10 +104,6 @@ class _BatchlessNorm(nn.Module):
             raise ValueError(f"correction_rate is {correction_rate}; it is the rate of a moving average, in [0, 1]")
         if not 0 <= probe_gain <= 1:
             raise ValueError(f"probe_gain is {probe_gain}; it is a share, in [0, 1]")
-        if correction_rate and not affine:
-            raise ValueError(
-                "the correction is read off the gradients of weight and bias: set affine=True or correction_rate=0"
-            )
         self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
         self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
         self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
@@ -116,7 +113,7 @@ class _BatchlessNorm(nn.Module):
         self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))
         std = torch.full((entries,), init_std, device=device, dtype=dtype)
         self.raw_std = nn.Parameter(raw_from_std(std, parametrization, eps))
-        if affine:
+        if affine or correction_rate:
             self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         else:
@@ -255,8 +252,20 @@ class _BatchlessNorm(nn.Module):
         self.account = Account()
         begin_balance([self], None)
         self.old_moments = None
-        if self.statistics == "natural":
-            self.mean.grad = self.raw_std.grad = None
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of `natural_parameters`."""
+        for parameter in self.natural_parameters:
+            parameter.grad = None
+
+    @property
+    def natural_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradients `update` takes, and which no optimizer may move."""
+        natural = [self.mean, self.raw_std] if self.statistics == "natural" else []
+        if self.affine or self.weight is None or self.bias is None:
+            return natural
+        return [*natural, self.weight, self.bias]
 
     def take_following(self) -> Following | None:
         """Its part in the probe's forward, where this is its first use there."""
@@ -315,8 +324,8 @@ class BatchlessStatistics:
 
     @property
     def natural_parameters(self) -> list[nn.Parameter]:
-        """Means and raw_stds that `update` moves, which no optimizer may."""
-        return [p for m in self.layers.values() if m.statistics == "natural" for p in (m.mean, m.raw_std)]
+        """Parameters whose gradients `update` takes, and which no optimizer may move."""
+        return [parameter for layer in self.layers.values() for parameter in layer.natural_parameters]
 
     @property
     def gradient_parameters(self) -> list[nn.Parameter]:

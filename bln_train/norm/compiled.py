@@ -169,6 +169,12 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     library.backward.argtypes = [
         *[pointer] * 7, *[long] * 3, integer, number, pointer, pointer, number, integer, *[pointer] * 3,
     ]  # fmt: skip
+    library.forward_groups.argtypes = [
+        *[pointer] * 5, long, number, *[long] * 4, integer, number, integer, *[pointer] * 3,
+    ]  # fmt: skip
+    library.backward_groups.argtypes = [
+        *[pointer] * 7, long, number, *[long] * 3, integer, number, pointer, pointer, number, integer, *[pointer] * 3,
+    ]  # fmt: skip
     library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 3, integer, integer, pointer]
     library.convolve.argtypes = [*[pointer] * 5, integer]
     library.convolve_backward.argtypes = [*[pointer] * 6, integer]
@@ -179,6 +185,7 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     filters = (library.centre_filters, library.filter_scale, library.filter_moments, library.project_filters)
     for function in (library.convolve_backward, *filters):
         function.restype = None
-    for function in (library.forward, library.backward, library.follow, library.convolve):
+    groups = (library.forward_groups, library.backward_groups)
+    for function in (library.forward, library.backward, *groups, library.follow, library.convolve):
         function.restype = integer
     return library

@@ -46,7 +46,7 @@ def measure_once(
 
 def _kind(layer: FoldedConvNorm) -> Hashable:
     norm = layer.norm
-    form = (norm.parametrization, norm.eps, norm.nll_scale, norm.gauge, norm.affine, norm.correction is None)
+    form = (norm.parametrization, norm.eps, norm.nll_scale, norm.gauge, norm.weight is None, norm.correction is None)
     return (
         norm.mean.shape,
         norm.mean.dtype,
@@ -54,12 +54,13 @@ def _kind(layer: FoldedConvNorm) -> Hashable:
         norm.num_features,
         form,
         layer.linear.bias is None,
+        layer.channel is None,
         _imputes(layer),
     )
 
 
 def _imputes(layer: FoldedConvNorm) -> bool:
-    return layer.activation == "relu" and layer.norm.imputation is not None
+    return layer.activation == "relu" and layer.channel is None and layer.norm.imputation is not None
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def _measure(
     zero = torch.zeros(size, dtype=mean.dtype, device=mean.device)
     scale, shift = inverse, zero
     offset = gain = gamma_scale = gamma_shift = spread = zero
-    if norm.affine:
+    if norm.weight is not None:
         gamma, shift = stack(n.weight for n in norms), stack(n.bias for n in norms)
         scale, spread = gamma * inverse, 8 / math.pi * gamma * gamma
         gamma_scale = inverse if recompute[0] else gamma.reciprocal()
@@ -119,7 +120,10 @@ def _measure(
         Row.INVERSE: inverse,
     }
     tables = torch.stack([rows[row].expand(size) for row in Row], 1)
-    gradients = torch.zeros(len(layers), 4, norm.num_features, dtype=mean.dtype, device=mean.device) if gather else None
+    num = 4 if first.channel is None else 6
+    gradients = (
+        torch.zeros(len(layers), num, norm.num_features, dtype=mean.dtype, device=mean.device) if gather else None
+    )
     bias = bias.contiguous()
     return [
         Constants(
@@ -136,7 +140,7 @@ def must_recompute(layers: Sequence[FoldedConvNorm]) -> list[bool]:
 
     def hidden(layer: FoldedConvNorm) -> bool:
         norm = layer.norm
-        if not norm.affine or not layer.residual_is_kept or not layer.output_is_kept:
+        if norm.weight is None or layer.channel is not None or not layer.residual_is_kept or not layer.output_is_kept:
             return True
         return layer.activation == "relu" and norm.correction is not None and norm.imputation is None
 

@@ -169,7 +169,7 @@ def _copy_affine(source: nn.Module, target: nn.Module) -> None:
     with torch.no_grad():
         for name in ("weight", "bias"):
             old, new = getattr(source, name), getattr(target, name)
-            if old is not None:
+            if old is not None and new is not None:  # without `affine` a batchless layer's are 1 and 0
                 new.copy_(old)
                 if isinstance(old, nn.Parameter):  # not a frozen norm's buffer
                     new.requires_grad_(old.requires_grad)

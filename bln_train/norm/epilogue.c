@@ -143,15 +143,15 @@ typedef struct {
 } Backward;
 
 /* Rows top to bottom of all images, a tile: adds sums of g and g * q to sums, (2, channels), unless null, and writes grad_y and
-   grad with the map offset + gain * q, (2, channels), unless null. */
+   grad with the map offset + gain * q, (2, channels), unless null. scales, (channels), are in the place of the table's. */
 static inline __attribute__((always_inline)) void backward_tile(const Backward *of, long top, long bottom, const REAL *map,
-                                                                double *sums) {
+                                                                const REAL *scales, double *sums) {
     const long channels = of->channels, begin = top * channels, end = bottom * channels;
     const REAL *table = of->table, *given = of->given, *residual = of->residual, *z = of->z;
     const int activation = of->activation, imputes = of->corrects && activation == RELU && !given;
     const REAL slope = of->slope;
     for (long c = 0; c < channels; c += LANES) {
-        const vec zero = {0}, scale = load(table + SCALE * channels + c);
+        const vec zero = {0}, scale = load(scales + c);
         const vec offset = map ? load(map + c) : zero, gain = map ? load(map + channels + c) : zero;
         const vec shift = load(table + SHIFT * channels + c), spread = load(table + SPREAD * channels + c);
         vec sum = zero, product = zero;
@@ -233,7 +233,7 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
         if (corrects) balance_image(table, prior, state, weight, horizon, num_positions, channels, maps, 0, 0);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (long top = 0; top < num_rows; top += height)
-            backward_tile(&of, top, smaller(top + height, num_rows), maps, shares + omp_get_thread_num() * width);
+            backward_tile(&of, top, smaller(top + height, num_rows), maps, table + SCALE * channels, shares + omp_get_thread_num() * width);
         add_threads(total, shares, width, threads);
         if (corrects) balance_image(table, prior, state, weight, horizon, num_positions, channels, 0, total, sums);
     }
@@ -244,7 +244,7 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
         for (long n = 0; n < num; n++)
             for (long top = 0; top < num_positions; top += height)
                 backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
-                              0, shares + n * width);
+                              0, table + SCALE * channels, shares + n * width);
         for (long n = 0; n < num; n++)
             balance_image(table, prior, state, weight, horizon, num_positions, channels, maps + n * width, shares + n * width,
                           sums + (first + n) * width);
@@ -253,7 +253,7 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
         for (long n = 0; n < num; n++)
             for (long top = 0; top < num_positions; top += height)
                 backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
-                              maps + n * width, 0);
+                              maps + n * width, table + SCALE * channels, 0);
     }
     for (long c = 0; !failed && c < channels; c++) {
         const REAL *constants = table + c;
@@ -265,6 +265,179 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
         vectors[2 * channels + c] += (REAL)(constants[GAMMA_SCALE * channels] * total[channels + c] +
                                             constants[GAMMA_SHIFT * channels] * total[c]);
         vectors[3 * channels + c] += (REAL)total[c];
+    }
+    free(total);
+    free(maps);
+    return failed;
+}
+
+/* ---- groups of channels of each image; norm/channel.py says what is computed ---- */
+
+/* m and r of a group, from the sums of xhat and of its square over `count` values. */
+static void group_moments(double total, double square, double count, REAL eps, double *mean, double *scale) {
+    *mean = total / count;
+    *scale = 1 / sqrt(fmax(square / count - *mean * *mean, 0) + eps);
+}
+
+/* Scale and shift of y, (2, channels), that make it gamma * u + beta, from an image's sums of y and y^2, (2, channels). Null: inverse,
+   which is then 1. */
+static void map_of_groups(const double *sums, const REAL *inverse, const REAL *gamma, const REAL *beta, long group, REAL eps,
+                          long num_positions, long channels, REAL *map) {
+    for (long first = 0; first < channels; first += group) {
+        double total = 0, square = 0, mean, scale;
+        for (long c = first; c < first + group; c++) {
+            const double one = inverse ? inverse[c] : 1;
+            total += one * sums[c], square += one * one * sums[channels + c];
+        }
+        group_moments(total, square, (double)group * num_positions, eps, &mean, &scale);
+        for (long c = first; c < first + group; c++) {
+            map[SCALE * channels + c] = (REAL)(gamma[c] * scale * (inverse ? inverse[c] : 1));
+            map[SHIFT * channels + c] = (REAL)(beta[c] - gamma[c] * scale * mean);
+        }
+    }
+}
+
+/* y becomes act(gamma * u + beta + residual); sums, (num_images, 2, channels), become those of y and y^2, those of the first
+   probe_images are added to probe, (2, channels), and to nll the likelihood. Null: residual; table, then xhat is y; sums; probe, with
+   0 probe_images; nll. */
+int forward_groups(REAL *y, const REAL *residual, const REAL *table, const REAL *gamma, const REAL *beta, long group, REAL eps,
+                   long num_images, long num_positions, long channels, long probe_images, int activation, REAL slope, int threads,
+                   REAL *sums, REAL *probe, REAL *nll) {
+    const long size = num_positions * channels, height = rows_of_tile(channels);
+    const REAL *inverse = table ? table + INVERSE * channels : 0;
+    double *seen = calloc((num_images + threads) * 4 * channels, sizeof(double)), *wasted = seen + num_images * 4 * channels;
+    REAL *maps = calloc(threads * 2 * channels, sizeof(REAL));
+    int failed = !seen || !maps;
+    if (!failed && num_images == 1) {
+        failed = forward_rows(y, 0, 0, num_positions, channels, IDENTITY, 0, threads, 0, seen);
+        map_of_groups(seen, inverse, gamma, beta, group, eps, num_positions, channels, maps);
+        failed = failed || forward_rows(y, residual, maps, num_positions, channels, activation, slope, threads, 0, wasted);
+    } else if (!failed) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (long n = 0; n < num_images; n++) {
+            double *own = seen + n * 4 * channels;
+            REAL *map = maps + omp_get_thread_num() * 2 * channels;
+            for (long top = 0; top < num_positions; top += height)
+                forward_tile(y + n * size, 0, 0, top, smaller(top + height, num_positions), channels, IDENTITY, 0, 0, own);
+            map_of_groups(own, inverse, gamma, beta, group, eps, num_positions, channels, map);
+            for (long top = 0; top < num_positions; top += height)
+                forward_tile(y + n * size, residual ? residual + n * size : 0, map, top, smaller(top + height, num_positions),
+                             channels, activation, slope, 0, wasted + omp_get_thread_num() * 4 * channels);
+        }
+    }
+    double likelihood = 0;
+    for (long n = 0; !failed && n < num_images; n++) {
+        const double *own = seen + n * 4 * channels;
+        for (long i = 0; sums && i < 2 * channels; i++) sums[n * 2 * channels + i] = (REAL)own[i];
+        for (long i = 0; n < probe_images && i < 2 * channels; i++) probe[i] += (REAL)own[i];
+        for (long c = 0; nll && c < channels; c++)
+            likelihood += (double)table[NLL_SQUARE * channels + c] * own[channels + c] / num_positions +
+                          (double)table[NLL_IMAGE * channels + c];
+    }
+    if (nll && !failed) *nll += (REAL)likelihood;
+    free(seen);
+    free(maps);
+    return failed;
+}
+
+/* What the way back through the groups of one image is: from its sums of g and g * y, `along`, and of y and y^2, `of_y`, each
+   (2, channels), the map of grad_y, (3, channels): offset, gain and scale. The correction of h is taken from prior and state, which
+   goes on; vectors, (6, channels), gain what norm/channel.py says. Null: prior and state. */
+static void groups_of_image(const REAL *table, const REAL *prior, REAL *state, REAL weight, REAL horizon, const REAL *gamma,
+                            long group, REAL eps, long num_positions, long channels, const double *along, const REAL *of_y,
+                            REAL *map, double *vectors) {
+    const REAL *inverse = table + INVERSE * channels;
+    for (long first = 0; first < channels; first += group) {
+        double total = 0, square = 0, e1 = 0, e2 = 0, mean, r;
+        const double count = (double)group * num_positions;
+        for (long c = first; c < first + group; c++) {
+            const double one = inverse[c];
+            total += one * of_y[c], square += one * one * of_y[channels + c];
+        }
+        group_moments(total, square, count, eps, &mean, &r);
+        for (long c = first; c < first + group; c++) {
+            const double along_u = r * (inverse[c] * along[channels + c] - mean * along[c]);
+            vectors[4 * channels + c] += along_u;
+            vectors[5 * channels + c] += along[c];
+            e1 += gamma[c] * along[c] / count, e2 += gamma[c] * along_u / count;
+        }
+        const double slope_g = r * r * e2, shift_g = r * e1 - slope_g * mean;
+        for (long c = first; c < first + group; c++) {
+            const double one = inverse[c], scale = gamma[c] * r, of_x = one * of_y[c], of_square = one * one * of_y[channels + c];
+            const double sum_h = scale * along[c] - shift_g * num_positions - slope_g * of_x;
+            const double along_h = scale * one * along[channels + c] - shift_g * of_x - slope_g * of_square;
+            double shift = shift_g, slope = slope_g;
+            vectors[2 * channels + c] += along_h;
+            vectors[3 * channels + c] += sum_h;
+            if (state) {
+                const double a = taken(prior, state, horizon, LEFT_SHIFT, channels, c);
+                const double b = taken(prior, state, horizon, LEFT_SLOPE, channels, c);
+                shift += weight * a, slope += weight * b;
+                if (weight != 0) {
+                    const double m1 = of_x / num_positions, m2 = of_square / num_positions, unit = 1 / (num_positions * (double)weight);
+                    state[LEFT_SHIFT * channels + c] += (REAL)(sum_h * unit - a - b * m1);
+                    state[LEFT_SLOPE * channels + c] += (REAL)(along_h * unit - a * m1 - b * m2);
+                }
+                state[TO_COME * channels + c] -= 1;
+            }
+            map[c] = (REAL)(-one * shift);
+            map[channels + c] = (REAL)(-one * one * slope);
+            map[2 * channels + c] = (REAL)(one * scale);
+        }
+    }
+}
+
+/* grad_y becomes the gradient of y, which is `given`, and grad = g = grad_out * act'(z); vectors, (6, channels), gain what
+   norm/channel.py says. grad_y may be given itself, grad grad_out. Null: z with the identity; grad; grad_nll, which is then 0; prior
+   and state. */
+int backward_groups(const REAL *grad_out, const REAL *z, const REAL *given, const REAL *table, const REAL *sums,
+                    const REAL *grad_nll, const REAL *gamma, long group, REAL eps, long num_images, long num_positions,
+                    long channels, int activation, REAL slope, const REAL *prior, REAL *state, REAL horizon, int threads,
+                    REAL *grad_y, REAL *grad, REAL *vectors) {
+    const Backward of = {grad_out, z, given, 0, table, channels, activation, 1, slope, grad_y, grad};
+    const long height = rows_of_tile(channels), width = 2 * channels;
+    const long image_bytes = num_positions * channels * (long)sizeof(REAL) * 3;
+    const long some = num_images == 1 ? 1 : threads * (GROUP_BYTES > image_bytes ? GROUP_BYTES / image_bytes : 1);
+    const REAL weight = grad_nll ? *grad_nll : 0;
+    double *total = calloc(6 * channels + (some + threads) * width, sizeof(double)), *along = total + 6 * channels;
+    double *shares = along + some * width;
+    REAL *maps = calloc(some * 3 * channels, sizeof(REAL));
+    const int failed = !total || !maps;
+    for (long first = 0; !failed && first < num_images; first += some) {
+        const long num = smaller(some, num_images - first);
+        for (long i = 0; i < (some + threads) * width; i++) along[i] = 0;
+        if (num == 1) { /* its tiles are shared */
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+            for (long top = 0; top < num_positions; top += height)
+                backward_tile(&of, first * num_positions + top, first * num_positions + smaller(top + height, num_positions), 0,
+                              table + SCALE * channels, shares + omp_get_thread_num() * width);
+            add_threads(along, shares, width, threads);
+        } else {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+            for (long n = 0; n < num; n++)
+                for (long top = 0; top < num_positions; top += height)
+                    backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
+                                  0, table + SCALE * channels, along + n * width);
+        }
+        for (long n = 0; n < num; n++)
+            groups_of_image(table, prior, state, weight, horizon, gamma, group, eps, num_positions, channels, along + n * width,
+                            sums + (first + n) * width, maps + n * 3 * channels, total);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
+        for (long n = 0; n < num; n++)
+            for (long top = 0; top < num_positions; top += height) {
+                const long begin = (first + n) * num_positions;
+                const REAL *map = maps + n * 3 * channels;
+                backward_tile(&of, begin + top, begin + smaller(top + height, num_positions), map, map + 2 * channels, 0);
+            }
+    }
+    for (long c = 0; !failed && c < channels; c++) {
+        const REAL *constants = table + c;
+        double first = 0, second = 0;
+        for (long n = 0; n < num_images; n++) first += sums[n * width + c], second += sums[n * width + channels + c];
+        vectors[c] += (REAL)(weight * constants[MEAN_MOMENT * channels] * first / num_positions);
+        vectors[channels + c] += (REAL)(weight * (constants[RAW_MOMENT * channels] * second / num_positions +
+                                                 constants[RAW_IMAGE * channels] * num_images));
+        for (long row = 2; row < 6; row++) vectors[row * channels + c] += (REAL)total[row * channels + c];
     }
     free(total);
     free(maps);

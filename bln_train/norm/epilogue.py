@@ -86,7 +86,7 @@ def forward_(
         sums = torch.empty(num_images, 2, num_channels, dtype=y.dtype)
         _compiled_forward(kernels, y, residual, table, num_watched, activation, slope, sums, watched, nll)
         return sums
-    rows, axis = _by_image(y)
+    rows, axis = by_image(y)
     # The norm needs no temporary of y's size; y is centred, so that nothing is lost in squares of a large mean.
     square = torch.linalg.vector_norm(rows, dim=axis, dtype=table.dtype).square_()
     sums = torch.stack((rows.sum(axis, dtype=table.dtype), square), 1)
@@ -240,6 +240,20 @@ def activate_(v: Tensor, activation: Activation, slope: float) -> Tensor:
     return F.leaky_relu_(v, slope) if activation == "leaky_relu" else v
 
 
+def activation_backward(
+    grad_out: Tensor, z: Tensor | None, activation: Activation, slope: float, *, may_overwrite: bool
+) -> Tensor:
+    """grad_out * act'(z), in grad_out itself where that may be; with the identity it is grad_out."""
+    if activation == "identity":
+        return grad_out
+    grad = grad_out if may_overwrite else torch.empty_like(grad_out)
+    if activation == "relu":
+        torch.ops.aten.threshold_backward.grad_input(grad_out, z, 0, grad_input=grad)
+    else:
+        torch.ops.aten.leaky_relu_backward.grad_input(grad_out, z, slope, True, grad_input=grad)
+    return grad
+
+
 def _eager_backward(
     grad_out: Tensor,
     z: Tensor | None,
@@ -255,20 +269,14 @@ def _eager_backward(
     state: Tensor | None,
     may_overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad = grad_out
-    if activation != "identity":
-        grad = grad_out if may_overwrite else torch.empty_like(grad_out)
-        if activation == "relu":
-            torch.ops.aten.threshold_backward.grad_input(grad_out, z, 0, grad_input=grad)
-        else:
-            torch.ops.aten.leaky_relu_backward.grad_input(grad_out, z, slope, True, grad_input=grad)
+    grad = activation_backward(grad_out, z, activation, slope, may_overwrite=may_overwrite)
     q = given
     if q is not None and residual is not None:
         q = q - in_order_of(residual, q)
     elif q is None and z is not None:
         q = _shown(z, residual, table, activation, slope)
-    rows, axis = _by_image(grad)
-    q_rows = rows if q is None else _by_image(in_order_of(q, grad))[0]
+    rows, axis = by_image(grad)
+    q_rows = rows if q is None else by_image(in_order_of(q, grad))[0]
     del q, residual, z, given, grad_out
     wide = rows.to(table.dtype)  # low precision would overflow in sums and products
     num_images, num_channels = grad.shape[:2]
@@ -348,6 +356,11 @@ def kernels_for(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
     return library(kind) if in_rows else None
 
 
+def positions_of(tensor: Tensor) -> int:
+    """S, of (N, C, *spatial)."""
+    return tensor.numel() // (tensor.shape[0] * tensor.shape[1])
+
+
 def code(activation: Activation) -> int:
     """The activation as the kernels know it."""
     return _CODES[activation]
@@ -383,7 +396,7 @@ def _flat(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return (tensor, (0,)) if tensor.dim() == 2 else (tensor.flatten(2), (0, 2))
 
 
-def _by_image(tensor: Tensor) -> tuple[Tensor, int]:
+def by_image(tensor: Tensor) -> tuple[Tensor, int]:
     """Rows of a dense tensor, a view, (N, S, C), or (N, C, S) of a contiguous one; and their axis of positions."""
     if channels_last(tensor):
         n, c, h, w = tensor.shape

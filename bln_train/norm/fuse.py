@@ -23,7 +23,7 @@ _ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 _RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_)
 _LEAKY_RELUS: tuple[Any, ...] = (F.leaky_relu, F.leaky_relu_)
 # What keeps its input for backward, whatever we do; the activations unless they overwrite it.
-_KEEPS_INPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.MaxPool2d)
+_KEEPS_INPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.MaxPool2d, nn.GroupNorm)
 _KEEPS_INPUT_UNLESS_INPLACE = (nn.SiLU, nn.GELU, nn.Hardswish)
 
 
@@ -116,9 +116,11 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
     assert isinstance(layer, _BatchlessNorm)
 
     last, residual, passed, shortcut = norm, None, None, None
-    add = _only_user(norm)
+    groups, channel = _groups(norm, layer, modules)
+    normed = last = norm if groups is None else groups
+    add = _only_user(normed)
     if add is not None and _is_add(add):
-        other = next((a for a in add.args if a is not norm), None)
+        other = next((a for a in add.args if a is not normed), None)
         if isinstance(other, fx.Node):  # not x + x, which has one argument
             last, residual = add, other
             module = modules.get(str(other.target)) if other.op == "call_module" and len(other.users) == 1 else None
@@ -133,11 +135,11 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
         last = follower if activation != "identity" else last
 
     name = f"{_LAYERS}.{len(layers)}"
-    layers.append(FoldedConvNorm(linear, layer, activation=activation, slope=slope, shortcut=shortcut))
+    layers.append(FoldedConvNorm(linear, layer, channel=channel, activation=activation, slope=slope, shortcut=shortcut))
     with graph.inserting_after(last):
         node = graph.call_module(name, (source.args[0],) if residual is None else (source.args[0], residual))
     last.replace_all_uses_with(node)
-    for old in (last, add, passed, norm, source):
+    for old in (last, add, passed, groups, norm, source):
         if old is not None and not old.users and old in graph.nodes and old is not node:
             graph.erase_node(old)
     return ""
@@ -181,6 +183,18 @@ def _chain(graph: fx.Graph, layers: nn.ModuleList) -> nn.ModuleList:
         for node in reversed(run):
             graph.erase_node(node)
     return chains
+
+
+def _groups(
+    norm: fx.Node, layer: _BatchlessNorm, modules: dict[str, nn.Module]
+) -> tuple[fx.Node | None, nn.GroupNorm | None]:
+    """The call of a GroupNorm that alone scales and shifts what a norm gives, and the module; None for none."""
+    follower = _only_user(norm)
+    if follower is None or follower.op != "call_module" or layer.affine:
+        return None, None
+    module = modules.get(str(follower.target))
+    fits = isinstance(module, nn.GroupNorm) and module.affine and module.num_channels == layer.num_features
+    return (follower, module) if fits and isinstance(module, nn.GroupNorm) else (None, None)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bln_train.norm import channel as groups_of_channels
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.compiled import TYPES, library
 from bln_train.norm.constants import measure, measure_once, must_recompute
@@ -34,15 +35,16 @@ FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 class FoldedConvNorm(nn.Module):
     """A linear layer, the batchless norm behind it, a residual sum and an activation, as one operation.
 
-        out = act(norm(linear(x)) + shortcut(residual))
+        out = act(channel(norm(linear(x))) + shortcut(residual))
 
-    It owns no parameters: `linear` and `norm` stay where they are in the network, and so does the state dict. Training
+    It owns no parameters: `linear`, `norm` and `channel` stay where they are in the network, and so does the state dict. Training
     forwards with gradients fold; without gradients the same map is computed in place; in eval mode with gradients the parts
     run one by one.
 
     Args:
         linear: Conv1d, Conv2d (of any stride, zero padding, dilation, groups) or Linear, standardised or not.
         norm: the layer its output goes to, and nothing else.
+        channel: a GroupNorm with scale and shift that follows a norm without them, None for none (norm/channel.py).
         activation, slope: what follows, identity, relu or leaky relu with a slope in (0, 1).
         shortcut: a linear module without parameters and with an `adjoint` (see models/layers.py), which backward runs again so
             that its result is not kept; None for the identity.
@@ -66,6 +68,7 @@ class FoldedConvNorm(nn.Module):
         linear: nn.Module,
         norm: _BatchlessNorm,
         *,
+        channel: nn.GroupNorm | None = None,
         activation: Activation = "identity",
         slope: float = 0.0,
         shortcut: nn.Module | None = None,
@@ -80,7 +83,7 @@ class FoldedConvNorm(nn.Module):
         if activation == "leaky_relu" and not 0 < slope < 1:
             raise ValueError(f"slope is {slope}; a leaky relu that can be undone has one in (0, 1)")
         # A tuple: not registered, their owner is the network.
-        self._parts: tuple[Any, _BatchlessNorm, Any] = (linear, norm, shortcut)
+        self._parts: tuple[Any, _BatchlessNorm, Any, nn.GroupNorm | None] = (linear, norm, shortcut, channel)
         self.activation, self.slope = activation, slope
         self.output_is_kept, self.residual_is_kept = output_is_kept, residual_is_kept
         self.input_is_free, self.in_parts = input_is_free, True
@@ -102,13 +105,19 @@ class FoldedConvNorm(nn.Module):
         """What the residual passes through, None for nothing."""
         return self._parts[2]
 
+    @property
+    def channel(self) -> nn.GroupNorm | None:
+        """Groups of channels that are normalised again, None for none."""
+        return self._parts[3]
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_in, *spatial), residual (N, C, *spatial') to (N, C, *spatial'); see the class."""
-        linear, norm, shortcut = self._parts
+        linear, norm, shortcut, groups = self._parts
         if not torch.is_grad_enabled():
             return self.infer(x, residual)
         if not self.training or (isinstance(linear, nn.Linear) and x.dim() != 2):
             out = norm(linear(x))
+            out = out if groups is None else groups(out)
             if residual is not None:
                 out = out + (residual if shortcut is None else shortcut(residual))
             return activate_(out, self.activation, self.slope)
@@ -178,12 +187,17 @@ class FoldedConvNorm(nn.Module):
             iw = filter_scale(weight).flatten()
             bias = bias / iw
         out = dense(self._linear_(x, weight, bias.expand(norm.num_features)))
+        groups = self.channel
+        after = residual if groups is None else None
+        activation: Activation = self.activation if groups is None else "identity"
         if following is not None:
-            following.normalize_(out, residual, iw, self.activation, self.slope)
-            return out
-        scale, shift = norm.affine_map()
-        shift = torch.addcmul(shift, centre, scale).expand(norm.num_features)
-        map_(out, residual, torch.stack((scale if iw is None else scale * iw, shift)), self.activation, self.slope)
+            following.normalize_(out, after, iw, activation, self.slope)
+        else:
+            scale, shift = norm.affine_map()
+            shift = torch.addcmul(shift, centre, scale).expand(norm.num_features)
+            map_(out, after, torch.stack((scale if iw is None else scale * iw, shift)), activation, self.slope)
+        if groups is not None:
+            groups_of_channels.map_(out, residual, groups, self.activation, self.slope, norm.mean.dtype)
         return out
 
     def _linear_(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -197,7 +211,8 @@ class FoldedConvNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
-        return f"{type(self.linear).__name__} + {type(self.norm).__name__} + {self.activation}"
+        parts = [part for part in (self.linear, self.norm, self.channel) if part is not None]
+        return " + ".join([*(type(part).__name__ for part in parts), self.activation])
 
 
 class FoldedChain(nn.Module):
@@ -322,7 +337,7 @@ def _begin(layers: Sequence[FoldedConvNorm], recompute: Sequence[bool]) -> _Begu
 
 
 def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, ...]]:
-    """Project the filters' gradients; returns those of each norm's mean, raw_std, weight and bias."""
+    """Project the filters' gradients; returns those of each norm's parameters, as `_give` takes them."""
     for gradient in begun.standardized:
         gradient.project()
     gathered = [own.gradients for own in begun.constants if own.gradients is not None]
@@ -332,6 +347,8 @@ def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, 
 def _give(layers: Sequence[FoldedConvNorm], gradients: Sequence[tuple[Tensor, ...]]) -> None:
     """Add gradients to those of the norms' parameters."""
     for layer, own in zip(layers, gradients, strict=True):
-        norm = layer.norm
-        for parameter, gradient in zip((norm.mean, norm.raw_std, norm.weight, norm.bias), own, strict=True):
+        norm, groups = layer.norm, layer.channel
+        of_groups = () if groups is None else (groups.weight, groups.bias)
+        parameters = (norm.mean, norm.raw_std, norm.weight, norm.bias, *of_groups)
+        for parameter, gradient in zip(parameters, own, strict=True):
             add_gradient(parameter, gradient)

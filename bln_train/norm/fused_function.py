@@ -20,6 +20,9 @@ stands in for xhat has the mean 0 and xhat's own covariance with xhat: with less
 and always one way, since the loss, too, wants it one way. Times s no gamma is divided by; a layer with a gamma too small
 to read xhat from z, or whose z or r nothing else keeps alive, runs its convolution again.
 
+Where normalisation over groups of channels of each image stands between norm and activation (norm/channel.py), the convolution
+is always run again.
+
 Layers that follow each other are one function: between them no node of the autograd engine is visited, what is saved is let go
 layer by layer, and a gradient that nobody else can see is overwritten by the next. Its values are numbered, the inputs first,
 then the output of each step.
@@ -36,7 +39,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bln_train.norm.epilogue import backward, dense, forward_, likelihood_backward
+from bln_train.norm import channel
+from bln_train.norm.epilogue import backward, dense, forward_, likelihood_backward, positions_of
 
 
 class Constants(NamedTuple):
@@ -58,7 +62,7 @@ class Constants(NamedTuple):
     """Whether backward's q is yc, computed again, or read off z."""
     gradients: Tensor | None
     """(4, C), where gradients of mean, raw_std, gamma and beta gather, those of weight and conv bias being added to theirs at
-    once; None to give them all to autograd."""
+    once, or (6, C) with those of scale and shift of groups of channels; None to give them all to autograd."""
 
 
 class Step(NamedTuple):
@@ -88,7 +92,9 @@ def run_chain(plan: Plan, constants: list[Constants], inputs: Sequence[Tensor]) 
     for step, own in zip(plan.steps, constants, strict=True):
         norm = step.layer.norm
         if own.gradients is None:
-            parameters += (own.weight, own.own_bias, norm.mean, norm.raw_std, norm.weight, norm.bias)
+            groups = step.layer.channel
+            of_groups = (None, None) if groups is None else (groups.weight, groups.bias)
+            parameters += (own.weight, own.own_bias, norm.mean, norm.raw_std, norm.weight, norm.bias, *of_groups)
         else:
             parameters += (None,) * _PER_STEP
     anchor = torch.empty((), device=inputs[0].device, requires_grad=True)  # statistics move even if nothing else does
@@ -97,7 +103,7 @@ def run_chain(plan: Plan, constants: list[Constants], inputs: Sequence[Tensor]) 
     return tuple(out)
 
 
-_PER_STEP = 6  # parameters of a step: weight, conv bias, mean, raw_std, gamma, beta
+_PER_STEP = 8  # parameters of a step: weight, conv bias, mean, raw_std, gamma, beta, scale and shift of groups
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -125,13 +131,19 @@ class _ChainFunction(torch.autograd.Function):
             if residual is not None:
                 residual = residual if layer.shortcut is None else layer.shortcut(residual)
                 residual = residual if residual.shape == z.shape else residual.expand(z.shape)
-            num_images, num_positions = z.shape[0], z.numel() // (z.shape[0] * z.shape[1])
+            num_images, num_positions = len(z), positions_of(z)
             account = norm.account
             num_watched, watched = 0, None
             if account.is_open:
-                num_watched, watched = norm.watch(num_images, num_positions, own.iw, layer.activation == "relu")
+                shows_relu = layer.activation == "relu" and layer.channel is None
+                num_watched, watched = norm.watch(num_images, num_positions, own.iw, shows_relu)
             norm.count(num_images, num_positions)
-            sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
+            if layer.channel is None:
+                sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
+            else:
+                sums = channel.forward_(
+                    z, residual, own.table, layer.channel, layer.activation, layer.slope, nll, num_watched, watched
+                )
             values.append(z)
             keeps_z = layer.activation != "identity" or not own.recompute
             saved += (x, weight, z if keeps_z else None, kept_residual, sums)
@@ -164,7 +176,8 @@ class _ChainFunction(torch.autograd.Function):
             first = plan.num_inputs + n * _PER_STEP
             vectors = own.gradients
             if vectors is None:
-                vectors = torch.zeros(4, own.table.shape[1], dtype=own.table.dtype, device=own.table.device)
+                num = 4 if layer.channel is None else 6
+                vectors = torch.zeros(num, own.table.shape[1], dtype=own.table.dtype, device=own.table.device)
             grad, is_own = gradients.pop(plan.num_inputs + n)
             if grad is None:
                 if grad_nll is not None:
@@ -173,17 +186,24 @@ class _ChainFunction(torch.autograd.Function):
             else:
                 low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
                 given = None
-                if own.recompute and (own.corrects or layer.norm.weight is not None):
+                if own.recompute and (own.corrects or layer.norm.weight is not None or layer.channel is not None):
                     bias = own.bias if own.bias.dtype == x.dtype else own.bias.to(x.dtype)
                     given = dense(layer.apply_linear(x, low, bias))
                 if residual is not None:
                     residual = residual if layer.shortcut is None else layer.shortcut(residual)
                     residual = residual if residual.shape == grad.shape else residual.expand(grad.shape)
                 wants_grad = step.residual is not None and (step.residual >= plan.num_inputs or needs[step.residual])
-                grad, grad_y = backward(
-                    grad, z, given, residual, own.table, sums, grad_nll, layer.activation, layer.slope, vectors,
-                    prior=layer.norm.correction, state=layer.norm.balance, wants_grad=wants_grad, may_overwrite=is_own,
-                )  # fmt: skip
+                if layer.channel is None:
+                    grad, grad_y = backward(
+                        grad, z, given, residual, own.table, sums, grad_nll, layer.activation, layer.slope, vectors,
+                        prior=layer.norm.correction, state=layer.norm.balance, wants_grad=wants_grad, may_overwrite=is_own,
+                    )  # fmt: skip
+                else:
+                    assert given is not None
+                    grad, grad_y = channel.backward(
+                        grad, z, given, own.table, sums, grad_nll, layer.channel, layer.activation, layer.slope, vectors,
+                        prior=layer.norm.correction, state=layer.norm.balance, wants_grad=wants_grad, may_overwrite=is_own,
+                    )  # fmt: skip
                 del z, given, residual
                 if wants_grad and step.residual is not None:
                     is_own = is_own or layer.activation != "identity"
@@ -217,7 +237,7 @@ class _ChainFunction(torch.autograd.Function):
                     add_gradient(own.own_bias, grad_bias)
                 del grad_weight, grad_bias, gathered
             if own.gradients is None:
-                reached = (grad_nll is not None, grad_nll is not None, True, True)
+                reached = (grad_nll is not None, grad_nll is not None, True, True, True, True)
                 for place, value in enumerate(split_gradients(layer.norm.share, vectors)):
                     if needs[first + 2 + place] and reached[place]:
                         of_parameters[n * _PER_STEP + 2 + place] = value
@@ -260,11 +280,11 @@ class _Gradients:
 
 
 def split_gradients(share: str, vectors: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of mean, raw_std, gamma and beta, of their shapes, from (4, C)."""
-    mean, raw_std, gamma, beta = vectors.unbind(0)
+    """Gradients of mean, raw_std and the others, of their shapes, from (4, C) or (6, C)."""
+    mean, raw_std, *others = vectors.unbind(0)
     if share == "layer":
         mean, raw_std = mean.mean(0, keepdim=True), raw_std.mean(0, keepdim=True)
-    return mean, raw_std, gamma, beta
+    return mean, raw_std, *others
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -108,7 +108,7 @@ def prepare_following(layers: Sequence[_BatchlessNorm]) -> None:
             stack(layer.old_moments[n] for layer in group if layer.old_moments is not None) for n in (0, 1)
         )
         gamma = beta = None
-        if first.affine:
+        if first.weight is not None:
             gamma, beta = stack(layer.weight for layer in group), stack(layer.bias for layer in group)
         rows = {
             FollowRow.STD: std_from_raw(raw, first.parametrization, first.eps),
@@ -143,4 +143,5 @@ def settle_following(layers: Sequence[_BatchlessNorm]) -> None:
 
 def _kind(layer: _BatchlessNorm) -> Hashable:
     mean = layer.mean
-    return mean.shape, mean.dtype, mean.device, layer.num_features, layer.parametrization, layer.eps, layer.affine
+    form = layer.num_features, layer.parametrization, layer.eps, layer.weight is None
+    return mean.shape, mean.dtype, mean.device, form

@@ -61,7 +61,7 @@ def reestimate_statistics(
 
 
 def _check_absorbing(model: nn.Module, norms: dict[_BatchlessNorm, str]) -> None:
-    bare = [name for norm, name in norms.items() if norm.weight is None or norm.bias is None]
+    bare = [name for norm, name in norms.items() if not norm.affine]
     if bare:
         raise ValueError(f"without weight and bias nothing can take up a change of statistics: {', '.join(bare)}")
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())

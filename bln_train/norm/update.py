@@ -65,9 +65,8 @@ def update_layers(layers: Sequence[_BatchlessNorm], num_images: int, run: Run = 
         layer.old_moments = old
     for layer, found in said.moments.items():
         layer.first_moment, layer.second_moment = found.first, found.second
-        if layer.statistics == "natural":
-            layer.mean.grad = layer.raw_std.grad = None
     for layer in layers:
+        layer.drop_gradients()
         layer.account = Account()
     begin_balance(layers, None)
     return said.nll.clone()  # a replay will write there again

@@ -1,0 +1,50 @@
+"""Batchless normalisation followed by normalisation over groups of channels of each image, as one norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d, _BatchlessNorm
+
+
+class BatchlessChannelNorm(nn.Sequential):
+    """Batch-channel normalisation without a batch: the learned statistics of a channel first, then those of each image.
+
+        xhat = (x - mean) / std,     out = weight * (xhat - m) / sqrt(v + 1e-5) + bias
+
+    with m and v the mean and variance of xhat over a group of channels and all positions of one image. Like both of its parts it
+    looks at one image at a time. What an image alone can say, group normalisation takes out; the learned statistics keep
+    single channels from dying in their group, which group normalisation alone cannot.
+
+    Args:
+        num_features: C, channels of the input (N, C, *spatial).
+        num_groups: groups of channels, the greatest common divisor with C where C does not divide.
+        num_axes: 2 for (N, C, H, W) input, 0 for (N, C).
+        settings: of the batchless norm, see `BatchlessNorm2d`; `affine` is not among them.
+
+    Shapes: (N, C, *spatial) to the same.
+
+    Source: Qiao et al., arXiv 1911.09738, there with batch statistics estimated by running averages, and a scale in both parts.
+    """
+
+    def __init__(self, num_features: int, num_groups: int, *, num_axes: int = 2, **settings: Any) -> None:
+        make = BatchlessNorm2d if num_axes else BatchlessNorm1d
+        batchless = make(num_features, affine=False, **settings)
+        super().__init__(batchless, nn.GroupNorm(math.gcd(num_groups, num_features), num_features))
+
+    @property
+    def batchless(self) -> _BatchlessNorm:
+        """The learned statistics."""
+        part = self[0]
+        assert isinstance(part, _BatchlessNorm)
+        return part
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Scale of the output, (C,)."""
+        weight = self[1].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight

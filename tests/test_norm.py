@@ -345,7 +345,6 @@ def test_arguments_and_shapes_are_checked():
         {"statistics_rate": 0},
         {"probe_gain": 2},
         {"correction_rate": 2},
-        {"affine": False},
         {"init_std": 0},
         {"eps": 0},
     ):

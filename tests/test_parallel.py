@@ -106,6 +106,7 @@ VARIANTS = {
         "norm__correction_parts": 4,
         "optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05},
     },
+    "groups of channels": {"norm": {**RAGGED["norm"], "name": "batchless-channel", "correction_parts": 8}},
     "paper, adam": {"norm": {"name": "batchless-paper", "init_images": 4}, "optimizer": {"name": "adam", "lr": 1e-3}},
     "group, adamw": {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
 }

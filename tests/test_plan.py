@@ -56,6 +56,8 @@ def measured(recipe, micro_batch_size):
         ("batchless", []),
         ("batchless", ["optimizer.accumulate_into=momentum"]),
         ("batchless", ["train.precision=bf16"]),
+        ("batchless-channel", []),
+        ("batchless-channel", ["runtime.compiled=false", "model.shortcut=B"]),
         ("group", ["train.precision=bf16"]),
         ("batchless", ["runtime.compiled=false"]),
         ("batchless", ["model.zero_init_residual=true"]),

@@ -180,15 +180,19 @@ def test_the_same_bits_every_time():
     assert all(map(torch.equal, run(), run()))
 
 
-def test_folded_layer():
-    """Output and gradients of a layer in training, and its output without gradients."""
+@pytest.mark.parametrize("num_groups", [0, 3], ids=["", "groups"])
+def test_folded_layer(num_groups):
+    """Output and gradients of a layer in training, and its output without gradients; with groups of channels too."""
     generator = torch.Generator().manual_seed(1)
-    conv, norm = nn.Conv2d(2, 3, 3, padding=1), BatchlessNorm2d(3)
-    for parameter in [*conv.parameters(), *norm.parameters()]:
+    conv, norm = nn.Conv2d(2, 6, 3, padding=1), BatchlessNorm2d(6, affine=not num_groups)
+    groups = nn.GroupNorm(num_groups, 6) if num_groups else None
+    drawn_ones = [conv, groups or norm]
+    for parameter in [norm.mean, norm.raw_std, norm.correction, *(p for part in drawn_ones for p in part.parameters())]:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    holder = nn.ModuleList([conv, norm]).to(DEVICE, torch.float64).to(memory_format=LAST)
-    layer, statistics = FoldedConvNorm(conv, norm, activation="relu"), BatchlessStatistics(holder)
-    shapes = [(2, channels, 4, 4) for channels in (2, 3, 3)]
+    holder = nn.ModuleList([conv, norm, *([groups] if groups else [])]).to(DEVICE, torch.float64)
+    holder = holder.to(memory_format=LAST)
+    layer, statistics = FoldedConvNorm(conv, norm, channel=groups, activation="relu"), BatchlessStatistics(holder)
+    shapes = [(5, channels, 4, 4) for channels in (2, 6, 6)]
 
     def run():
         holder.zero_grad()
@@ -196,6 +200,7 @@ def test_folded_layer():
             drawn(shape, torch.float64, n).contiguous(memory_format=LAST) for n, shape in enumerate(shapes)
         )
         x.requires_grad_(), r.requires_grad_()
+        statistics.begin(6)
         z = layer(x, r)
         ((z * weights).sum() + statistics.nll()).backward()
         gradients = {name: p.grad.clone() for name, p in holder.named_parameters()}

@@ -11,7 +11,8 @@ for each image and channel, known from the sums that the norm takes anyway. So i
 and h less the batchless norm's correction of it. Both need xhat alone, which is the convolution's output again: run once more, so
 that nothing is kept but the layer's input and output.
 
-On the CPU each direction is one call of a compiled kernel where tensors suit it (norm/epilogue.py), elsewhere PyTorch's operators.
+On the CPU each direction is one call of a compiled kernel where tensors suit it (norm/epilogue.py), elsewhere PyTorch's operators,
+on CUDA but for what walks the images one by one.
 
 Legend as in norm/functional.py: N images, C channels, S positions of an image.
 """
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bln_train.norm import epilogue
+from bln_train.norm import epilogue, triton_launch
 from bln_train.norm.balance import HORIZON, balance_images, weight_of_an_image
 from bln_train.norm.compiled import address
 from bln_train.norm.epilogue import (
@@ -229,8 +230,6 @@ def _eager_backward(
     may_overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
     num_positions, inverse = positions_of(given), table[Row.INVERSE]
-    if grad_nll is not None:
-        epilogue.likelihood_backward(table, sums, grad_nll, len(given), num_positions, vectors)
     grad = epilogue.activation_backward(grad_out, z, activation, slope, may_overwrite=may_overwrite)
     rows, axis = by_image(grad)
     wide, out = rows.to(table.dtype), by_image(given)[0]  # low precision would overflow in sums and products
@@ -246,11 +245,19 @@ def _eager_backward(
     shift_h, scale = seen.scale * e1 - slope_h * seen.mean, gamma * seen.scale
     sum_h = scale * sum_g - shift_h * num_positions - slope_h * seen.total
     along_h = scale * along_xhat - shift_h * seen.total - slope_h * seen.square
-    vectors[2] += along_h.sum(0)
-    vectors[3] += sum_h.sum(0)
-    if prior is not None and state is not None and grad_nll is not None:
-        means = torch.stack((sum_h, along_h), 1) / (num_positions * weight_of_an_image(grad_nll))
-        taken = balance_images(prior, state, means, torch.stack((seen.total, seen.square), 1) / num_positions)
+    taken: Tensor | None = None
+    if triton_launch.takes(given, table.dtype):  # which walks the images in one kernel; of sums of h and h * y, for its table's sake
+        of_h = torch.stack((sum_h, along_h / inverse), 1)
+        taken = triton_launch.balance(of_h, table, sums, grad_nll, prior, state, vectors, num_positions)
+    else:
+        vectors[2] += along_h.sum(0)
+        vectors[3] += sum_h.sum(0)
+        if grad_nll is not None:
+            epilogue.likelihood_backward(table, sums, grad_nll, len(given), num_positions, vectors)
+            if prior is not None and state is not None:
+                means = torch.stack((sum_h, along_h), 1) / (num_positions * weight_of_an_image(grad_nll))
+                taken = balance_images(prior, state, means, torch.stack((seen.total, seen.square), 1) / num_positions)
+    if taken is not None and grad_nll is not None:
         along_one, along_slope = (taken * grad_nll).unbind(1)
         shift_h, slope_h = shift_h + along_one, slope_h + along_slope
 

@@ -185,14 +185,42 @@ def backward(
         seen = partials if num_images == 1 else _of_images(partials, num_images)
         if _hollow:
             return
-        block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[0])
-        _kernels().finish_backward[-(-num_channels // block_channels),](
-            seen, table, sums, grad_nll, prior, state, taken, vectors, grid.programs[0], num_images, grid.num_positions,
-            num_channels, HORIZON, REAL=_real(table.dtype), IS_ONE=num_images == 1, BLOCK=_FINISH_TILE // block_channels,
-            BLOCK_CHANNELS=block_channels, num_warps=_FINISH_WARPS,
-        )  # fmt: skip
+        _finish_backward(
+            seen, table, sums, grad_nll, prior, state, taken, vectors, grid.programs[0], grid.num_positions, is_one=num_images == 1
+        )
         if not first:
             run(grad_y, grad, None)
+
+
+def balance(
+    seen: Tensor, table: Tensor, sums: Tensor, grad_nll: Tensor | None, prior: Tensor | None, state: Tensor | None,
+    vectors: Tensor, num_positions: int,
+) -> Tensor | None:  # fmt: skip
+    """The part of `backward` between its two passes: (A, B) of each image, (N, 2, C), None without a state; vectors gain.
+
+    Args:
+        seen: (N, 2, C), each image's sums of g and of g * q.
+    """
+    taken = None if state is None else torch.empty_like(seen)
+    if not _hollow:
+        with torch.cuda.device_of(seen):
+            _finish_backward(
+                seen.contiguous(), table, sums, grad_nll, prior, state, taken, vectors, 1, num_positions, is_one=False
+            )
+    return taken
+
+
+def _finish_backward(
+    seen: Tensor, table: Tensor, sums: Tensor, grad_nll: Tensor | None, prior: Tensor | None, state: Tensor | None,
+    taken: Tensor | None, vectors: Tensor, num_blocks: int, num_positions: int, *, is_one: bool,
+) -> None:  # fmt: skip
+    num_channels = table.shape[1]
+    block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[0])
+    _kernels().finish_backward[-(-num_channels // block_channels),](
+        seen, table, sums, grad_nll, prior, state, taken, vectors, num_blocks, len(sums), num_positions, num_channels, HORIZON,
+        REAL=_real(table.dtype), IS_ONE=is_one, BLOCK=_FINISH_TILE // block_channels, BLOCK_CHANNELS=block_channels,
+        num_warps=_FINISH_WARPS,
+    )  # fmt: skip
 
 
 def _axis(tensor: Tensor) -> int | None:

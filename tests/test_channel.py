@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bln_train.build import build_experiment
+from bln_train.errors import BlnError
 from bln_train.memory.sweep import measure_saved_bytes
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm import (
@@ -26,6 +27,7 @@ from bln_train.norm import (
 )
 from bln_train.norm.balance import regression
 from bln_train.norm.compiled import use_compiled
+from bln_train.recipe_file import load_recipe
 
 ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
 
@@ -147,6 +149,7 @@ def test_scale_in_front_of_the_groups_stays_one():
     inner = [module for module in experiment.model.modules() if isinstance(module, BatchlessNorm2d)]
     held = {id(p) for group in experiment.trainer.take_step.optimizer.param_groups for p in group["params"]}
     assert inner
+    assert all(isinstance(m, StandardizedConv2d) for m in experiment.model.modules() if isinstance(m, nn.Conv2d))
     for norm in inner:
         assert (norm.weight == 1).all()
         assert (norm.bias == 0).all()
@@ -222,6 +225,12 @@ def test_low_precision_is_close():
         step.accumulate(experiment.data.train, torch.arange(16), 0, 0)
         found.append(torch.cat([p.grad.flatten().float() for p in step.parameters]))
     assert F.cosine_similarity(*found, dim=0) > 0.99
+
+
+def test_trained_weights_have_no_groups():
+    """With model.init a network computes what it was trained to: the recipe says what to set."""
+    with pytest.raises(BlnError, match=r"norm\.channel_groups.*use 0"):
+        load_recipe("finetune_resnet50", ["norm=batchless-channel", "model.init=pretrained"])
 
 
 def test_nothing_takes_up_new_statistics():

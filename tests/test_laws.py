@@ -18,8 +18,8 @@ from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.records import StepRecord
 from bln_train.rng import instance_seeds
 
-EVERY_NORM = ["batchless", "batchless-channel", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv", "group", "layer", "instance",
-              "none", "batch-frozen"]  # fmt: skip
+EVERY_NORM = ["batchless", "batchless-channel", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv", "group",
+              "layer", "instance", "none", "batch-frozen"]  # fmt: skip
 
 
 def gradients(experiment, micro_batch_size, num_images):

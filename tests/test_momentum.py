@@ -190,6 +190,8 @@ def test_settings_that_would_be_ignored_are_refused():
         ((), None, None, 1.0),
         (("optimizer.clip_update=null",), None, None, None),
         (("optimizer.clip_update=3", "optimizer.clip_norm=null"), None, None, 3.0),
+        (("norm=batchless-channel",), None, None, 1.0),
+        (("norm=batchless-channel", "optimizer.accumulate_into=gradient"), 1.0, 0.1, None),
         (("norm=group",), None, None, None),
         (("norm=group", "optimizer.clip_update=3"), None, None, 3.0),
         (("optimizer.accumulate_into=gradient",), 1.0, 0.1, None),

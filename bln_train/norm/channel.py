@@ -246,7 +246,9 @@ def _eager_backward(
     sum_h = scale * sum_g - shift_h * num_positions - slope_h * seen.total
     along_h = scale * along_xhat - shift_h * seen.total - slope_h * seen.square
     taken: Tensor | None = None
-    if triton_launch.takes(given, table.dtype):  # which walks the images in one kernel; of sums of h and h * y, for its table's sake
+    if triton_launch.takes(
+        given, table.dtype
+    ):  # which walks the images in one kernel; of sums of h and h * y, for its table's sake
         of_h = torch.stack((sum_h, along_h / inverse), 1)
         taken = triton_launch.balance(of_h, table, sums, grad_nll, prior, state, vectors, num_positions)
     else:

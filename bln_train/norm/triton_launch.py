@@ -186,7 +186,17 @@ def backward(
         if _hollow:
             return
         _finish_backward(
-            seen, table, sums, grad_nll, prior, state, taken, vectors, grid.programs[0], grid.num_positions, is_one=num_images == 1
+            seen,
+            table,
+            sums,
+            grad_nll,
+            prior,
+            state,
+            taken,
+            vectors,
+            grid.programs[0],
+            grid.num_positions,
+            is_one=num_images == 1,
         )
         if not first:
             run(grad_y, grad, None)

@@ -15,7 +15,7 @@ from helpers import tiny_recipe
 from bln_train import build, runtime
 from bln_train.memory.predict import plan_memory
 from bln_train.memory.tracker import StorageTracker
-from bln_train.norm import compiled, triton_launch
+from bln_train.norm import channel, compiled, triton_launch
 from bln_train.norm.balance import BalanceRow
 from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
 
@@ -105,17 +105,45 @@ def there_and_back(shape, dtype, order, activation, residual, given, corrects, o
     return run, [t for t in (table, vectors, z, grad_out, other, seen, prior, state) if t is not None]
 
 
+def groups_there_and_back(shape, dtype, order, activation, residual, corrects, overwrite, watched):
+    """The same of a layer with groups of channels."""
+    real = torch.promote_types(dtype, torch.float32)
+    groups = torch.nn.GroupNorm(1 if shape[1] % 2 else 2, shape[1], dtype=real)
+    table, vectors = torch.zeros(len(Row), shape[1], dtype=real), torch.zeros(6, shape[1], dtype=real)
+    z, given, grad_out = (torch.empty(shape, dtype=dtype).contiguous(memory_format=order) for _ in range(3))
+    other = torch.empty(shape, dtype=real).contiguous(memory_format=order) if residual else None
+    seen = torch.zeros_like(vectors)[:4] if watched else None
+    prior, state = torch.zeros(2, shape[1], dtype=real), torch.zeros(len(BalanceRow), shape[1], dtype=real)
+
+    def run():
+        sums = channel.forward_(z, other, table, groups, activation, 0.3, table.new_zeros(()), int(watched), seen)
+        with torch.no_grad():
+            channel.map_(given, other, groups, activation, 0.3, real)
+        return channel.backward(
+            grad_out, z, given, table, sums, table.new_zeros(()), groups, activation, 0.3, vectors,
+            prior=prior if corrects else None, state=state if corrects else None, wants_grad=residual, may_overwrite=overwrite,
+        )  # fmt: skip
+
+    parameters = [groups.weight, groups.bias]
+    return run, [
+        t for t in (table, vectors, z, given, grad_out, other, seen, prior, state, *parameters) if t is not None
+    ]
+
+
 def test_never_more_memory_than_pytorch_and_the_partial_sums(launches):
     """Small sums aside, a device that has Triton fits what one without does."""
     launches.keeps = False  # alive
     cases = [(torch.bfloat16, LAST, "relu", *options) for options in itertools.product((False, True), repeat=5)]
     for dtype, activation, wanted in itertools.product((torch.float32, torch.float64), ACTIVATIONS, (False, True)):
         cases += [(dtype, FIRST, activation, wanted, False, wanted, not wanted, wanted)]
-    for case in cases:
+    both = [(there_and_back, case) for case in cases] + [
+        (groups_there_and_back, (*case[:4], *case[5:])) for case in cases
+    ]
+    for make, case in both:
         peaks, launches.partial_bytes = [], 0
         for wanted in (True, False):
             compiled.use_compiled(wanted)
-            run, existing = there_and_back((2, 40, 56, 56), *case)
+            run, existing = make((2, 40, 56, 56), *case)
             launches.calls.clear()
             with StorageTracker(existing) as tracker:
                 run()
@@ -175,7 +203,7 @@ def compile_for(capability, name, args, options, folder):
         is_number = isinstance(value, int | float)
         signature[argument] = {int: "i32", float: "fp32"}[type(value)] if is_number else types[value.dtype]
         if (
-            argument not in triton_kernels._TABLES
+            argument not in triton_kernels._GROUPS
             and not is_plain
             and (not is_number or (type(value) is int and value % 16 == 0))
         ):
@@ -198,8 +226,9 @@ def test_every_variant_compiles_for_a_card_that_is_not_here(capability, launches
         cases += [((2, 64, 4, 4), torch.float32, LAST, *options) for options in [*every, *others]]
         cases += [((2, 3, 5, 5), dtype, LAST, "leaky_relu", *some) for dtype in (torch.float64, torch.float16)]
         cases += [((2, 1, 3, 3), torch.float32, FIRST, "relu", *some)]
-    for case in cases:
-        there_and_back(*case)[0]()
+    for shape, dtype, order, activation, residual, given, *others in cases:
+        there_and_back(shape, dtype, order, activation, residual, given, *others)[0]()
+        groups_there_and_back(shape, dtype, order, activation, residual, *others)[0]()
     y = torch.empty(2, 64, 4, 4).contiguous(memory_format=LAST)
     sums_of(y, torch.float32)
     map_(y, None, torch.zeros(2, 64), "relu", 0.0)
@@ -210,7 +239,8 @@ def test_every_variant_compiles_for_a_card_that_is_not_here(capability, launches
         assert len(assembled["cubin"]) > 1000
         assert f".target sm_{capability}" in assembled["ptx"]
         assert "atom." not in assembled["ptx"]
-    assert names == {"forward", "finish_forward", "backward", "finish_backward"}
+    groups = {"finish_groups", "finish_groups_backward"}
+    assert names == {"forward", "finish_forward", "backward", "finish_backward"} | groups
 
 
 def test_rows_of_channels_are_read_in_vectors(launches, tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_the_same_bits_every_time():
     assert all(map(torch.equal, run(), run()))
 
 
-@pytest.mark.parametrize("num_groups", [0, 3], ids=["", "groups"])
+@pytest.mark.parametrize("num_groups", [0, 1, 2, 3])
 def test_folded_layer(num_groups):
     """Output and gradients of a layer in training, and its output without gradients; with groups of channels too."""
     generator = torch.Generator().manual_seed(1)
@@ -200,10 +200,11 @@ def test_folded_layer(num_groups):
             drawn(shape, torch.float64, n).contiguous(memory_format=LAST) for n, shape in enumerate(shapes)
         )
         x.requires_grad_(), r.requires_grad_()
-        statistics.begin(6)
+        statistics.begin(6, 2)
         z = layer(x, r)
         ((z * weights).sum() + statistics.nll()).backward()
         gradients = {name: p.grad.clone() for name, p in holder.named_parameters()}
+        gradients["watched"] = norm.account.watched[:2].clone()
         statistics.discard()  # and the statistics' gradients
         with torch.no_grad():
             inferred = layer(x, r)

@@ -11,8 +11,8 @@ for each image and channel, known from the sums that the norm takes anyway. So i
 and h less the batchless norm's correction of it. Both need xhat alone, which is the convolution's output again: run once more, so
 that nothing is kept but the layer's input and output.
 
-On the CPU each direction is one call of a compiled kernel where tensors suit it (norm/epilogue.py), elsewhere PyTorch's operators,
-on CUDA but for what walks the images one by one.
+On the CPU each direction is one call of a compiled kernel where tensors suit it (norm/epilogue.py), on CUDA a few of Triton's,
+elsewhere PyTorch's operators.
 
 Legend as in norm/functional.py: N images, C channels, S positions of an image.
 """
@@ -58,6 +58,10 @@ def forward_(
         groups: with a scale and a shift.
         watched: (4, C), of which the first two rows gain sums.
     """
+    if triton_launch.takes(y, table.dtype, residual):
+        return triton_launch.forward_groups(
+            y, residual, table, groups, code(activation), slope, table.dtype, nll, num_watched, watched
+        )
     if kernels_for(y, table.dtype) is not None:
         sums = torch.empty(len(y), 2, y.shape[1], dtype=y.dtype)
         _compiled_forward(y, residual, table, groups, activation, slope, sums, num_watched, watched, nll)
@@ -84,6 +88,9 @@ def map_(
     dtype: torch.dtype,
 ) -> None:
     """Write z into xhat, with sums taken in dtype; the rest as in `forward_`."""
+    if triton_launch.takes(xhat, dtype, residual):
+        triton_launch.forward_groups(xhat, residual, None, groups, code(activation), slope, dtype, None)
+        return
     if kernels_for(xhat, dtype) is not None:
         _compiled_forward(xhat, residual, None, groups, activation, slope, None, 0, None, None)
         return
@@ -125,13 +132,21 @@ def backward(
     del grad_out_given
     z = None if z is None or activation == "identity" else in_order_of(z, given)
     kernels = kernels_for(given, table.dtype) if grad_out.dtype == given.dtype else None
-    if kernels is None:
-        return _eager_backward(
-            grad_out, z, given, table, sums, grad_nll, groups, activation, slope, vectors, prior, state, may_overwrite
-        )
+    on_device = triton_launch.takes(given, table.dtype, grad_out)
+    if kernels is None and not on_device:
+        return eager_backward(
+            grad_out, z, given, table, sums, grad_nll, groups, activation, slope, vectors, prior, state,
+            may_overwrite=may_overwrite,
+        )  # fmt: skip
     grad = None
     if wants_grad and activation != "identity":
         grad = grad_out if may_overwrite else torch.empty_like(grad_out)
+    if on_device:
+        triton_launch.backward_groups(
+            grad_out, z, given, table, sums, grad_nll, groups, code(activation), slope, prior, state, grad, vectors
+        )
+        return grad_out if grad is None else grad, given
+    assert kernels is not None
     failed = kernels.backward_groups(
         address(grad_out), address(z), address(given), address(table), address(sums), address(grad_nll), address(groups.weight),
         _size(groups), groups.eps, len(given), positions_of(given), given.shape[1], code(activation), slope, address(prior),
@@ -214,7 +229,7 @@ def _map(
     activate_(xhat if residual is None else xhat.add_(residual), activation, slope)
 
 
-def _eager_backward(
+def eager_backward(
     grad_out: Tensor,
     z: Tensor | None,
     given: Tensor,
@@ -227,9 +242,13 @@ def _eager_backward(
     vectors: Tensor,
     prior: Tensor | None,
     state: Tensor | None,
+    *,
     may_overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
+    """`backward` by PyTorch's operators."""
     num_positions, inverse = positions_of(given), table[Row.INVERSE]
+    if grad_nll is not None:
+        epilogue.likelihood_backward(table, sums, grad_nll, len(given), num_positions, vectors)
     grad = epilogue.activation_backward(grad_out, z, activation, slope, may_overwrite=may_overwrite)
     rows, axis = by_image(grad)
     wide, out = rows.to(table.dtype), by_image(given)[0]  # low precision would overflow in sums and products
@@ -245,21 +264,11 @@ def _eager_backward(
     shift_h, scale = seen.scale * e1 - slope_h * seen.mean, gamma * seen.scale
     sum_h = scale * sum_g - shift_h * num_positions - slope_h * seen.total
     along_h = scale * along_xhat - shift_h * seen.total - slope_h * seen.square
-    taken: Tensor | None = None
-    if triton_launch.takes(
-        given, table.dtype
-    ):  # which walks the images in one kernel; of sums of h and h * y, for its table's sake
-        of_h = torch.stack((sum_h, along_h / inverse), 1)
-        taken = triton_launch.balance(of_h, table, sums, grad_nll, prior, state, vectors, num_positions)
-    else:
-        vectors[2] += along_h.sum(0)
-        vectors[3] += sum_h.sum(0)
-        if grad_nll is not None:
-            epilogue.likelihood_backward(table, sums, grad_nll, len(given), num_positions, vectors)
-            if prior is not None and state is not None:
-                means = torch.stack((sum_h, along_h), 1) / (num_positions * weight_of_an_image(grad_nll))
-                taken = balance_images(prior, state, means, torch.stack((seen.total, seen.square), 1) / num_positions)
-    if taken is not None and grad_nll is not None:
+    vectors[2] += along_h.sum(0)
+    vectors[3] += sum_h.sum(0)
+    if prior is not None and state is not None and grad_nll is not None:
+        means = torch.stack((sum_h, along_h), 1) / (num_positions * weight_of_an_image(grad_nll))
+        taken = balance_images(prior, state, means, torch.stack((seen.total, seen.square), 1) / num_positions)
         along_one, along_slope = (taken * grad_nll).unbind(1)
         shift_h, slope_h = shift_h + along_one, slope_h + along_slope
 

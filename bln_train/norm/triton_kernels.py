@@ -40,6 +40,7 @@ LEAKY_RELU = tl.constexpr(2)
 _PLAIN = ["num_positions", "num_tiles", "tiles_per_program", "num_blocks", "num_watched"]
 _FEW = ["num_blocks", "num_images", "num_positions"]
 _TABLES = ["table", "partials", "sums", "watched", "nll", "grad_nll", "taken", "prior", "state", "vectors"]
+_GROUPS = [*_TABLES, "gamma", "beta", "maps"]
 
 
 @triton.jit
@@ -112,12 +113,12 @@ def _cut_off(shift, spread):
 def forward(
     y, residual, table, partials, num_positions, num_tiles, tiles_per_program, num_blocks, num_watched, num_channels,
     REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, AXIS: tl.constexpr, NUM_SUMS: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    PER_IMAGE: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y becomes act(scale * y + shift + residual); sums of y and y^2 and, where NUM_SUMS is 6, of the first `num_watched` images
     those and, for a relu, those of q, as backward reads it off, and of q * y.
 
-    None: residual; table, then y stays; partials, where NUM_SUMS is 0.
+    PER_IMAGE: table is (N, 2, C), each image's scale and shift. None: residual; table, then y stays; partials, where NUM_SUMS is 0.
     """
     channels = tl.expand_dims(tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), AXIS)
     is_channel = channels < num_channels
@@ -126,11 +127,13 @@ def forward(
     )
     total, square = zero, zero
     seen_total, seen_square, shown, product = zero, zero, zero, zero
+    image = tl.program_id(0) // num_blocks
+    if PER_IMAGE:
+        table += image.to(tl.int64) * 2 * num_channels
     if table is not None:
         scale, shift = _row(table, SCALE, channels, num_channels), _row(table, SHIFT, channels, num_channels)
         if NUM_SUMS == 6:  # a map's table ends after SHIFT
             spread = _row(table, SPREAD, channels, num_channels)
-    image = tl.program_id(0) // num_blocks
     begin = (tl.program_id(0) - image * num_blocks) * tiles_per_program
     for tile in range(begin, tl.minimum(begin + tiles_per_program, num_tiles)):
         positions = _positions(tile, AXIS, BLOCK_POSITIONS)
@@ -208,7 +211,7 @@ def finish_forward(
 def backward(
     grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, num_positions, num_tiles,
     tiles_per_program, num_blocks, num_channels, horizon, REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    AXIS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    AXIS: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """With g = grad_out * act'(z):  grad_y = scale * g - grad_nll * (scale * A + B * (offset + gain * q)), grad = g, and sums of g
     and of g * q.
@@ -216,7 +219,7 @@ def backward(
     q is `given` or, where that is None, read off z, less the residual; (A, B) is the image's row of `taken`, (N, 2, C), or that of
     the one image from prior and state. grad or grad_y may be grad_out itself: each entry is read before it is written. None: z with
     the identity, which then needs `given`; given; residual; grad; grad_y, then nothing is written but sums; partials, then there
-    are none; taken; state, then A and B are 0.
+    are none; taken; state, then A and B are 0. PER_IMAGE: taken is (N, 3, C): grad_y = third row * g + first + second * q.
     """
     channels = tl.expand_dims(tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), AXIS)
     is_channel = channels < num_channels
@@ -227,7 +230,11 @@ def backward(
     image = tl.program_id(0) // num_blocks
     scale = _row(table, SCALE, channels, num_channels)
     shift, spread = _row(table, SHIFT, channels, num_channels), _row(table, SPREAD, channels, num_channels)
-    if state is not None and grad_y is not None:
+    if PER_IMAGE:
+        own = taken + image.to(tl.int64) * 3 * num_channels
+        offset, gain = -_row(own, 0, channels, num_channels), -_row(own, 1, channels, num_channels)
+        scale = _row(own, 2, channels, num_channels)
+    elif state is not None and grad_y is not None:
         weight = tl.load(grad_nll)
         if taken is not None:
             own = taken + image.to(tl.int64) * 2 * num_channels
@@ -270,7 +277,7 @@ def backward(
             _store(grad, offsets, g, there)
         if grad_y is not None:
             g *= scale
-            if state is not None:
+            if PER_IMAGE or state is not None:
                 g -= offset + q * gain
             _store(grad_y, offsets, g, there)
     if partials is not None:
@@ -344,3 +351,139 @@ def finish_backward(
     of_gamma = gamma_scale * all_product + gamma_shift * all_g
     tl.store(gamma, tl.load(gamma, mask=is_channel) + of_gamma, mask=is_channel)
     tl.store(beta, tl.load(beta, mask=is_channel) + all_g, mask=is_channel)
+
+
+@triton.jit
+def _values(pointer, row, channels, there, num_channels):
+    """Some channels of a row."""
+    return tl.load(pointer + row * num_channels + channels, mask=there, other=0)
+
+
+@triton.jit
+def _group_moments(total, square, count, EPS: tl.constexpr):
+    """Mean and 1 / deviation of a group, from its channels' sums of xhat and xhat^2."""
+    mean = tl.sum(total, 0) / count
+    variance = tl.sum(square, 0) / count - mean * mean
+    variance = tl.where(variance < 0, 0, variance)  # in this order a NaN stays one
+    return mean, 1 / tl.sqrt(variance + EPS)
+
+
+@triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_GROUPS)
+def finish_groups(
+    partials, table, gamma, beta, sums, maps, num_blocks, num_positions, num_channels, size, EPS: tl.constexpr,
+    REAL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """sums, (N, 2, C), become each image's of y and y^2, and maps, (N, 2, C), the scale and shift of y of norm/channel.py.
+
+    A program for each group, of `size` channels, and image. None: table, then xhat is y.
+    """
+    lanes = tl.arange(0, BLOCK_CHANNELS)
+    channels, there = tl.program_id(0) * size + lanes, lanes < size
+    image = tl.program_id(1)
+    y, square = tl.zeros([BLOCK_CHANNELS], REAL), tl.zeros([BLOCK_CHANNELS], REAL)
+    for first in range(0, num_blocks, BLOCK):
+        blocks = first + tl.arange(0, BLOCK)[:, None]
+        some = (blocks < num_blocks) & there[None, :]
+        places = ((image * num_blocks + blocks) * NUM_SUMS) * num_channels + channels[None, :]
+        y += tl.sum(tl.load(partials + places, mask=some, other=0), 0)
+        square += tl.sum(tl.load(partials + places + num_channels, mask=some, other=0), 0)
+    tl.store(sums + image * 2 * num_channels + channels, y, mask=there)
+    tl.store(sums + (image * 2 + 1) * num_channels + channels, square, mask=there)
+    factor = _values(gamma, 0, channels, there, num_channels)
+    if table is not None:
+        inverse = _values(table, INVERSE, channels, there, num_channels)
+        y *= inverse
+        square *= inverse * inverse
+    mean, r = _group_moments(y, square, size * num_positions, EPS)
+    shift = _values(beta, 0, channels, there, num_channels) - factor * r * mean
+    scale = factor * r
+    if table is not None:
+        scale *= inverse
+    tl.store(maps + image * 2 * num_channels + channels, scale, mask=there)
+    tl.store(maps + (image * 2 + 1) * num_channels + channels, shift, mask=there)
+
+
+@triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_GROUPS)
+def finish_groups_backward(
+    partials, table, sums, grad_nll, prior, state, gamma, maps, vectors, num_images, num_positions, num_channels, size,
+    horizon, EPS: tl.constexpr, REAL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """vectors, (6, C), and `state` gain what norm/channel.py says, image after image; maps, (N, 3, C), become each one's offset,
+    gain and scale, with which grad_y = scale * g + offset + gain * y.
+
+    A program for each group. partials: (N, 2, C), sums of g and g * y. None: grad_nll, which is then 0; prior and state.
+    """
+    lanes = tl.arange(0, BLOCK_CHANNELS)
+    channels, there = tl.program_id(0) * size + lanes, lanes < size
+    zero = tl.zeros([BLOCK_CHANNELS], REAL)
+    all_g, all_u, all_h, all_along, all_y, all_square = zero, zero, zero, zero, zero, zero
+    inverse, factor = (
+        _values(table, INVERSE, channels, there, num_channels),
+        _values(gamma, 0, channels, there, num_channels),
+    )
+    count = size * num_positions
+    if state is not None:
+        weight = tl.load(grad_nll)
+        counts = weight != 0
+        unit = 1 / (tl.where(counts, weight, 1) * num_positions)
+        left_shift = _values(state, LEFT_SHIFT, channels, there, num_channels)
+        left_slope = _values(state, LEFT_SLOPE, channels, there, num_channels)
+        to_come = _values(state, TO_COME, channels, there, num_channels)
+        prior_shift = _values(prior, 0, channels, there, num_channels)
+        prior_slope = _values(prior, 1, channels, there, num_channels)
+    for image in tl.range(0, num_images, num_stages=4):
+        row = image * 2
+        g = _values(partials, row, channels, there, num_channels)
+        along_xhat = _values(partials, row + 1, channels, there, num_channels) * inverse
+        y = _values(sums, row, channels, there, num_channels)
+        square = _values(sums, row + 1, channels, there, num_channels)
+        of_x, of_square = y * inverse, square * inverse * inverse
+        mean, r = _group_moments(of_x, of_square, count, EPS)
+        along_u = r * (along_xhat - mean * g)
+        e1, e2 = tl.sum(factor * g, 0) / count, tl.sum(factor * along_u, 0) / count
+        slope = r * r * e2 + zero
+        shift = r * e1 - slope * mean
+        scale = factor * r
+        h = scale * g - shift * num_positions - slope * of_x
+        along_h = scale * along_xhat - shift * of_x - slope * of_square
+        all_g += g
+        all_u += along_u
+        all_h += h
+        all_along += along_h
+        all_y += y
+        all_square += square
+        if state is not None:
+            rest = tl.maximum(to_come, horizon)
+            along_one, along_slope = prior_shift + left_shift / rest, prior_slope + left_slope / rest
+            shift += weight * along_one
+            slope += weight * along_slope
+            if counts:
+                first, second = of_x / num_positions, of_square / num_positions
+                left_shift += h * unit - along_one - along_slope * first
+                left_slope += along_h * unit - along_one * first - along_slope * second
+                to_come -= 1
+        own = maps + image * 3 * num_channels + channels
+        tl.store(own, -inverse * shift, mask=there)
+        tl.store(own + num_channels, -inverse * inverse * slope, mask=there)
+        tl.store(own + 2 * num_channels, inverse * scale, mask=there)
+    if state is not None:
+        tl.store(state + LEFT_SHIFT * num_channels + channels, left_shift, mask=there)
+        tl.store(state + LEFT_SLOPE * num_channels + channels, left_slope, mask=there)
+        tl.store(state + TO_COME * num_channels + channels, to_come, mask=there)
+    if grad_nll is not None:
+        nll_weight = tl.load(grad_nll)
+        of_mean = _values(table, MEAN_MOMENT, channels, there, num_channels) * all_y / num_positions
+        of_raw = _values(table, RAW_MOMENT, channels, there, num_channels) * all_square / num_positions
+        of_raw += _values(table, RAW_IMAGE, channels, there, num_channels) * num_images
+        _add(vectors, 0, nll_weight * of_mean, channels, there, num_channels)
+        _add(vectors, 1, nll_weight * of_raw, channels, there, num_channels)
+    _add(vectors, 2, all_along, channels, there, num_channels)
+    _add(vectors, 3, all_h, channels, there, num_channels)
+    _add(vectors, 4, all_u, channels, there, num_channels)
+    _add(vectors, 5, all_g, channels, there, num_channels)
+
+
+@triton.jit
+def _add(vectors, row: tl.constexpr, values, channels, there, num_channels):
+    places = vectors + row * num_channels + channels
+    tl.store(places, tl.load(places, mask=there) + values, mask=there)

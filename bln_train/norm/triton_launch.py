@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bln_train.errors import first_line
 from bln_train.norm.balance import HORIZON
@@ -117,15 +117,15 @@ def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: int, slo
         with torch.cuda.device_of(y):
             _kernels().forward[grid.programs](
                 y, residual, table, None, grid.num_positions, grid.num_tiles, grid.tiles_per_program, grid.num_blocks, 0,
-                y.shape[1], **_constants(grid, table.dtype, activation, slope), NUM_SUMS=0,
+                y.shape[1], **_constants(grid, table.dtype, activation, slope), NUM_SUMS=0, PER_IMAGE=table.dim() == 3,
             )  # fmt: skip
 
 
 def _forward(
     y: Tensor, residual: Tensor | None, table: Tensor | None, activation: int, slope: float, real: torch.dtype,
-    nll: Tensor | None, num_watched: int, watched: Tensor | None,
+    nll: Tensor | None, num_watched: int, watched: Tensor | None, *, stays: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Partial sums, and those of all images, (2, C)."""
+    """Partial sums, and those of all images, (2, C); y stays where there is no table, or `stays`."""
     grid = _grid(y)
     num_images, num_channels = y.shape[:2]
     num_sums = 2 if watched is None else _MOST_SUMS
@@ -136,8 +136,9 @@ def _forward(
     kernels = _kernels()
     with torch.cuda.device_of(y):
         kernels.forward[grid.programs](
-            y, residual, table, partials, grid.num_positions, grid.num_tiles, grid.tiles_per_program, grid.num_blocks,
-            num_watched, num_channels, **_constants(grid, real, activation, slope), NUM_SUMS=num_sums,
+            y, residual, None if stays else table, partials, grid.num_positions, grid.num_tiles, grid.tiles_per_program,
+            grid.num_blocks, num_watched, num_channels, **_constants(grid, real, activation, slope), NUM_SUMS=num_sums,
+            PER_IMAGE=False,
         )  # fmt: skip
         block_channels = min(_power_of_2(num_channels), _FINISH_CHANNELS)
         kernels.finish_forward[1,](
@@ -176,7 +177,7 @@ def backward(
     def run(grad_y: Tensor | None, grad: Tensor | None, partials: Tensor | None) -> None:
         _kernels().backward[grid.programs](
             grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, grid.num_positions,
-            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, HORIZON, **constants,
+            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, HORIZON, **constants, PER_IMAGE=False,
         )  # fmt: skip
 
     with torch.cuda.device_of(grad_out):
@@ -185,52 +186,81 @@ def backward(
         seen = partials if num_images == 1 else _of_images(partials, num_images)
         if _hollow:
             return
-        _finish_backward(
-            seen,
-            table,
-            sums,
-            grad_nll,
-            prior,
-            state,
-            taken,
-            vectors,
-            grid.programs[0],
-            grid.num_positions,
-            is_one=num_images == 1,
-        )
+        block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[0])
+        _kernels().finish_backward[-(-num_channels // block_channels),](
+            seen, table, sums, grad_nll, prior, state, taken, vectors, grid.programs[0], num_images, grid.num_positions,
+            num_channels, HORIZON, REAL=_real(table.dtype), IS_ONE=num_images == 1, BLOCK=_FINISH_TILE // block_channels,
+            BLOCK_CHANNELS=block_channels, num_warps=_FINISH_WARPS,
+        )  # fmt: skip
         if not first:
             run(grad_y, grad, None)
 
 
-def balance(
-    seen: Tensor, table: Tensor, sums: Tensor, grad_nll: Tensor | None, prior: Tensor | None, state: Tensor | None,
-    vectors: Tensor, num_positions: int,
-) -> Tensor | None:  # fmt: skip
-    """The part of `backward` between its two passes: (A, B) of each image, (N, 2, C), None without a state; vectors gain.
+def forward_groups(
+    y: Tensor, residual: Tensor | None, table: Tensor | None, groups: nn.GroupNorm, activation: int, slope: float,
+    real: torch.dtype, nll: Tensor | None, num_watched: int = 0, watched: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`forward_` of norm/channel.py, or, without a table, its `map_`."""
+    grid = _grid(y)
+    num_images, num_channels = y.shape[:2]
+    partials, _ = _forward(y, None, table, 0, 0.0, real, nll, num_watched, watched, stays=True)
+    sums = torch.empty(num_images, 2, num_channels, dtype=real, device=y.device)
+    maps = torch.empty_like(sums)
+    if _hollow:
+        return sums
+    size, block_channels = _sizes(groups)
+    with torch.cuda.device_of(y):
+        _kernels().finish_groups[groups.num_groups, num_images](
+            partials, table, groups.weight, groups.bias, sums, maps, grid.num_blocks, grid.num_positions, num_channels, size,
+            EPS=groups.eps, REAL=_real(real), NUM_SUMS=partials.shape[1], BLOCK=_blocks(grid, block_channels),
+            BLOCK_CHANNELS=block_channels,
+        )  # fmt: skip
+    map_(y, residual, maps, activation, slope)
+    return sums
 
-    Args:
-        seen: (N, 2, C), each image's sums of g and of g * q.
-    """
-    taken = None if state is None else torch.empty_like(seen)
-    if not _hollow:
-        with torch.cuda.device_of(seen):
-            _finish_backward(
-                seen.contiguous(), table, sums, grad_nll, prior, state, taken, vectors, 1, num_positions, is_one=False
-            )
-    return taken
 
-
-def _finish_backward(
-    seen: Tensor, table: Tensor, sums: Tensor, grad_nll: Tensor | None, prior: Tensor | None, state: Tensor | None,
-    taken: Tensor | None, vectors: Tensor, num_blocks: int, num_positions: int, *, is_one: bool,
+def backward_groups(
+    grad_out: Tensor, z: Tensor | None, given: Tensor, table: Tensor, sums: Tensor, grad_nll: Tensor | None,
+    groups: nn.GroupNorm, activation: int, slope: float, prior: Tensor | None, state: Tensor | None, grad: Tensor | None,
+    vectors: Tensor,
 ) -> None:  # fmt: skip
-    num_channels = table.shape[1]
-    block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[0])
-    _kernels().finish_backward[-(-num_channels // block_channels),](
-        seen, table, sums, grad_nll, prior, state, taken, vectors, num_blocks, len(sums), num_positions, num_channels, HORIZON,
-        REAL=_real(table.dtype), IS_ONE=is_one, BLOCK=_FINISH_TILE // block_channels, BLOCK_CHANNELS=block_channels,
-        num_warps=_FINISH_WARPS,
-    )  # fmt: skip
+    """`backward` of norm/channel.py, into `given` and, where it is wanted, grad, which may be grad_out."""
+    grid = _grid(grad_out)
+    num_images, num_channels = grad_out.shape[:2]
+    partials = torch.empty(grid.programs[0], 2, num_channels, dtype=table.dtype, device=grad_out.device)
+    maps = torch.empty(num_images, 3, num_channels, dtype=table.dtype, device=grad_out.device)
+    constants = _constants(grid, table.dtype, activation, slope)
+
+    def run(taken: Tensor | None, grad_y: Tensor | None, grad: Tensor | None, partials: Tensor | None) -> None:
+        _kernels().backward[grid.programs](
+            grad_out, z, given, None, table, None, None, None, taken, grad_y, grad, partials, grid.num_positions,
+            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, HORIZON, **constants,
+            PER_IMAGE=taken is not None,
+        )  # fmt: skip
+
+    with torch.cuda.device_of(grad_out):
+        if not _hollow:
+            run(None, None, None, partials)
+        seen = _of_images(partials, num_images)
+        if _hollow:
+            return
+        size, block_channels = _sizes(groups)
+        _kernels().finish_groups_backward[groups.num_groups,](
+            seen, table, sums, grad_nll, prior, state, groups.weight, maps, vectors, num_images, grid.num_positions, num_channels,
+            size, HORIZON, EPS=groups.eps, REAL=_real(table.dtype), BLOCK_CHANNELS=block_channels,
+        )  # fmt: skip
+        run(maps, given, grad, None)
+
+
+def _sizes(groups: nn.GroupNorm) -> tuple[int, int]:
+    """Channels of a group, and lanes for them."""
+    size = groups.num_channels // groups.num_groups
+    return size, _power_of_2(size)
+
+
+def _blocks(grid: _Grid, block_channels: int) -> int:
+    """Programs of an image whose sums are loaded at once."""
+    return max(1, min(_power_of_2(grid.num_blocks), _FINISH_TILE // block_channels))
 
 
 def _axis(tensor: Tensor) -> int | None:
@@ -337,5 +367,35 @@ def _try_on(device: torch.device) -> str:
         (grad_y, gives),
         (vectors[3], g.sum(0)),
     )
-    close = all(torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in pairs)
+    close = all(
+        torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in (*pairs, *_try_groups(table))
+    )
     return "" if close else "Triton's kernels compute something else than PyTorch on this device"
+
+
+def _try_groups(table: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Results of the kernels for groups of channels, each beside PyTorch's."""
+    from bln_train.norm import channel
+    from bln_train.norm.epilogue import Row
+
+    shape = 3, table.shape[1]
+    numbers = torch.arange(float(shape[0] * shape[1]), device=table.device)
+    y, residual, grad_out = (torch.cos(n * numbers + n).view(shape) for n in range(1, 4))
+    groups = nn.GroupNorm(1, shape[1], device=table.device)
+    groups.weight.copy_(y[0])
+    groups.bias.copy_(y[1])
+    out, weight = y.clone(), table[0, 1]
+    sums = forward_groups(out, residual, table, groups, 1, 0.0, table.dtype, torch.zeros_like(weight))
+    z = torch.relu(
+        nn.functional.group_norm(y * table[Row.INVERSE], 1, groups.weight, groups.bias, groups.eps) + residual
+    )
+    found = []
+    for is_ours in (True, False):
+        given, vectors, state = y.clone(), torch.zeros(6, shape[1], device=table.device), table[2:5].clone()
+        first = (grad_out, z, given, table, sums, weight, groups)
+        if is_ours:
+            backward_groups(*first, 1, 0.0, table[:2], state, None, vectors)
+        else:
+            channel.eager_backward(*first, "relu", 0.0, vectors, table[:2], state, may_overwrite=False)
+        found.append((given, vectors, state))
+    return [(out, z), (sums, torch.stack((y, y * y), 1)), *zip(*found, strict=True)]

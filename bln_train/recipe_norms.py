@@ -24,14 +24,15 @@ class BatchlessNormSection(Section):
 
     name: Literal["batchless", "batchless-channel", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
     """`batchless`: what to use in BatchNorm's place; `batchless-channel`: with normalisation over groups of channels of each image
-    behind it, more accurate, at twice the memory; `batchless-paper` and its other parametrisations: the method as published."""
+    behind it, more accurate and slower; `batchless-paper` and its other parametrisations: the method as published."""
     parametrization: Literal["log", "abs", "inv", "var"]
     """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
     share: Literal["channel", "layer"] = "channel"
     """One mean and standard deviation per channel, or one pair for the whole layer."""
     channel_groups: Annotated[int, Field(ge=0)] = 0
     """Groups of channels of each image over which its normalised values are normalised again; a layer whose channels do not divide
-    uses the greatest common divisor; 0 turns it off. `batchless-channel` takes 8."""
+    uses the greatest common divisor; 0 turns it off. `batchless-channel` takes 8. A folded norm then runs its convolution again in
+    backward."""
     eps: PositiveFloat = 1e-3
     """The smallest standard deviation that data can set, in units of the layer's input; `abs` adds it to |s|, `inv` to |s|
     before inverting. The paper's presets take 1e-5."""
@@ -54,7 +55,8 @@ class BatchlessNormSection(Section):
     each process. With a number, which the processes must divide, their number changes no result; no micro-batch spans two parts."""
     correction_mode: Literal["auto", "exact", "imputed"] = "auto"
     """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
-    it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe."""
+    it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe, and no
+    channel_groups."""
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
     turns it off; auto takes as many as need no more memory without gradients than one image with them, from 4 to 8 and in
@@ -78,7 +80,8 @@ class BatchlessNormSection(Section):
         """`correction_mode`, auto resolved."""
         if self.correction_mode != "auto":
             return self.correction_mode
-        return "imputed" if self.fold and self.probe_images and self.correction_rate else "exact"
+        imputes = self.fold and self.probe_images and self.correction_rate and not self.channel_groups
+        return "imputed" if imputes else "exact"
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +97,10 @@ class BatchlessNormSection(Section):
     def _check(self) -> BatchlessNormSection:
         if self.init_cache and not self.init_images:
             raise ValueError("init_cache: there is nothing to initialise with init_images 0")
+        if self.correction_mode == "imputed" and self.channel_groups:
+            raise ValueError(
+                "correction_mode: with channel_groups backward runs the convolution again anyway; use exact"
+            )
         if self.correction_mode == "imputed":
             for key, missing in (("fold", not self.fold), ("probe_images", not self.probe_images)):
                 if missing:

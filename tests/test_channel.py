@@ -233,6 +233,14 @@ def test_trained_weights_have_no_groups():
         load_recipe("finetune_resnet50", ["norm=batchless-channel", "model.init=pretrained"])
 
 
+def test_nothing_is_imputed():
+    """The convolution runs again anyway: auto is exact, and the other is refused and not ignored."""
+    assert tiny_recipe(norm={"name": "batchless-channel"}).norm.resolved_correction_mode == "exact"
+    assert tiny_recipe(norm={"name": "batchless"}).norm.resolved_correction_mode == "imputed"
+    with pytest.raises(ValueError, match="correction_mode: with channel_groups"):
+        tiny_recipe(norm={"name": "batchless-channel", "correction_mode": "imputed"})
+
+
 def test_nothing_takes_up_new_statistics():
     """Re-estimation needs a scale behind the statistics: it says so, and changes nothing."""
     model = resnet8(8).eval()

@@ -376,6 +376,8 @@ def write_sources(folder):
     torch.save({"a.weight": torch.ones(3)}, folder / "none.pt")
     torch.save({"a.mean": torch.zeros(1), "a.raw_std": torch.full((1,), -9.0)}, folder / "small.pt")
     torch.save({"bln_train_format": 1, "step": 0, "recipe": "data: 3", "model": small}, folder / "run.pt")
+    groups = RECIPE.replace("batchless", "batchless-channel").replace("'timm:test_efficientnet'", "resnet8")
+    torch.save({"bln_train_format": 1, "step": 0, "recipe": groups, "model": small}, folder / "groups.pt")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "empty").mkdir()
 
@@ -394,6 +396,8 @@ def write_sources(folder):
         ("small.pt", 1, ["small.pt is batchless already", "--to batch"]),
         ("small.pt --to batch", 1, ["a: a standard deviation of 0.000123, below sqrt(eps) = 0.00316", "lower eps"]),
         ("run.pt", 1, ["run.pt carries a damaged recipe"]),
+        ("groups.pt", 1, ["of a run with norm.channel_groups", "bln-train export"]),
+        ("groups.pt --to batch", 1, ["of a run with norm.channel_groups", "bln-train export"]),
         ("empty", 1, ["empty is no run folder"]),
         ("missing.pt", 2, ["missing.pt does not exist", "torchvision:<name>"]),
         ("torchvision:swin_t", 2, ["it has no BatchNorm to replace"]),

@@ -93,8 +93,9 @@ def test_law_1_in_lower_precision(precision, bound):
         {"norm": {"name": "batchless-paper"}, "optimizer": {"name": "adam", "lr": 0.003}},
         {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05}},
         {"model__name": "paper_cnn"},
+        {"norm": {"name": "batchless-channel", "channel_groups": 4}, "model__name": "wrn10_1"},
     ],
-    ids=["preset", "shared-variance", "paper-adam", "group-adamw", "dropout"],
+    ids=["preset", "shared-variance", "paper-adam", "group-adamw", "dropout", "groups"],
 )
 def test_law_2_whole_runs_do_not_depend_on_the_split(changes):
     """Law 2: runs of two epochs, short last batches included, end in the same weights for any micro-batch."""
@@ -260,8 +261,9 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
         {},
         {"norm": {"name": "batchless-paper"}, "optimizer": {"name": "adam", "lr": 0.003}},
         {"norm": {"name": "batch"}},
+        {"norm": {"name": "batchless-channel"}},
     ],
-    ids=["preset", "paper-adam", "batch"],
+    ids=["preset", "paper-adam", "batch", "groups"],
 )
 def test_law_4_resume_is_bitwise(stop, changes, tmp_path):
     """Law 4: stopping after any step, mid-epoch included, and going on in a new process state changes no bit."""

@@ -16,8 +16,7 @@ class BatchlessChannelNorm(nn.Sequential):
         xhat = (x - mean) / std,     out = weight * (xhat - m) / sqrt(v + 1e-5) + bias
 
     with m and v the mean and variance of xhat over a group of channels and all positions of one image. Like both of its parts it
-    looks at one image at a time. What an image alone can say, group normalisation takes out; the learned statistics keep
-    single channels from dying in their group, which group normalisation alone cannot.
+    looks at one image at a time.
 
     Args:
         num_features: C, channels of the input (N, C, *spatial).
@@ -27,7 +26,8 @@ class BatchlessChannelNorm(nn.Sequential):
 
     Shapes: (N, C, *spatial) to the same.
 
-    Source: Qiao et al., arXiv 1911.09738, there with batch statistics estimated by running averages, and a scale in both parts.
+    Source: Qiao et al., arXiv 1911.09738, there with batch statistics or running averages of them, and a scale in both parts; their
+    reason is that within a group alone nothing keeps a channel from dying. One scale is better here (recipes/RESULTS.md).
     """
 
     def __init__(self, num_features: int, num_groups: int, *, num_axes: int = 2, **settings: Any) -> None:

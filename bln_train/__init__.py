@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bln_train.errors import BlnError
     from bln_train.export import ImageClassifier, export_run, load_merged
     from bln_train.norm import (
+        BatchlessChannelNorm,
         BatchlessNorm,
         BatchlessNorm1d,
         BatchlessNorm2d,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchlessChannelNorm",
     "BatchlessNorm",
     "BatchlessNorm1d",
     "BatchlessNorm2d",

@@ -202,6 +202,8 @@ def test_groups_are_folded_behind_a_norm_without_scale_only():
         model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU())
         fuse(model)
         assert [layer.channel for layer in folded_layers(model)] == [None]
+        with pytest.raises(ValueError, match="behind a norm without scale"):
+            FoldedConvNorm(model[0], norm[0], channel=norm[1])
 
 
 def test_it_saves_what_the_norm_without_groups_saves():

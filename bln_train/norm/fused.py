@@ -58,7 +58,7 @@ class FoldedConvNorm(nn.Module):
     Shapes: x as `linear` takes it (Linear: (N, features)), residual and the result as it gives them.
 
     Raises:
-        ValueError: linear and norm cannot be one operation, or the slope cannot be undone.
+        ValueError: linear, norm and channel cannot be one operation, or the slope cannot be undone.
 
     Source: design of In-Place ABN (Rota Bulo et al., arXiv 1712.02616) for what a backward pass can do without.
     """
@@ -80,6 +80,8 @@ class FoldedConvNorm(nn.Module):
         problem = why_not_foldable(linear, norm)
         if problem:
             raise ValueError(problem)
+        if channel is not None and (norm.affine or not channel.affine or channel.num_channels != norm.num_features):
+            raise ValueError("groups of channels are folded behind a norm without scale and shift, and have them themselves")
         if activation == "leaky_relu" and not 0 < slope < 1:
             raise ValueError(f"slope is {slope}; a leaky relu that can be undone has one in (0, 1)")
         # A tuple: not registered, their owner is the network.

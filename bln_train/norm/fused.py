@@ -81,7 +81,9 @@ class FoldedConvNorm(nn.Module):
         if problem:
             raise ValueError(problem)
         if channel is not None and (norm.affine or not channel.affine or channel.num_channels != norm.num_features):
-            raise ValueError("groups of channels are folded behind a norm without scale and shift, and have them themselves")
+            raise ValueError(
+                "groups of channels are folded behind a norm without scale and shift, and have them themselves"
+            )
         if activation == "leaky_relu" and not 0 < slope < 1:
             raise ValueError(f"slope is {slope}; a leaky relu that can be undone has one in (0, 1)")
         # A tuple: not registered, their owner is the network.

@@ -102,6 +102,22 @@ static int forward_rows(REAL *y, const REAL *residual, const REAL *table, long n
     return 0;
 }
 
+/* From each image's sums of forward_tile, seen, (num_images, 4, channels): those of y and y^2 to sums, (num_images, 2, channels), all
+   of the first probe_images added to probe, (4, channels), and the likelihood to nll. Null: sums; probe, with 0 probe_images; nll. */
+static void give_sums(const double *seen, const REAL *table, long num_images, long num_positions, long channels, long probe_images,
+                      REAL *sums, REAL *probe, REAL *nll) {
+    double likelihood = 0;
+    for (long n = 0; n < num_images; n++) {
+        const double *own = seen + n * 4 * channels;
+        for (long i = 0; sums && i < 2 * channels; i++) sums[n * 2 * channels + i] = (REAL)own[i];
+        for (long i = 0; n < probe_images && i < 4 * channels; i++) probe[i] += (REAL)own[i];
+        for (long c = 0; nll && c < channels; c++)
+            likelihood += (double)table[NLL_SQUARE * channels + c] * own[channels + c] / num_positions +
+                          (double)table[NLL_IMAGE * channels + c];
+    }
+    if (nll) *nll += (REAL)likelihood;
+}
+
 /* Writes act(scale * y + shift + residual) into y, and sums, (num_images, 2, channels), of y and y^2; adds to probe, (4, channels),
    what forward_tile says of the first probe_images, and to nll the likelihood of the images. Null: table, then y stays and there is
    no nll; residual; nll; probe, with 0 probe_images. */
@@ -119,16 +135,7 @@ int forward(REAL *y, const REAL *residual, const REAL *table, long num_images, l
                 forward_tile(y + n * size, residual ? residual + n * size : 0, table, top, smaller(top + height, num_positions),
                              channels, activation, slope, n < probe_images, seen + n * 4 * channels);
     }
-    double likelihood = 0;
-    for (long n = 0; !failed && n < num_images; n++) {
-        const double *own = seen + n * 4 * channels;
-        for (long i = 0; i < 2 * channels; i++) sums[n * 2 * channels + i] = (REAL)own[i];
-        for (long i = 0; n < probe_images && i < 4 * channels; i++) probe[i] += (REAL)own[i];
-        for (long c = 0; nll && c < channels; c++)
-            likelihood += (double)table[NLL_SQUARE * channels + c] * own[channels + c] / num_positions +
-                          (double)table[NLL_IMAGE * channels + c];
-    }
-    if (nll && !failed) *nll += (REAL)likelihood;
+    if (!failed) give_sums(seen, table, num_images, num_positions, channels, probe_images, sums, probe, nll);
     free(seen);
     return failed;
 }
@@ -209,6 +216,19 @@ static void balance_image(const REAL *table, const REAL *prior, REAL *state, REA
     }
 }
 
+/* vectors, (2, channels), gain the gradients of mean and raw std, from the forward's sums, (num_images, 2, channels). */
+static void likelihood_back(const REAL *table, const REAL *sums, REAL weight, long num_images, long num_positions, long channels,
+                            REAL *vectors) {
+    for (long c = 0; c < channels; c++) {
+        const REAL *constants = table + c;
+        double first = 0, second = 0;
+        for (long n = 0; n < num_images; n++) first += sums[n * 2 * channels + c], second += sums[(n * 2 + 1) * channels + c];
+        vectors[c] += (REAL)(weight * constants[MEAN_MOMENT * channels] * first / num_positions);
+        vectors[channels + c] += (REAL)(weight * (constants[RAW_MOMENT * channels] * second / num_positions +
+                                                 constants[RAW_IMAGE * channels] * num_images));
+    }
+}
+
 #define GROUP_BYTES 262144 /* of a thread's images that are read twice: they are to stay in its second cache */
 
 /* With g = grad_out * act'(z):  grad_y = scale * g - grad_nll * (scale * A + B * (offset + gain * q)), and grad = g. q is `given`
@@ -255,13 +275,9 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
                 backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
                               maps + n * width, table + SCALE * channels, 0);
     }
+    if (!failed) likelihood_back(table, sums, weight, num_images, num_positions, channels, vectors);
     for (long c = 0; !failed && c < channels; c++) {
         const REAL *constants = table + c;
-        double first = 0, second = 0;
-        for (long n = 0; n < num_images; n++) first += sums[n * width + c], second += sums[n * width + channels + c];
-        vectors[c] += (REAL)(weight * constants[MEAN_MOMENT * channels] * first / num_positions);
-        vectors[channels + c] += (REAL)(weight * (constants[RAW_MOMENT * channels] * second / num_positions +
-                                                 constants[RAW_IMAGE * channels] * num_images));
         vectors[2 * channels + c] += (REAL)(constants[GAMMA_SCALE * channels] * total[channels + c] +
                                             constants[GAMMA_SHIFT * channels] * total[c]);
         vectors[3 * channels + c] += (REAL)total[c];
@@ -298,7 +314,7 @@ static void map_of_groups(const double *sums, const REAL *inverse, const REAL *g
 }
 
 /* y becomes act(gamma * u + beta + residual); sums, (num_images, 2, channels), become those of y and y^2, those of the first
-   probe_images are added to probe, (2, channels), and to nll the likelihood. Null: residual; table, then xhat is y; sums; probe, with
+   probe_images are added to probe, (4, channels), whose last two rows stay, and to nll the likelihood. Null: residual; table, then xhat is y; sums; probe, with
    0 probe_images; nll. */
 int forward_groups(REAL *y, const REAL *residual, const REAL *table, const REAL *gamma, const REAL *beta, long group, REAL eps,
                    long num_images, long num_positions, long channels, long probe_images, int activation, REAL slope, int threads,
@@ -325,16 +341,7 @@ int forward_groups(REAL *y, const REAL *residual, const REAL *table, const REAL 
                              channels, activation, slope, 0, wasted + omp_get_thread_num() * 4 * channels);
         }
     }
-    double likelihood = 0;
-    for (long n = 0; !failed && n < num_images; n++) {
-        const double *own = seen + n * 4 * channels;
-        for (long i = 0; sums && i < 2 * channels; i++) sums[n * 2 * channels + i] = (REAL)own[i];
-        for (long i = 0; n < probe_images && i < 2 * channels; i++) probe[i] += (REAL)own[i];
-        for (long c = 0; nll && c < channels; c++)
-            likelihood += (double)table[NLL_SQUARE * channels + c] * own[channels + c] / num_positions +
-                          (double)table[NLL_IMAGE * channels + c];
-    }
-    if (nll && !failed) *nll += (REAL)likelihood;
+    if (!failed) give_sums(seen, table, num_images, num_positions, channels, probe_images, sums, probe, nll);
     free(seen);
     free(maps);
     return failed;
@@ -430,15 +437,8 @@ int backward_groups(const REAL *grad_out, const REAL *z, const REAL *given, cons
                 backward_tile(&of, begin + top, begin + smaller(top + height, num_positions), map, map + 2 * channels, 0);
             }
     }
-    for (long c = 0; !failed && c < channels; c++) {
-        const REAL *constants = table + c;
-        double first = 0, second = 0;
-        for (long n = 0; n < num_images; n++) first += sums[n * width + c], second += sums[n * width + channels + c];
-        vectors[c] += (REAL)(weight * constants[MEAN_MOMENT * channels] * first / num_positions);
-        vectors[channels + c] += (REAL)(weight * (constants[RAW_MOMENT * channels] * second / num_positions +
-                                                 constants[RAW_IMAGE * channels] * num_images));
-        for (long row = 2; row < 6; row++) vectors[row * channels + c] += (REAL)total[row * channels + c];
-    }
+    if (!failed) likelihood_back(table, sums, weight, num_images, num_positions, channels, vectors);
+    for (long i = 2 * channels; !failed && i < 6 * channels; i++) vectors[i] += (REAL)total[i];
     free(total);
     free(maps);
     return failed;

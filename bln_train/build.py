@@ -18,9 +18,9 @@ from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
 from bln_train.models.trained import build_trained_model
-from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
+from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.norm.triton_launch import why_not_triton
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
 from bln_train.parallel import ALONE, World

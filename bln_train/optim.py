@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bln_train.norm.batchless import BatchlessStatistics
+from bln_train.norm.statistics import BatchlessStatistics
 
 
 def parameter_groups(

@@ -22,7 +22,7 @@ from torch import Tensor
 from bln_train.errors import ProcessError, UsageError
 from bln_train.launch import Launch, launch
 from bln_train.norm.accounts import counts_of, set_counts, watched_sums
-from bln_train.norm.batchless import BatchlessStatistics
+from bln_train.norm.statistics import BatchlessStatistics
 
 Sliceable = TypeVar("Sliceable", Tensor, range)
 

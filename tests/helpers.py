@@ -1,10 +1,13 @@
 """A small float64 experiment that takes every path of the trainer, and ways to compare its results."""
 
 import torch
+from torch.nn import functional as F
 
 from bln_train.build import build_experiment
 from bln_train.recipe import Recipe
 from bln_train.train.trainer import Trainer
+
+ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
 
 TINY = {
     "data": {

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import advance, largest_difference, tiny_recipe
+from helpers import ACTIVATIONS, advance, largest_difference, tiny_recipe
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,8 +28,6 @@ from bln_train.norm import (
 from bln_train.norm.balance import regression
 from bln_train.norm.compiled import use_compiled
 from bln_train.recipe_file import load_recipe
-
-ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
 
 
 @pytest.fixture(autouse=True)
@@ -163,13 +161,17 @@ def resnet8(groups, **settings):
     torch.manual_seed(0)
     norm = norm_factory("batchless", channel_groups=groups, correction_mode="imputed")
     model = build_model("resnet8", 10, norm=norm, weight_standardization=True, **settings)
-    return draw(model.to(memory_format=torch.channels_last))
+    model = model.to(memory_format=torch.channels_last)
+    return model if settings.get("zero_init_residual") else draw(model)
 
 
-@pytest.mark.parametrize("shortcut", ["A", "B"])
+@pytest.mark.parametrize("shortcut", ["A", "B", "A, blocks begin as identities"])
 def test_fuse_takes_the_groups_along(shortcut):
     """fuse: every norm and its groups are folded, with the same gradients, and undone by unfuse."""
-    model, x = resnet8(8, shortcut=shortcut), torch.randn(3, 3, 32, 32)
+    model, x = resnet8(8, shortcut=shortcut[0], zero_init_residual=len(shortcut) > 1), torch.randn(3, 3, 32, 32)
+    if len(shortcut) > 1:
+        for block in model.blocks:
+            assert (block.norm2.weight == 0).all()
 
     def gradients():
         statistics = BatchlessStatistics(model)

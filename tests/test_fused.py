@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from helpers import largest_difference, tiny_recipe
+from helpers import ACTIVATIONS, largest_difference, tiny_recipe
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,8 +16,6 @@ from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.fuse import folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
 from bln_train.norm.standardize import StandardizedConv2d
-
-ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from bln_train import cli
 from bln_train.build import build_experiment
 from bln_train.data import DataSet, ImageSet
 from bln_train.errors import DoesNotFitError
-from bln_train.norm.batchless import BatchlessStatistics
+from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.records import MemoryRecord, NoticeRecord
 from bln_train.report.runlog import RunFolder

@@ -18,7 +18,8 @@ from bln_train.build import build_experiment
 from bln_train.data import ImageSet
 from bln_train.errors import BlnError, RunFolderError, UsageError
 from bln_train.memory import sweep
-from bln_train.norm.batchless import BatchlessNorm2d, BatchlessStatistics
+from bln_train.norm.batchless import BatchlessNorm2d
+from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.train.step import AccumulationStep
 
 SMALL = ["--set", "model.name=resnet8", "--set", "data={name: folder, root: nowhere, image_size: 16}"]

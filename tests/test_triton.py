@@ -81,6 +81,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(triton_launch, "_TYPES", ("cpu",))
     monkeypatch.setattr(triton_launch, "_trial", lambda device: "")
     monkeypatch.setattr(triton_launch, "_kernels", lambda: found)
+    monkeypatch.setattr(triton_launch, "_group_kernels", lambda: found)
     return found
 
 
@@ -187,23 +188,23 @@ def compile_for(capability, name, args, options, folder):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bln_train.norm import triton_kernels
+    from bln_train.norm import triton_groups, triton_kernels
 
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_groups if "groups" in name else triton_kernels, name)
     types = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     warps = options.get("num_warps", 4)
     signature, constants, aligned = {}, {}, {}
     given = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in options.items() if k != "num_warps"}
     for place, argument in enumerate(kernel.arg_names):
         value = given[argument]
-        is_plain = argument in (*triton_kernels._PLAIN, *triton_kernels._FEW)
+        is_plain = argument in (*triton_kernels.PLAIN, *triton_kernels.FEW)
         if value is None or argument.isupper() or (type(value) is int and value == 1 and not is_plain):
             signature[argument], constants[argument] = "constexpr", value
             continue
         is_number = isinstance(value, int | float)
         signature[argument] = {int: "i32", float: "fp32"}[type(value)] if is_number else types[value.dtype]
         if (
-            argument not in triton_kernels._GROUPS
+            argument not in triton_groups.GROUPS
             and not is_plain
             and (not is_number or (type(value) is int and value % 16 == 0))
         ):

@@ -5,7 +5,6 @@ from bln_train.norm.batchless import (
     BatchlessNorm1d,
     BatchlessNorm2d,
     BatchlessNorm3d,
-    BatchlessStatistics,
 )
 from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.calibrate import initialize_statistics
@@ -17,6 +16,7 @@ from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.norm.merge import MergeReport, merge_norms
 from bln_train.norm.reestimate import Reestimate, reestimate_statistics
 from bln_train.norm.standardize import StandardizedConv2d, standardize_once, standardize_weight
+from bln_train.norm.statistics import BatchlessStatistics
 
 __all__ = [
     "BatchlessChannelNorm",

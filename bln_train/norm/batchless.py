@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
 from typing import Literal
 
 import torch
@@ -18,8 +17,7 @@ from bln_train.norm.functional import (
     std_from_raw,
     sums_about,
 )
-from bln_train.norm.probe import Following, prepare_following, settle_following
-from bln_train.norm.replay import Run, addresses, at_once
+from bln_train.norm.probe import Following, settle_following
 from bln_train.norm.update import update_layers
 
 
@@ -301,108 +299,3 @@ class BatchlessNorm(_BatchlessNorm):
     """Batchless Normalization of (N, C, *spatial) input of any of these numbers of axes, as nn.SyncBatchNorm takes it."""
 
     _dims = (2, 3, 4, 5)
-
-
-class BatchlessStatistics:
-    """The batchless layers of a network, and what a training loop does with them.
-
-    for each effective batch of N images:
-        statistics.begin(N, p)                         # the first p images are the probe
-        for each micro-batch:                          # of any size
-            loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
-            (loss / N).backward()
-        statistics.update(N)                           # correction and natural step
-        optimizer.step()                               # over everything but statistics.natural_parameters
-        statistics.follow(lambda: net(first p))        # with p > 0: the statistics follow the weights
-
-    Args:
-        model: any module; one without batchless layers makes every method a no-op.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchlessNorm)}
-
-    @property
-    def natural_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose gradients `update` takes, and which no optimizer may move."""
-        return [parameter for layer in self.layers.values() for parameter in layer.natural_parameters]
-
-    @property
-    def gradient_parameters(self) -> list[nn.Parameter]:
-        """Means and raw_stds that belong into the optimizer."""
-        return [p for m in self.layers.values() if m.statistics == "gradient" for p in (m.mean, m.raw_std)]
-
-    def nll(self) -> Tensor | float:
-        """Sum of the layers' negative log likelihoods of the last forward's images; to be added to a summed loss."""
-        pending = []
-        for layer in self.layers.values():
-            account = layer.account
-            if account.nll is not None:
-                pending.append(account.nll)
-                account.nll = None
-            account.is_open = account.num_to_watch > 0
-            account.num_uses = 0
-        return torch.stack(pending).sum() if pending else 0.0
-
-    def update(self, num_images: int, run: Run = at_once) -> Tensor | None:
-        """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each, None if L = 0.
-
-        `run` does it (norm/replay.py).
-
-        Raises:
-            RuntimeError: a forward's likelihood was never taken by `nll`, so the statistics would not follow the data.
-        """
-        for name, layer in self.layers.items():
-            if layer.account.nll is not None:
-                self.discard()
-                raise RuntimeError(
-                    f"the likelihood of layer '{name}' was not added to the loss: call nll() after each training forward. "
-                    "Activation checkpointing runs forwards again during backward and cannot be used with this layer."
-                )
-        return update_layers(list(self.layers.values()), num_images, run) if self.layers else None
-
-    def discard(self) -> None:
-        """Forget a half-done effective batch."""
-        for layer in self.layers.values():
-            layer.discard()
-
-    def begin(self, num_images: int | None, num_watched: int = 0) -> None:
-        """Begin an effective batch of `num_images`: the first `num_watched` are noted for `follow`.
-
-        Without it, or where the number is None, the correction of all images is that of the batches before.
-        """
-        for layer in self.layers.values():
-            layer.account = Account(num_watched)
-        self.begin_part(num_images)
-
-    def begin_part(self, num_images: int | None) -> None:
-        """Begin a part of the effective batch whose correction is balanced by itself, of `num_images`; see norm/balance.py."""
-        begin_balance(self.layers.values(), num_images)
-
-    def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
-        """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.
-
-        Layer after layer, statistics move by what the step did to those images. `run` does it (norm/replay.py).
-        """
-        layers = list(self.layers.values())
-
-        def kind() -> tuple[Hashable, ...]:
-            old = [moment for layer in layers for moment in layer.old_moments or (None, None)]
-            return "follow", tuple(x.shape for x in inputs), addresses(old)
-
-        old_moments = run(lambda *own: self._follow(lambda: forward(*own)), kind, inputs)
-        for layer, old in zip(layers, old_moments, strict=True):
-            layer.old_moments = old
-
-    @torch.no_grad()
-    def _follow(self, forward: Callable[[], object]) -> list[tuple[Tensor, Tensor] | None]:
-        """Returns what is left of each layer's `old_moments`."""
-        layers = list(self.layers.values())
-        try:
-            prepare_following(layers)
-            forward()
-            settle_following(layers)
-        finally:
-            for layer in layers:
-                layer.following = None
-        return [layer.old_moments for layer in layers]

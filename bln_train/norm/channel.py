@@ -31,13 +31,11 @@ from bln_train.norm.epilogue import (
     Activation,
     Row,
     activate_,
-    by_image,
     code,
-    in_order_of,
     kernels_for,
     num_threads,
-    positions_of,
 )
+from bln_train.norm.layout import by_image, group_size, in_order_of, positions_of
 
 
 def forward_(
@@ -149,17 +147,12 @@ def backward(
     assert kernels is not None
     failed = kernels.backward_groups(
         address(grad_out), address(z), address(given), address(table), address(sums), address(grad_nll), address(groups.weight),
-        _size(groups), groups.eps, len(given), positions_of(given), given.shape[1], code(activation), slope, address(prior),
+        group_size(groups), groups.eps, len(given), positions_of(given), given.shape[1], code(activation), slope, address(prior),
         address(state), HORIZON, num_threads(given), address(given), address(grad), address(vectors),
     )  # fmt: skip
     if failed:
         raise MemoryError("the backward pass of a folded layer ran out of memory")
     return grad_out if grad is None else grad, given
-
-
-def _size(groups: nn.GroupNorm) -> int:
-    """Channels of a group."""
-    return groups.num_channels // groups.num_groups
 
 
 def _compiled_forward(
@@ -179,7 +172,7 @@ def _compiled_forward(
     kernels = kernels_for(y, y.dtype)
     assert kernels is not None
     failed = kernels.forward_groups(
-        address(y), address(residual), address(table), address(groups.weight), address(groups.bias), _size(groups), groups.eps,
+        address(y), address(residual), address(table), address(groups.weight), address(groups.bias), group_size(groups), groups.eps,
         len(y), positions_of(y), y.shape[1], num_watched, code(activation), slope, num_threads(y), address(sums),
         address(watched), address(nll),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from bln_train.norm import triton_launch
 from bln_train.norm.balance import HORIZON, balance_images, weight_of_an_image
 from bln_train.norm.compiled import TYPES, address, library
+from bln_train.norm.layout import aligned, by_image, channels_last, dense, flat, in_order_of, positions_of
 
 Activation = Literal["identity", "relu", "leaky_relu"]
 _CODES = {"identity": 0, "relu": 1, "leaky_relu": 2}
@@ -78,7 +79,7 @@ def forward_(
     Returns: each image's sums of y and y^2, (N, 2, C).
     """
     num_images, num_channels = y.shape[:2]
-    num_positions = y.numel() // (num_images * num_channels)
+    num_positions = positions_of(y)
     if triton_launch.takes(y, table.dtype, residual):
         return triton_launch.forward(y, residual, table, code(activation), slope, nll, num_watched, watched)
     kernels = kernels_for(y, table.dtype)
@@ -97,9 +98,9 @@ def forward_(
     map_(y, residual, table, activation, slope)
     if watched is not None and before is not None:
         other = None if residual is None else residual[:num_watched]
-        rows, axes = _flat(_shown(y[:num_watched], other, table, activation, slope).to(table.dtype))
+        rows, axes = flat(_shown(y[:num_watched], other, table, activation, slope).to(table.dtype))
         watched[2] += rows.sum(axes)
-        watched[3] += (rows * _flat(before)[0]).sum(axes)
+        watched[3] += (rows * flat(before)[0]).sum(axes)
     per_image = torch.addcmul(
         num_images * table[Row.NLL_IMAGE], table[Row.NLL_SQUARE], sums[:, 1].sum(0), value=1 / num_positions
     )
@@ -113,7 +114,7 @@ def sums_of(y: Tensor, dtype: torch.dtype) -> Tensor:
         return triton_launch.sums_of(y, dtype)
     kernels = kernels_for(y, dtype)
     if kernels is None:
-        rows, axes = _flat(y)
+        rows, axes = flat(y)
         # The norm needs no temporary of y's size; y is centred, so that nothing is lost in squares of a large mean.
         square = torch.linalg.vector_norm(rows, dim=axes, dtype=dtype).square_()
         return torch.stack((rows.sum(axes, dtype=dtype), square))
@@ -132,8 +133,8 @@ def map_(y: Tensor, residual: Tensor | None, table: Tensor, activation: Activati
         sums = torch.empty(len(y), 2, y.shape[1], dtype=y.dtype)
         _compiled_forward(kernels, y, residual, table, 0, activation, slope, sums, None, None)
         return
-    rows, _ = _flat(y)
-    scale, shift = _aligned(table[Row.SCALE], rows), _aligned(table[Row.SHIFT], rows)
+    rows, _ = flat(y)
+    scale, shift = aligned(table[Row.SCALE], rows), aligned(table[Row.SHIFT], rows)
     if rows.dtype == scale.dtype:
         torch.addcmul(shift, rows, scale, out=rows)
     else:  # low precision under autocast: the map is computed in the parameters' precision
@@ -215,7 +216,7 @@ def backward(
     assert kernels is not None
     failed = kernels.backward(
         address(grad_out), address(z), address(given), address(residual), address(table), address(sums),
-        address(grad_nll), num_images, order.numel() // (num_images * num_channels), num_channels, code(activation), slope,
+        address(grad_nll), num_images, positions_of(order), num_channels, code(activation), slope,
         address(prior), address(state), HORIZON, num_threads(order), address(grad_y), address(grad), address(vectors),
     )  # fmt: skip
     if failed:
@@ -279,10 +280,9 @@ def _eager_backward(
     q_rows = rows if q is None else by_image(in_order_of(q, grad))[0]
     del q, residual, z, given, grad_out
     wide = rows.to(table.dtype)  # low precision would overflow in sums and products
-    num_images, num_channels = grad.shape[:2]
-    num_positions = grad.numel() // (num_images * num_channels)
+    num_positions = positions_of(grad)
     if grad_nll is not None:
-        likelihood_backward(table, sums, grad_nll, num_images, num_positions, vectors)
+        likelihood_backward(table, sums, grad_nll, len(grad), num_positions, vectors)
     sum_g, product = wide.sum(axis), (wide * q_rows).sum(axis)
     along_xhat = torch.addcmul(product * table[Row.GAMMA_SCALE], sum_g, table[Row.GAMMA_SHIFT])
     vectors[2] += along_xhat.sum(0)
@@ -338,7 +338,7 @@ def _compiled_forward(
         residual = in_order_of(residual if residual.dtype == y.dtype else residual.to(y.dtype), y)
     num_images, num_channels = y.shape[:2]
     failed = kernels.forward(
-        address(y), address(residual), address(table), num_images, y.numel() // (num_images * num_channels), num_channels,
+        address(y), address(residual), address(table), num_images, positions_of(y), num_channels,
         num_watched, code(activation), slope, num_threads(y), address(sums), address(watched), address(nll),
     )  # fmt: skip
     if failed:
@@ -356,11 +356,6 @@ def kernels_for(order: Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
     return library(kind) if in_rows else None
 
 
-def positions_of(tensor: Tensor) -> int:
-    """S, of (N, C, *spatial)."""
-    return tensor.numel() // (tensor.shape[0] * tensor.shape[1])
-
-
 def code(activation: Activation) -> int:
     """The activation as the kernels know it."""
     return _CODES[activation]
@@ -369,41 +364,3 @@ def code(activation: Activation) -> int:
 def num_threads(tensor: Tensor) -> int:
     """Threads that a kernel over such a tensor should start."""
     return 1 if tensor.numel() < _WORTH_THREADS else torch.get_num_threads()
-
-
-def channels_last(tensor: Tensor) -> bool:
-    """Whether channels are adjacent in memory, and nothing else is between."""
-    return tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous or channels-last; a copy only of what is neither."""
-    return tensor if channels_last(tensor) else tensor.contiguous()
-
-
-def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
-    """The tensor in the memory order of `model`; a copy only of what is in another."""
-    if tensor is model or tensor.stride() == model.stride():
-        return tensor
-    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
-
-
-def _flat(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Rows of a dense tensor, a view: (N * S, C), or (N, C, S) of a contiguous one; and their axes without channels."""
-    if channels_last(tensor):
-        n, c, h, w = tensor.shape
-        return tensor.as_strided((n * h * w, c), (c, 1)), (0,)
-    return (tensor, (0,)) if tensor.dim() == 2 else (tensor.flatten(2), (0, 2))
-
-
-def by_image(tensor: Tensor) -> tuple[Tensor, int]:
-    """Rows of a dense tensor, a view, (N, S, C), or (N, C, S) of a contiguous one; and their axis of positions."""
-    if channels_last(tensor):
-        n, c, h, w = tensor.shape
-        return tensor.as_strided((n, h * w, c), (h * w * c, c, 1)), 1
-    return (tensor.unsqueeze(1), 1) if tensor.dim() == 2 else (tensor.flatten(2), 2)
-
-
-def _aligned(per_channel: Tensor, rows: Tensor) -> Tensor:
-    """A vector per channel, shaped to broadcast over rows."""
-    return per_channel if rows.dim() == 2 else per_channel.view(-1, 1)

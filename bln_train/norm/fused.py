@@ -15,7 +15,7 @@ from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.compiled import TYPES, library
 from bln_train.norm.constants import measure, measure_once, must_recompute
 from bln_train.norm.convolution import DirectConvolution, direct_convolution
-from bln_train.norm.epilogue import Activation, activate_, dense, map_
+from bln_train.norm.epilogue import Activation, activate_, map_
 from bln_train.norm.fused_function import (
     Constants,
     Plan,
@@ -25,6 +25,7 @@ from bln_train.norm.fused_function import (
     run_chain,
     split_gradients,
 )
+from bln_train.norm.layout import dense
 from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale
 

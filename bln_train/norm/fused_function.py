@@ -40,7 +40,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bln_train.norm import channel
-from bln_train.norm.epilogue import backward, dense, forward_, likelihood_backward, positions_of
+from bln_train.norm.epilogue import backward, forward_, likelihood_backward
+from bln_train.norm.layout import dense, positions_of
 
 
 class Constants(NamedTuple):

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bln_train.norm.compiled import address
-from bln_train.norm.epilogue import Activation, code, in_order_of, kernels_for, map_, num_threads, sums_of
+from bln_train.norm.epilogue import Activation, code, kernels_for, map_, num_threads, sums_of
 from bln_train.norm.functional import raw_from_std, std_from_raw
+from bln_train.norm.layout import in_order_of
 from bln_train.norm.update import by_kind, moments, stack
 
 if TYPE_CHECKING:

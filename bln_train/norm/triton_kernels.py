@@ -37,10 +37,9 @@ RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)
 
 # Numbers that change with the micro-batch, and pointers into tables: no reason to compile again.
-_PLAIN = ["num_positions", "num_tiles", "tiles_per_program", "num_blocks", "num_watched"]
-_FEW = ["num_blocks", "num_images", "num_positions"]
-_TABLES = ["table", "partials", "sums", "watched", "nll", "grad_nll", "taken", "prior", "state", "vectors"]
-_GROUPS = [*_TABLES, "gamma", "beta", "maps"]
+PLAIN = ["num_positions", "num_tiles", "tiles_per_program", "num_blocks", "num_watched"]
+FEW = ["num_blocks", "num_images", "num_positions"]
+TABLES = ["table", "partials", "sums", "watched", "nll", "grad_nll", "taken", "prior", "state", "vectors"]
 
 
 @triton.jit
@@ -70,7 +69,33 @@ def _store(pointer, offsets, value, there):
 
 @triton.jit
 def _row(table, row: tl.constexpr, channels, num_channels):
-    return tl.load(table + row * num_channels + channels, mask=channels < num_channels, other=0)
+    return values(table, row, channels, channels < num_channels, num_channels)
+
+
+@triton.jit
+def values(pointer, row, channels, there, num_channels):
+    """Some channels of a row, 0 for those that are not there."""
+    return tl.load(pointer + row * num_channels + channels, mask=there, other=0)
+
+
+@triton.jit
+def add(vectors, row: tl.constexpr, more, channels, there, num_channels):
+    """Add to some channels of a row."""
+    places = vectors + row * num_channels + channels
+    tl.store(places, tl.load(places, mask=there) + more, mask=there)
+
+
+@triton.jit
+def add_likelihood(
+    vectors, table, grad_nll, all_y, all_square, num_images, num_positions, channels, there, num_channels
+):  # fmt: skip
+    """Add the gradients of mean and raw_std, from all images' sums of y and y^2."""
+    weight = tl.load(grad_nll)
+    of_mean = values(table, MEAN_MOMENT, channels, there, num_channels) * all_y / num_positions
+    of_raw = values(table, RAW_MOMENT, channels, there, num_channels) * all_square / num_positions
+    of_raw += values(table, RAW_IMAGE, channels, there, num_channels) * num_images
+    add(vectors, 0, weight * of_mean, channels, there, num_channels)
+    add(vectors, 1, weight * of_raw, channels, there, num_channels)
 
 
 @triton.jit
@@ -109,7 +134,7 @@ def _cut_off(shift, spread):
     return (tl.sqrt(shift * shift + spread) + shift) * -0.5
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def forward(
     y, residual, table, partials, num_positions, num_tiles, tiles_per_program, num_blocks, num_watched, num_channels,
     REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, AXIS: tl.constexpr, NUM_SUMS: tl.constexpr,
@@ -178,7 +203,7 @@ def forward(
         _store_partial(partials, 5, product, channels, num_channels, AXIS, NUM_SUMS)
 
 
-@triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=FEW, do_not_specialize_on_alignment=TABLES)
 def finish_forward(
     partials, table, sums, watched, nll, num_blocks, num_images, num_positions, num_channels, REAL: tl.constexpr,
     NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -207,7 +232,7 @@ def finish_forward(
         tl.store(nll, tl.load(nll) + tl.sum(likelihood, 0))
 
 
-@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def backward(
     grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, num_positions, num_tiles,
     tiles_per_program, num_blocks, num_channels, horizon, REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
@@ -285,7 +310,7 @@ def backward(
         _store_partial(partials, 1, product, channels, num_channels, AXIS, 2)
 
 
-@triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_TABLES)
+@triton.jit(do_not_specialize=FEW, do_not_specialize_on_alignment=TABLES)
 def finish_backward(
     partials, table, sums, grad_nll, prior, state, taken, vectors, num_blocks, num_images, num_positions, num_channels, horizon,
     REAL: tl.constexpr, IS_ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -339,151 +364,9 @@ def finish_backward(
         tl.store(state + LEFT_SHIFT * num_channels + channels, left_shift, mask=is_channel)
         tl.store(state + LEFT_SLOPE * num_channels + channels, left_slope, mask=is_channel)
         tl.store(state + TO_COME * num_channels + channels, to_come, mask=is_channel)
-    mean = vectors + channels
-    raw, gamma, beta = mean + num_channels, mean + 2 * num_channels, mean + 3 * num_channels
     if grad_nll is not None:
-        nll_weight = tl.load(grad_nll)
-        of_mean = _row(table, MEAN_MOMENT, channels, num_channels) * all_y / num_positions
-        of_raw = _row(table, RAW_MOMENT, channels, num_channels) * all_square / num_positions
-        of_raw += _row(table, RAW_IMAGE, channels, num_channels) * num_images
-        tl.store(mean, tl.load(mean, mask=is_channel) + nll_weight * of_mean, mask=is_channel)
-        tl.store(raw, tl.load(raw, mask=is_channel) + nll_weight * of_raw, mask=is_channel)
-    of_gamma = gamma_scale * all_product + gamma_shift * all_g
-    tl.store(gamma, tl.load(gamma, mask=is_channel) + of_gamma, mask=is_channel)
-    tl.store(beta, tl.load(beta, mask=is_channel) + all_g, mask=is_channel)
-
-
-@triton.jit
-def _values(pointer, row, channels, there, num_channels):
-    """Some channels of a row."""
-    return tl.load(pointer + row * num_channels + channels, mask=there, other=0)
-
-
-@triton.jit
-def _group_moments(total, square, count, EPS: tl.constexpr):
-    """Mean and 1 / deviation of a group, from its channels' sums of xhat and xhat^2."""
-    mean = tl.sum(total, 0) / count
-    variance = tl.sum(square, 0) / count - mean * mean
-    variance = tl.where(variance < 0, 0, variance)  # in this order a NaN stays one
-    return mean, 1 / tl.sqrt(variance + EPS)
-
-
-@triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_GROUPS)
-def finish_groups(
-    partials, table, gamma, beta, sums, maps, num_blocks, num_positions, num_channels, size, EPS: tl.constexpr,
-    REAL: tl.constexpr, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """sums, (N, 2, C), become each image's of y and y^2, and maps, (N, 2, C), the scale and shift of y of norm/channel.py.
-
-    A program for each group, of `size` channels, and image. None: table, then xhat is y.
-    """
-    lanes = tl.arange(0, BLOCK_CHANNELS)
-    channels, there = tl.program_id(0) * size + lanes, lanes < size
-    image = tl.program_id(1)
-    y, square = tl.zeros([BLOCK_CHANNELS], REAL), tl.zeros([BLOCK_CHANNELS], REAL)
-    for first in range(0, num_blocks, BLOCK):
-        blocks = first + tl.arange(0, BLOCK)[:, None]
-        some = (blocks < num_blocks) & there[None, :]
-        places = ((image * num_blocks + blocks) * NUM_SUMS) * num_channels + channels[None, :]
-        y += tl.sum(tl.load(partials + places, mask=some, other=0), 0)
-        square += tl.sum(tl.load(partials + places + num_channels, mask=some, other=0), 0)
-    tl.store(sums + image * 2 * num_channels + channels, y, mask=there)
-    tl.store(sums + (image * 2 + 1) * num_channels + channels, square, mask=there)
-    factor = _values(gamma, 0, channels, there, num_channels)
-    if table is not None:
-        inverse = _values(table, INVERSE, channels, there, num_channels)
-        y *= inverse
-        square *= inverse * inverse
-    mean, r = _group_moments(y, square, size * num_positions, EPS)
-    shift = _values(beta, 0, channels, there, num_channels) - factor * r * mean
-    scale = factor * r
-    if table is not None:
-        scale *= inverse
-    tl.store(maps + image * 2 * num_channels + channels, scale, mask=there)
-    tl.store(maps + (image * 2 + 1) * num_channels + channels, shift, mask=there)
-
-
-@triton.jit(do_not_specialize=_FEW, do_not_specialize_on_alignment=_GROUPS)
-def finish_groups_backward(
-    partials, table, sums, grad_nll, prior, state, gamma, maps, vectors, num_images, num_positions, num_channels, size,
-    horizon, EPS: tl.constexpr, REAL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """vectors, (6, C), and `state` gain what norm/channel.py says, image after image; maps, (N, 3, C), become each one's offset,
-    gain and scale, with which grad_y = scale * g + offset + gain * y.
-
-    A program for each group. partials: (N, 2, C), sums of g and g * y. None: grad_nll, which is then 0; prior and state.
-    """
-    lanes = tl.arange(0, BLOCK_CHANNELS)
-    channels, there = tl.program_id(0) * size + lanes, lanes < size
-    zero = tl.zeros([BLOCK_CHANNELS], REAL)
-    all_g, all_u, all_h, all_along, all_y, all_square = zero, zero, zero, zero, zero, zero
-    inverse, factor = (
-        _values(table, INVERSE, channels, there, num_channels),
-        _values(gamma, 0, channels, there, num_channels),
-    )
-    count = size * num_positions
-    if state is not None:
-        weight = tl.load(grad_nll)
-        counts = weight != 0
-        unit = 1 / (tl.where(counts, weight, 1) * num_positions)
-        left_shift = _values(state, LEFT_SHIFT, channels, there, num_channels)
-        left_slope = _values(state, LEFT_SLOPE, channels, there, num_channels)
-        to_come = _values(state, TO_COME, channels, there, num_channels)
-        prior_shift = _values(prior, 0, channels, there, num_channels)
-        prior_slope = _values(prior, 1, channels, there, num_channels)
-    for image in tl.range(0, num_images, num_stages=4):
-        row = image * 2
-        g = _values(partials, row, channels, there, num_channels)
-        along_xhat = _values(partials, row + 1, channels, there, num_channels) * inverse
-        y = _values(sums, row, channels, there, num_channels)
-        square = _values(sums, row + 1, channels, there, num_channels)
-        of_x, of_square = y * inverse, square * inverse * inverse
-        mean, r = _group_moments(of_x, of_square, count, EPS)
-        along_u = r * (along_xhat - mean * g)
-        e1, e2 = tl.sum(factor * g, 0) / count, tl.sum(factor * along_u, 0) / count
-        slope = r * r * e2 + zero
-        shift = r * e1 - slope * mean
-        scale = factor * r
-        h = scale * g - shift * num_positions - slope * of_x
-        along_h = scale * along_xhat - shift * of_x - slope * of_square
-        all_g += g
-        all_u += along_u
-        all_h += h
-        all_along += along_h
-        all_y += y
-        all_square += square
-        if state is not None:
-            rest = tl.maximum(to_come, horizon)
-            along_one, along_slope = prior_shift + left_shift / rest, prior_slope + left_slope / rest
-            shift += weight * along_one
-            slope += weight * along_slope
-            if counts:
-                first, second = of_x / num_positions, of_square / num_positions
-                left_shift += h * unit - along_one - along_slope * first
-                left_slope += along_h * unit - along_one * first - along_slope * second
-                to_come -= 1
-        own = maps + image * 3 * num_channels + channels
-        tl.store(own, -inverse * shift, mask=there)
-        tl.store(own + num_channels, -inverse * inverse * slope, mask=there)
-        tl.store(own + 2 * num_channels, inverse * scale, mask=there)
-    if state is not None:
-        tl.store(state + LEFT_SHIFT * num_channels + channels, left_shift, mask=there)
-        tl.store(state + LEFT_SLOPE * num_channels + channels, left_slope, mask=there)
-        tl.store(state + TO_COME * num_channels + channels, to_come, mask=there)
-    if grad_nll is not None:
-        nll_weight = tl.load(grad_nll)
-        of_mean = _values(table, MEAN_MOMENT, channels, there, num_channels) * all_y / num_positions
-        of_raw = _values(table, RAW_MOMENT, channels, there, num_channels) * all_square / num_positions
-        of_raw += _values(table, RAW_IMAGE, channels, there, num_channels) * num_images
-        _add(vectors, 0, nll_weight * of_mean, channels, there, num_channels)
-        _add(vectors, 1, nll_weight * of_raw, channels, there, num_channels)
-    _add(vectors, 2, all_along, channels, there, num_channels)
-    _add(vectors, 3, all_h, channels, there, num_channels)
-    _add(vectors, 4, all_u, channels, there, num_channels)
-    _add(vectors, 5, all_g, channels, there, num_channels)
-
-
-@triton.jit
-def _add(vectors, row: tl.constexpr, values, channels, there, num_channels):
-    places = vectors + row * num_channels + channels
-    tl.store(places, tl.load(places, mask=there) + values, mask=there)
+        add_likelihood(
+            vectors, table, grad_nll, all_y, all_square, num_images, num_positions, channels, is_channel, num_channels
+        )
+    add(vectors, 2, gamma_scale * all_product + gamma_shift * all_g, channels, is_channel, num_channels)
+    add(vectors, 3, all_g, channels, is_channel, num_channels)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bln_train.errors import first_line
 from bln_train.norm.balance import HORIZON
 from bln_train.norm.compiled import compiled_is_wanted
+from bln_train.norm.layout import channels_last, group_size, positions_of
 
 _TYPES: tuple[str, ...] = ("cuda",)  # of devices; a test adds the CPU, on which Triton's interpreter runs
 _OLDEST = (7, 0)  # compute capability that Triton supports
@@ -208,11 +209,13 @@ def forward_groups(
     maps = torch.empty_like(sums)
     if _hollow:
         return sums
-    size, block_channels = _sizes(groups)
+    size = group_size(groups)
+    block_channels = _power_of_2(size)
+    some = min(_power_of_2(grid.num_blocks), _FINISH_TILE // block_channels)  # sums loaded at once
     with torch.cuda.device_of(y):
-        _kernels().finish_groups[groups.num_groups, num_images](
+        _group_kernels().finish_groups[groups.num_groups, num_images](
             partials, table, groups.weight, groups.bias, sums, maps, grid.num_blocks, grid.num_positions, num_channels, size,
-            EPS=groups.eps, REAL=_real(real), NUM_SUMS=partials.shape[1], BLOCK=_blocks(grid, block_channels),
+            EPS=groups.eps, REAL=_real(real), NUM_SUMS=partials.shape[1], BLOCK=max(1, some),
             BLOCK_CHANNELS=block_channels,
         )  # fmt: skip
     map_(y, residual, maps, activation, slope)
@@ -244,28 +247,17 @@ def backward_groups(
         seen = _of_images(partials, num_images)
         if _hollow:
             return
-        size, block_channels = _sizes(groups)
-        _kernels().finish_groups_backward[groups.num_groups,](
+        size = group_size(groups)
+        _group_kernels().finish_groups_backward[groups.num_groups,](
             seen, table, sums, grad_nll, prior, state, groups.weight, maps, vectors, num_images, grid.num_positions, num_channels,
-            size, HORIZON, EPS=groups.eps, REAL=_real(table.dtype), BLOCK_CHANNELS=block_channels,
+            size, HORIZON, EPS=groups.eps, REAL=_real(table.dtype), BLOCK_CHANNELS=_power_of_2(size),
         )  # fmt: skip
         run(maps, given, grad, None)
 
 
-def _sizes(groups: nn.GroupNorm) -> tuple[int, int]:
-    """Channels of a group, and lanes for them."""
-    size = groups.num_channels // groups.num_groups
-    return size, _power_of_2(size)
-
-
-def _blocks(grid: _Grid, block_channels: int) -> int:
-    """Programs of an image whose sums are loaded at once."""
-    return max(1, min(_power_of_2(grid.num_blocks), _FINISH_TILE // block_channels))
-
-
 def _axis(tensor: Tensor) -> int | None:
     """Of a tile's positions: 0 where channels are adjacent in memory, 1 where positions are, None for what is not dense."""
-    if tensor.dim() == 4 and tensor.stride(1) == 1 and tensor.is_contiguous(memory_format=torch.channels_last):
+    if channels_last(tensor):
         return 0
     if tensor.dim() < 2 or not tensor.is_contiguous():
         return None
@@ -274,7 +266,7 @@ def _axis(tensor: Tensor) -> int | None:
 
 def _grid(tensor: Tensor) -> _Grid:
     num_images, num_channels = tensor.shape[:2]
-    num_positions = tensor.numel() // (num_images * num_channels)
+    num_positions = positions_of(tensor)
     axis = _axis(tensor)
     assert axis is not None
     block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[axis])
@@ -314,6 +306,13 @@ def _kernels() -> ModuleType:
     from bln_train.norm import triton_kernels
 
     return triton_kernels
+
+
+@functools.cache
+def _group_kernels() -> ModuleType:
+    from bln_train.norm import triton_groups
+
+    return triton_groups
 
 
 @functools.cache

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.data import ImageSet
-from bln_train.norm.batchless import BatchlessStatistics, _BatchlessNorm
+from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.fuse import unfuse
+from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.train.step import AccumulationStep
 
 

@@ -16,11 +16,11 @@ from bln_train.data import ImageSet
 from bln_train.errors import DivergedError
 from bln_train.memory.tracker import StorageTracker
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
-from bln_train.norm.batchless import BatchlessStatistics
 from bln_train.norm.fuse import folded_layers
 from bln_train.norm.fused import fold_once
 from bln_train.norm.replay import Run, at_once
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
+from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.parallel import ALONE, World, part_of, reduce_step
 from bln_train.rng import instance_seeds

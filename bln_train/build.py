@@ -268,7 +268,7 @@ def build_network(
             "correction_parts",
         }
         settings = section.model_dump(exclude=of_the_run)
-        settings["correction_mode"] = section.resolved_correction_mode
+        settings |= {"channel_groups": recipe.channel_groups, "correction_mode": recipe.correction_mode}
         if section.statistics == "gradient":
             settings.pop("statistics_rate")  # the optimizer's business
     elif isinstance(section, GroupNormSection):

@@ -171,10 +171,10 @@ def _from_run(found: Found) -> _Source:
     norm = recipe.norm
     if norm.name not in ("batch", "batch-frozen") and not isinstance(norm, BatchlessNormSection):
         raise BlnError(f"{file} is of a run with norm {norm.name}, which has no counterpart; nothing was written")
-    if isinstance(norm, BatchlessNormSection) and norm.channel_groups:
+    if recipe.channel_groups:
         raise BlnError(
             f"{file} is of a run with norm.channel_groups, which no BatchNorm has a counterpart of; nothing was written",
-            "Run `bln-train export`, which writes the network for inference.",
+            "Run `bln-train export`, which writes the network for inference, or train with norm=batchless-plain.",
         )
     state = state_dict_in(content, file)
     network = _network(recipe, state)

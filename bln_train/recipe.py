@@ -5,10 +5,19 @@ Reading files, `--set` and error places are in `recipe_file.py`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, ValidationError, model_validator
 
 from bln_train.errors import UsageError
-from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, NORM_NAMES, BatchlessNormSection, BatchNormSection, Norm
+from bln_train.recipe_norms import (
+    DEFAULT_CHANNEL_GROUPS,
+    DEFAULT_INIT_IMAGES,
+    NORM_NAMES,
+    BatchlessNormSection,
+    BatchNormSection,
+    Norm,
+)
 from bln_train.recipe_sections import (
     ConstantSection,
     Data,
@@ -22,7 +31,7 @@ from bln_train.recipe_sections import (
     Train,
 )
 
-_OURS = ("batchless", "batchless-channel")  # the presets that are not the paper's
+_OURS = ("batchless", "batchless-plain")  # the presets that are not the paper's
 
 
 class Recipe(Section):
@@ -58,7 +67,7 @@ class Recipe(Section):
             )
         elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
-        if self.model.init is not None and isinstance(self.norm, BatchlessNormSection) and self.norm.channel_groups:
+        if self.model.init is not None and self.channel_groups:
             problems.append(
                 "norm.channel_groups: with model.init a norm computes what it was trained to, without groups; use 0"
             )
@@ -127,6 +136,34 @@ class Recipe(Section):
         return setting
 
     @property
+    def channel_groups(self) -> int:
+        """Groups of channels behind a batchless norm's statistics, `auto` resolved; 0 for none."""
+        norm = self.norm
+        if not isinstance(norm, BatchlessNormSection):
+            return 0
+        if norm.channel_groups != "auto":
+            return norm.channel_groups
+        without = (
+            norm.name != "batchless"
+            or self.model.init is not None
+            or norm.statistics == "gradient"
+            or norm.share == "layer"
+            or norm.correction_mode == "imputed"
+        )
+        return 0 if without else DEFAULT_CHANNEL_GROUPS
+
+    @property
+    def correction_mode(self) -> Literal["exact", "imputed"]:
+        """Where a batchless norm's correction takes the normalised input from, `auto` resolved."""
+        norm = self.norm
+        if not isinstance(norm, BatchlessNormSection):
+            return "exact"
+        if norm.correction_mode != "auto":
+            return norm.correction_mode
+        imputes = norm.fold and norm.probe_images and norm.correction_rate and not self.channel_groups
+        return "imputed" if imputes else "exact"
+
+    @property
     def num_init_images(self) -> int:
         """Training images from which the norms' statistics are taken before the first step, `auto` resolved."""
         if self.norm.name == "batch" or self.model.init is not None:
@@ -188,7 +225,7 @@ class Recipe(Section):
         change = {"init": None, "weight_standardization": self.weight_standardization}
         norm = self.norm
         if isinstance(norm, BatchlessNormSection):
-            norm = norm.model_copy(update={"reestimate_images": 0})
+            norm = norm.model_copy(update={"reestimate_images": 0, "channel_groups": self.channel_groups})
         return self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
 
     def with_norm(self, name: str) -> Recipe:

@@ -9,10 +9,13 @@ from pydantic import Field, model_validator
 from bln_train.recipe_sections import Positive, PositiveFloat, Section
 
 DEFAULT_INIT_IMAGES = 128
+DEFAULT_CHANNEL_GROUPS = 8
 _PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
+# Recipes written out before there were groups; nobody writes all of these by hand, two of which `natural` statistics ignore.
+_EARLIER_RUNS_HAVE = {"share", "nll_weight", "nll_reduction", "gauge"}
 NORM_PRESETS: dict[str, dict[str, Any]] = {
     "batchless": {"parametrization": "log", "statistics": "natural"},
-    "batchless-channel": {"parametrization": "log", "statistics": "natural", "channel_groups": 8},
+    "batchless-plain": {"parametrization": "log", "statistics": "natural"},
     "batchless-paper": {"parametrization": "log", **_PAPER},
     "batchless-paper-abs": {"parametrization": "abs", **_PAPER},
     "batchless-paper-inv": {"parametrization": "inv", **_PAPER},
@@ -22,17 +25,19 @@ NORM_PRESETS: dict[str, dict[str, Any]] = {
 class BatchlessNormSection(Section):
     """Batchless Normalization; the presets differ in the defaults of the settings below."""
 
-    name: Literal["batchless", "batchless-channel", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
-    """`batchless`: what to use in BatchNorm's place; `batchless-channel`: with normalisation over groups of channels of each image
-    behind it, more accurate and slower; `batchless-paper` and its other parametrisations: the method as published."""
+    name: Literal["batchless", "batchless-plain", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
+    """`batchless`: what to train with, learned statistics and behind them groups of channels of each image; `batchless-plain`: the
+    learned statistics alone, faster, and a BatchNorm for inference; `batchless-paper` and its other parametrisations: the method as
+    published."""
     parametrization: Literal["log", "abs", "inv", "var"]
     """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
     share: Literal["channel", "layer"] = "channel"
     """One mean and standard deviation per channel, or one pair for the whole layer."""
-    channel_groups: Annotated[int, Field(ge=0)] = 0
+    channel_groups: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Groups of channels of each image over which its normalised values are normalised again; a layer whose channels do not divide
-    uses the greatest common divisor; 0 turns it off. `batchless-channel` takes 8. A folded norm then runs its convolution again in
-    backward."""
+    uses the greatest common divisor; 0 turns it off. auto is 8 for `batchless`, but 0 with model.init, which brings a function
+    without groups, and with statistics: gradient, share: layer or correction_mode: imputed; for the other names it is 0. With
+    groups a folded norm runs its convolution again in backward."""
     eps: PositiveFloat = 1e-3
     """The smallest standard deviation that data can set, in units of the layer's input; `abs` adds it to |s|, `inv` to |s|
     before inverting. The paper's presets take 1e-5."""
@@ -55,7 +60,7 @@ class BatchlessNormSection(Section):
     each process. With a number, which the processes must divide, their number changes no result; no micro-batch spans two parts."""
     correction_mode: Literal["auto", "exact", "imputed"] = "auto"
     """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
-    it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold and a probe, and no
+    it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold, a probe and no
     channel_groups."""
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
@@ -75,20 +80,14 @@ class BatchlessNormSection(Section):
     fold: bool = True
     """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
 
-    @property
-    def resolved_correction_mode(self) -> Literal["exact", "imputed"]:
-        """`correction_mode`, auto resolved."""
-        if self.correction_mode != "auto":
-            return self.correction_mode
-        imputes = self.fold and self.probe_images and self.correction_rate and not self.channel_groups
-        return "imputed" if imputes else "exact"
-
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         filled = {**NORM_PRESETS.get(str(data.get("name")), {}), **data}
+        if data.keys() >= _EARLIER_RUNS_HAVE:
+            filled.setdefault("channel_groups", 0)
         if filled.get("statistics") == "natural":
             filled.setdefault("statistics_rate", 0.1)
         return filled
@@ -97,10 +96,13 @@ class BatchlessNormSection(Section):
     def _check(self) -> BatchlessNormSection:
         if self.init_cache and not self.init_images:
             raise ValueError("init_cache: there is nothing to initialise with init_images 0")
-        if self.correction_mode == "imputed" and self.channel_groups:
-            raise ValueError(
-                "correction_mode: with channel_groups backward runs the convolution again anyway; use exact"
-            )
+        if self.channel_groups not in ("auto", 0):
+            if self.correction_mode == "imputed":
+                raise ValueError(
+                    "correction_mode: with channel_groups backward runs the convolution again anyway; use exact"
+                )
+            if self.share == "layer":
+                raise ValueError("share: the correction under channel_groups is that of each channel; use channel")
         if self.correction_mode == "imputed":
             for key, missing in (("fold", not self.fold), ("probe_images", not self.probe_images)):
                 if missing:

@@ -85,7 +85,7 @@ class Model(Section):
     shortcut: Literal["A", "B"] | None = None
     """CIFAR ResNets: A pads channels with zeros (default), B projects with a 1x1 convolution."""
     weight_standardization: bool | Literal["auto"] = "auto"
-    """Scaled weight standardisation of the convolutions; auto is on for `batchless` and `group`,
+    """Scaled weight standardisation of the convolutions; auto is on for `batchless`, `batchless-plain` and `group`,
     off with `init`, whose function it would change."""
     zero_init_residual: bool = False
     """ResNets: start the last scale of each residual block at 0."""
@@ -125,9 +125,9 @@ class _Optimizer(Section):
     weight_decay: NonNegative = 5e-4
     """Factor of the weights in their gradient; on convolution and linear weights only, not on biases, norms and statistics."""
     clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
-    """Bound on the global gradient norm; auto is none for every norm but `batchless`, and where gradients gather in the momentum,
-    which `clip_update` bounds. For `batchless` it is 1.0, with `sgd` at rates below 0.1 the looser 0.1 over the step's rate, in
-    warm-up over the one it comes to."""
+    """Bound on the global gradient norm; auto is none for every norm but `batchless[-plain]`, and where gradients gather in the
+    momentum, which `clip_update` bounds. For those two it is 1.0, with `sgd` at rates below 0.1 the looser 0.1 over the step's
+    rate, in warm-up over the one it comes to."""
 
 
 class SgdSection(_Optimizer):
@@ -144,7 +144,7 @@ class SgdSection(_Optimizer):
     weights' size and computes the same; not with `nesterov`, `clip_norm`, fp16 or a momentum of 0."""
     clip_update: PositiveFloat | Literal["auto"] | None = "auto"
     """With `accumulate_into: momentum`, bound on the global norm of the momentum buffers times (1 - momentum), the step's
-    gradient and weight decay in them; auto is 1.0 for `batchless` and none for every other norm."""
+    gradient and weight decay in them; auto is 1.0 for `batchless[-plain]` and none for every other norm."""
 
     @model_validator(mode="after")
     def _check(self) -> SgdSection:

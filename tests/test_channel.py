@@ -141,7 +141,7 @@ def test_the_layer_is_its_formula_and_its_correction_that_of_xhat(statistics):
 
 def test_scale_in_front_of_the_groups_stays_one():
     """It only gathers gradients: they are dropped after the step, no optimizer holds it, and nothing clips by it."""
-    recipe = tiny_recipe(norm={"name": "batchless-channel", "channel_groups": 4})
+    recipe = tiny_recipe(norm={"name": "batchless", "channel_groups": 4})
     experiment = build_experiment(recipe)
     advance(experiment.trainer, 3)
     inner = [module for module in experiment.model.modules() if isinstance(module, BatchlessNorm2d)]
@@ -211,18 +211,18 @@ def test_groups_are_folded_behind_a_norm_without_scale_only():
 def test_it_saves_what_the_norm_without_groups_saves():
     """For backward: each layer's input and output, and no tensor of xhat."""
     saved = {}
-    for name in ("batchless", "batchless-channel", "group"):
+    for name in ("batchless-plain", "batchless", "group"):
         experiment = build_experiment(tiny_recipe(norm={"name": name}, train__precision="fp32"))
         saved[name] = measure_saved_bytes(experiment.trainer.take_step, experiment.data.train, 1)
-    assert saved["batchless-channel"] <= 1.02 * saved["batchless"]
-    assert saved["batchless-channel"] < 0.75 * saved["group"]
+    assert saved["batchless"] <= 1.02 * saved["batchless-plain"]
+    assert saved["batchless"] < 0.75 * saved["group"]
 
 
 def test_low_precision_is_close():
     """bfloat16 under autocast: gradients point where float32's do."""
     found = []
     for precision in ("fp32", "bf16"):
-        recipe = tiny_recipe(norm={"name": "batchless-channel"}, train__precision=precision)
+        recipe = tiny_recipe(norm={"name": "batchless"}, train__precision=precision)
         experiment = build_experiment(recipe)
         step = experiment.trainer.take_step
         step.model.train()
@@ -232,17 +232,46 @@ def test_low_precision_is_close():
 
 
 def test_trained_weights_have_no_groups():
-    """With model.init a network computes what it was trained to: the recipe says what to set."""
+    """With model.init a network computes what it was trained to: auto has none, and a number is an error that says what to set."""
+    recipe = load_recipe("finetune_resnet50")
+    assert recipe.norm.name == "batchless"
+    assert recipe.channel_groups == recipe.untrained().channel_groups == 0
     with pytest.raises(BlnError, match=r"norm\.channel_groups.*use 0"):
-        load_recipe("finetune_resnet50", ["norm=batchless-channel", "model.init=pretrained"])
+        load_recipe("finetune_resnet50", ["norm.channel_groups=8"])
+
+
+@pytest.mark.parametrize(
+    ("norm", "groups"),
+    [
+        ({}, 8),
+        ({"channel_groups": 4}, 4),
+        ({"name": "batchless-plain"}, 0),
+        ({"name": "batchless-plain", "channel_groups": "auto"}, 0),
+        ({"name": "batchless-plain", "channel_groups": 2}, 2),
+        ({"name": "batchless-paper"}, 0),
+        ({"name": "group"}, 0),
+        ({"statistics": "gradient"}, 0),
+        ({"share": "layer"}, 0),
+        ({"correction_mode": "imputed"}, 0),
+    ],
+)
+def test_auto_groups(norm, groups):
+    """Eight wherever they can be."""
+    recipe = tiny_recipe(norm={"name": "batchless", **norm})
+    assert recipe.channel_groups == groups
+    network = build_experiment(recipe).trainer.take_step.model
+    found = [m[1].num_groups for m in network.modules() if isinstance(m, BatchlessChannelNorm)]
+    assert found == ([groups] * 7 if groups else [])
 
 
 def test_nothing_is_imputed():
     """The convolution runs again anyway: auto is exact, and the other is refused and not ignored."""
-    assert tiny_recipe(norm={"name": "batchless-channel"}).norm.resolved_correction_mode == "exact"
-    assert tiny_recipe(norm={"name": "batchless"}).norm.resolved_correction_mode == "imputed"
+    assert tiny_recipe(norm={"name": "batchless"}).correction_mode == "exact"
+    assert tiny_recipe(norm={"name": "batchless-plain"}).correction_mode == "imputed"
     with pytest.raises(ValueError, match="correction_mode: with channel_groups"):
-        tiny_recipe(norm={"name": "batchless-channel", "correction_mode": "imputed"})
+        tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "correction_mode": "imputed"})
+    with pytest.raises(ValueError, match="share: the correction under channel_groups"):
+        tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "share": "layer"})
 
 
 def test_nothing_takes_up_new_statistics():

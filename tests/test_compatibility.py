@@ -1,6 +1,7 @@
 """What earlier versions wrote can still be read."""
 
 import pytest
+import yaml
 
 from bln_train.recipe_file import load_recipe
 
@@ -17,3 +18,14 @@ def test_recipes_that_earlier_versions_wrote_out_are_read(tmp_path, model, norm)
         "train: {epochs: 1, micro_batch_size: 1}\noptimizer: {name: sgd, lr: 0.1}\nschedule: {name: cosine}\n"
     )
     assert load_recipe(str(path)).num_init_images == 0
+
+
+def test_runs_of_before_there_were_groups_have_none(tmp_path):
+    """Their recipes say all that there was to be said of the norm: they resume as the network that they were."""
+    recipe = load_recipe("quickstart")
+    assert recipe.channel_groups == 8
+    written = recipe.model_dump(mode="json")
+    del written["norm"]["channel_groups"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(written))
+    assert load_recipe(str(path)).channel_groups == 0

@@ -20,11 +20,12 @@ from bln_train.export import export_run, load_merged
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, StandardizedConv2d
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.merge import ChannelMap, merge_norms
+from bln_train.recipe_file import load_recipe
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
 from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
 
-BATCHLESS = {"name": "batchless", "probe_images": 6}
+PLAIN = {"name": "batchless-plain", "probe_images": 6}
 NOT_FROM_CONV = "its input does not come from a convolution or linear layer"
 
 
@@ -57,7 +58,7 @@ def merged_difference(model, *shape, merge=merge_norms):
         ({}, 7, 0),
         ({"model": {"name": "resnet8", "shortcut": "B"}}, 9, 0),
         ({"model": {"name": "resnet8", "zero_init_residual": True}}, 7, 0),
-        ({"norm": {**BATCHLESS, "parametrization": "var", "share": "layer"}}, 7, 0),
+        ({"norm": {**PLAIN, "parametrization": "var", "share": "layer"}}, 7, 0),
         ({"norm": {"name": "batchless-paper"}}, 7, 0),
         ({"norm": {"name": "batchless-paper-abs"}}, 7, 0),
         ({"norm": {"name": "batchless-paper-inv"}}, 7, 0),
@@ -73,7 +74,8 @@ def merged_difference(model, *shape, merge=merge_norms):
 )
 def test_merged_networks_compute_the_same(changes, num_merged, num_maps):
     """Law 5: with norms merged a network's eval outputs are the same (float64, 1e-10); only plain convolutions are left."""
-    model = perturb(build_network(tiny_recipe(**changes), num_classes=10, image_size=32, initialize=False)[0])
+    recipe = tiny_recipe(**{"norm": PLAIN, **changes})
+    model = perturb(build_network(recipe, num_classes=10, image_size=32, initialize=False)[0])
     if changes.get("model", {}).get("zero_init_residual"):
         nn.init.zeros_(model.blocks[0].norm2.weight)  # no division by it
     names = [name for name, _ in model.named_modules()]
@@ -201,12 +203,25 @@ def test_batchnorm_without_running_statistics_stays():
 # Exporting
 
 
+def finished_run(path, norm):
+    run(tiny_recipe(norm__name=norm, train__precision="fp32", train__max_steps=3), RunFolder(path), name="tiny")
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run in float32."""
-    path = tmp_path_factory.mktemp("exported") / "run"
-    run(tiny_recipe(train__precision="fp32", train__max_steps=3), RunFolder(path), name="tiny")
-    return path
+    """A finished run in float32, all of whose norms merge."""
+    return finished_run(tmp_path_factory.mktemp("exported") / "run", "batchless-plain")
+
+
+@pytest.fixture(scope="module", params=["batchless-plain", "batchless"])
+def either_folder(request, folder, tmp_path_factory):
+    """That run, and one whose groups of channels stay."""
+    return (
+        folder
+        if request.param == "batchless-plain"
+        else finished_run(tmp_path_factory.mktemp("groups") / "run", request.param)
+    )
 
 
 @pytest.fixture
@@ -236,7 +251,7 @@ def outputs_of_the_run(folder, num=8):
     """Logits of the run on its first test images by way of `evaluate`'s parts, and the images in [0, 1]."""
     from bln_train.build import build_experiment
 
-    experiment = build_experiment(tiny_recipe(train__precision="fp32", train__max_steps=3), initialize=False)
+    experiment = build_experiment(load_recipe(folder / "recipe.yaml"), initialize=False)
     experiment.trainer.load_state_dict(load_checkpoint(folder / "checkpoint.pt"))
     images = experiment.data.test.images[:num]
     with torch.no_grad():
@@ -266,7 +281,7 @@ def test_safetensors_round_trip(folder, out):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model__name": "paper_cnn"}, {"norm": {"name": "batch"}}, {"norm": {"name": "group"}}]
+    "changes", [{}, {"model__name": "paper_cnn"}, {"norm": {"name": "batch"}}, {"norm": {"name": "group"}}]
 )
 def test_every_norm_survives_the_round_trip(changes, tmp_path):
     """Maps, BatchNorms and norms that stay are written and read back, of a float64 run as float32."""
@@ -275,15 +290,15 @@ def test_every_norm_survives_the_round_trip(changes, tmp_path):
 
 
 @pytest.mark.slow
-def test_pt2_round_trip(folder, out):
+def test_pt2_round_trip(either_folder, out):
     """A .pt2 loads without bln-train's classes, takes any number of images, and computes what the run does."""
-    export_run(folder, out / "model.pt2")
-    logits, images = outputs_of_the_run(folder)
+    export_run(either_folder, out / "model.pt2")
+    logits, images = outputs_of_the_run(either_folder)
     extra = {"bln_train.json": ""}
     network = torch.export.load(out / "model.pt2", extra_files=extra).module()
     for num in (1, 3, 8):
         torch.testing.assert_close(network(images[:num]), logits[:num], rtol=0, atol=1e-5)
-    assert json.loads(extra["bln_train.json"])["norm"] == "batchless"
+    assert json.loads(extra["bln_train.json"])["norm"] == load_recipe(either_folder / "recipe.yaml").norm.name
     assert [path.name for path in out.iterdir()] == ["model.pt2"]
 
 
@@ -299,25 +314,26 @@ print(json.dumps({"logits": logits.tolist(), "metadata": session.get_modelmeta()
 
 
 @pytest.mark.slow
-def test_onnx_round_trip_in_another_process(folder, out, tmp_path):
+def test_onnx_round_trip_in_another_process(either_folder, out, tmp_path):
     """A process without torch opens the .onnx, reads what it is, feeds it any number of images, and gets what the run computes."""
     import hashlib
 
     import numpy as np
     import onnx
 
-    found = export_run(folder, out / "model.onnx")
-    logits, images = outputs_of_the_run(folder)
+    found = export_run(either_folder, out / "model.onnx")
+    logits, images = outputs_of_the_run(either_folder)
     np.save(tmp_path / "images.npy", images.numpy())
     command = [sys.executable, "-c", READ_ONNX, str(out / "model.onnx"), str(tmp_path / "images.npy")]
     read = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout)
     torch.testing.assert_close(torch.tensor(read["logits"]), logits, rtol=0, atol=1e-5)
     assert json.loads(read["metadata"]["input"])["shape"] == ["batch", 3, 32, 32]
-    digest = hashlib.sha256((folder / "recipe.yaml").read_bytes()).hexdigest()
+    digest = hashlib.sha256((either_folder / "recipe.yaml").read_bytes()).hexdigest()
     assert read["metadata"]["recipe_sha256"] == digest
     kinds = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
     assert kinds.count("Conv") == 7
-    assert not {"BatchNormalization", "Sqrt", "Exp", "Reciprocal"} & set(kinds)
+    assert not {"BatchNormalization", "Exp"} & set(kinds)
+    assert load_recipe(either_folder / "recipe.yaml").channel_groups or not {"Sqrt", "Reciprocal"} & set(kinds)
     assert found["batch"] == "dynamic"
     assert [path.name for path in out.iterdir()] == ["model.onnx"]
 

@@ -20,12 +20,13 @@ CASES = {
     "not folded": {"norm": {"name": "batchless-paper", "fold": False}},
     "momentum": {"optimizer": {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}},
     "adamw": {"optimizer": {"name": "adamw", "lr": 0.01}},
-    "exact": {"norm": {"name": "batchless", "correction_mode": "exact"}},
-    "groups": {"norm": {"name": "batchless-channel", "channel_groups": 4}},
+    "plain": {"norm__name": "batchless-plain"},
+    "exact": {"norm": {"name": "batchless-plain", "correction_mode": "exact"}},
+    "groups": {"norm": {"name": "batchless", "channel_groups": 4}},
     "batch": {"norm": {"name": "batch"}, "train__micro_batch_size": 2},
     "group": {"norm": {"name": "group"}, "model__weight_standardization": False},
     "one micro-batch": {"train__micro_batch_size": 8},
-    "no probe": {"norm": {"name": "batchless", "probe_images": 0}},
+    "no probe": {"norm": {"name": "batchless-plain", "probe_images": 0}},
 }
 
 

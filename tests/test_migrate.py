@@ -262,7 +262,7 @@ def test_a_state_dict_file_there_and_back(suffix, trained_network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", [{"name": "batch"}, {"name": "batchless"}, {"name": "batchless-paper-abs", "share": "layer"}]
+    "form", [{"name": "batch"}, {"name": "batchless-plain"}, {"name": "batchless-paper-abs", "share": "layer"}]
 )
 def test_a_run_of_ours_there_and_back(form, tmp_path):
     """A run with BatchNorm or batchless, standardised or not, becomes a plain file, from which both norms start as it ended."""
@@ -275,7 +275,7 @@ def test_a_run_of_ours_there_and_back(form, tmp_path):
     reference = experiment.model.eval()(x)
     changes = {c["before"] for c in migrated(folder.path, "-o", tmp_path / "there.pt")["changes"]}
     assert changes == {
-        "batch": {"BatchNorm2d"}, "batchless": {"standardised Conv2d"}, "batchless-paper-abs": {"batchless, abs, per layer"},
+        "batch": {"BatchNorm2d"}, "batchless-plain": {"standardised Conv2d"}, "batchless-paper-abs": {"batchless, abs, per layer"},
     }[form["name"]]  # fmt: skip
     assert difference(starting_from(tmp_path / "there.pt", "resnet8").model.eval()(x), reference) < 1e-10
     if form["name"] != "batch":
@@ -376,7 +376,7 @@ def write_sources(folder):
     torch.save({"a.weight": torch.ones(3)}, folder / "none.pt")
     torch.save({"a.mean": torch.zeros(1), "a.raw_std": torch.full((1,), -9.0)}, folder / "small.pt")
     torch.save({"bln_train_format": 1, "step": 0, "recipe": "data: 3", "model": small}, folder / "run.pt")
-    groups = RECIPE.replace("batchless", "batchless-channel").replace("'timm:test_efficientnet'", "resnet8")
+    groups = RECIPE.replace("'timm:test_efficientnet'", "resnet8")
     torch.save({"bln_train_format": 1, "step": 0, "recipe": groups, "model": small}, folder / "groups.pt")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "empty").mkdir()

@@ -28,7 +28,7 @@ INTO_MOMENTUM = {**SGD, "accumulate_into": "momentum", "clip_update": None}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
-@pytest.mark.parametrize("norm", ["batchless", "batchless-paper", "group", "none"])
+@pytest.mark.parametrize("norm", ["batchless-plain", "batchless-paper", "group", "none"])
 def test_whole_runs_equal_sgd(norm, micro_batch_size):
     """Whole runs, short last batches and weight decay included, end where torch.optim.SGD's end, in every tensor of the state."""
     changes = {"norm": {"name": norm}, "train__micro_batch_size": micro_batch_size}
@@ -36,7 +36,7 @@ def test_whole_runs_equal_sgd(norm, micro_batch_size):
     assert largest_difference(plain, state(trained(tiny_recipe(**changes, optimizer=INTO_MOMENTUM)))) < 1e-12
 
 
-@pytest.mark.parametrize("norm", ["batchless", "group"])
+@pytest.mark.parametrize("norm", ["batchless-plain", "group"])
 def test_clipped_runs_do_not_depend_on_the_split(norm):
     """Law 2 in this mode where the update is clipped, short last batches included."""
     changes = {"norm": {"name": norm}, "optimizer": {**INTO_MOMENTUM, "clip_update": 0.05}}
@@ -190,8 +190,8 @@ def test_settings_that_would_be_ignored_are_refused():
         ((), None, None, 1.0),
         (("optimizer.clip_update=null",), None, None, None),
         (("optimizer.clip_update=3", "optimizer.clip_norm=null"), None, None, 3.0),
-        (("norm=batchless-channel",), None, None, 1.0),
-        (("norm=batchless-channel", "optimizer.accumulate_into=gradient"), 1.0, 0.1, None),
+        (("norm=batchless",), None, None, 1.0),
+        (("norm=batchless", "optimizer.accumulate_into=gradient"), 1.0, 0.1, None),
         (("norm=group",), None, None, None),
         (("norm=group", "optimizer.clip_update=3"), None, None, 3.0),
         (("optimizer.accumulate_into=gradient",), 1.0, 0.1, None),
@@ -271,7 +271,7 @@ def test_divergence_of_the_update_is_named():
     assert "optimizer.clip_update=1.0" in caught.value.hint
 
 
-@pytest.mark.parametrize(("norm", "num_notices"), [("batchless", 1), ("group", 0)])
+@pytest.mark.parametrize(("norm", "num_notices"), [("batchless-plain", 1), ("group", 0)])
 def test_a_run_says_once_that_the_update_is_clipped(norm, num_notices, tmp_path):
     """The notice is there where clipping is, with its bound, and once in the metrics, resumed or not."""
     recipe = tiny_recipe(norm={"name": norm}, optimizer={**SGD, "accumulate_into": "momentum"}, train__max_steps=1)
@@ -296,11 +296,11 @@ def parts(record):
     return {name: getattr(record, f"{name}_bytes") for name in names}
 
 
-@pytest.mark.parametrize("norm", ["none", "group", "batchless"])
+@pytest.mark.parametrize("norm", ["none", "group", "batchless-plain"])
 def test_the_peak_is_lower_by_the_weights(norm):
     """At the peak the weights' gradients are not there; what is momentum counts as momentum, once, and the parts sum up."""
     changes = {"norm": {"name": norm}, "model": {"name": "resnet8", "weight_standardization": False}}
-    if norm == "batchless":  # resnet8 is so shallow that a probe of four images takes more than training one
+    if norm == "batchless-plain":  # resnet8 is so shallow that a probe of four images takes more than training one
         changes["norm"]["probe_images"] = 2
     plain, _ = measured(PLAIN, **changes)
     into, step = measured(INTO_MOMENTUM, **changes)
@@ -313,7 +313,7 @@ def test_the_peak_is_lower_by_the_weights(norm):
     assert 0 < into.gradient_bytes <= plain.gradient_bytes - 0.95 * weights
 
 
-@pytest.mark.parametrize("norm", ["batchless", "group"])
+@pytest.mark.parametrize("norm", ["batchless-plain", "group"])
 def test_no_byte_is_counted_twice(norm):
     """Also where weights are standardised and the probe runs, the parts sum up to the peak."""
     record, _ = measured(INTO_MOMENTUM, norm={"name": norm})

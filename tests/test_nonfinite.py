@@ -12,7 +12,7 @@ from torch import nn
 
 from bln_train.build import build_experiment
 from bln_train.errors import DivergedError
-from bln_train.norm import BatchlessNorm2d
+from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d
 from bln_train.recipe_file import parse_recipe
 from bln_train.records import EpochRecord, NoticeRecord, StepRecord
 from bln_train.report.runlog import RunFolder
@@ -73,35 +73,48 @@ def test_a_bad_step_changes_nothing(norm):
     assert trainer.step == 2
 
 
+def statistics_of(norm):
+    return norm.batchless if isinstance(norm, BatchlessChannelNorm) else norm
+
+
 def spoil(model, how):
     norm, conv = model.blocks[1].norm2, model.blocks[1].conv2
     with torch.no_grad():
         if how == "weight":
             conv.weight[0, 0, 0, 0] = math.inf
         elif how == "statistic":
-            norm.mean[3] = math.nan
+            statistics_of(norm).mean[3] = math.nan
         elif how == "collapsed":
-            norm.raw_std[3] = -120.0  # exp: its square is no float32
+            statistics_of(norm).raw_std[3] = -120.0  # exp: its square is no float32
         elif how == "affine":
             norm.weight.fill_(1e38)
 
 
 @pytest.mark.parametrize("micro_batch_size", [3, 16])
+@pytest.mark.parametrize("name", ["batchless", "batchless-plain"])
 @pytest.mark.parametrize(
     ("how", "message"),
     [
         ("weight", r"before the step, weight of layer blocks\.1\.conv2 \(\w+\) is not finite in 1 of \d+ entries"),
-        ("statistic", r"before the step, mean of layer blocks\.1\.norm2 \(BatchlessNorm2d\) is not finite in 1 of"),
+        (
+            "statistic",
+            r"before the step, mean of layer blocks\.1\.norm2(\.0)? \(BatchlessNorm2d\) is not finite in 1 of",
+        ),
         (
             "collapsed",
-            r"in the forward pass, layer blocks\.1\.norm2 \(BatchlessNorm2d\): mu .* to .*, sigma 0 to",
+            r"in the forward pass, layer blocks\.1\.norm2(\.0)? \(BatchlessNorm2d\): mu .* to .*, sigma 0 to",
         ),
-        ("affine", r"in the forward pass, layer blocks\.1\.norm2 \(BatchlessNorm2d\): mu .*input of mean"),
+        (
+            "affine",
+            r"in the forward pass, layer blocks\.1\.norm2( \(BatchlessNorm2d\): mu .*input of mean|\.1 \(GroupNorm)",
+        ),
     ],
 )
-def test_the_first_layer_is_named(how, message, micro_batch_size):
+def test_the_first_layer_is_named(how, message, name, micro_batch_size):
     """Whatever went wrong in a layer in the middle, it is that layer which is named, with its statistics, folded as it is."""
-    experiment = build_experiment(tiny_recipe(train__precision="fp32", train__micro_batch_size=micro_batch_size))
+    experiment = build_experiment(
+        tiny_recipe(norm__name=name, train__precision="fp32", train__micro_batch_size=micro_batch_size)
+    )
     spoil(experiment.model, how)
     found = fault(experiment.trainer)
     assert found.startswith("step 1: ")
@@ -154,7 +167,7 @@ def test_gradients_of_statistics_count():
     """A likelihood that overflows while loss and weights' gradients are finite stops the run too: no optimizer sees it."""
     experiment = build_experiment(tiny_recipe(norm={"name": "batchless", "fold": False}))
     trainer = experiment.trainer
-    watched = experiment.model.blocks[0].norm1.mean
+    watched = experiment.model.blocks[0].norm1.batchless.mean
     watched.register_hook(lambda g: g * math.inf)
     assert "a gradient is not finite" in fault(trainer)
     assert bool(watched.isfinite().all())
@@ -215,8 +228,8 @@ def test_a_spoilt_state_is_never_saved():
     """Weights, statistics or momentum that are not finite are no state to go on from: it is refused by name."""
     trainer = trained(tiny_recipe(), 2)
     assert trainer.state_dict()
-    trainer.take_step.model.blocks[0].norm1.raw_std.data[1] = math.inf
-    with pytest.raises(DivergedError, match=r"after step 2: blocks\.0\.norm1\.raw_std is not finite"):
+    trainer.take_step.model.blocks[0].norm1.batchless.raw_std.data[1] = math.inf
+    with pytest.raises(DivergedError, match=r"after step 2: blocks\.0\.norm1\.0\.raw_std is not finite"):
         trainer.state_dict()
     trainer = trained(tiny_recipe(), 2)
     weight = trainer.take_step.model.blocks[0].conv1.weight
@@ -351,7 +364,7 @@ def test_health_is_said_when_it_changes():
 
 def test_a_dead_channel_is_noticed_in_a_run():
     """A filter that gives a constant is reported at the end of the epoch, by its layer."""
-    experiment = build_experiment(tiny_recipe(model__weight_standardization=False))
+    experiment = build_experiment(tiny_recipe(norm__name="batchless-plain", model__weight_standardization=False))
     with torch.no_grad():
         experiment.model.blocks[1].conv2.weight[5] = 0.0
         experiment.model.blocks[1].norm2.mean[5] = 0.0

@@ -29,7 +29,7 @@ RAGGED = {
     "train__micro_batch_size": 3,
     "train__epochs": 1,
     # Parts of two images, which 1, 2 and 3 processes share.
-    "norm": {"name": "batchless", "probe_images": 6, "init_images": 4, "correction_parts": 6},
+    "norm": {"name": "batchless-plain", "probe_images": 6, "init_images": 4, "correction_parts": 6},
 }
 
 
@@ -106,7 +106,7 @@ VARIANTS = {
         "norm__correction_parts": 4,
         "optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05},
     },
-    "groups of channels": {"norm": {**RAGGED["norm"], "name": "batchless-channel", "correction_parts": 8}},
+    "groups of channels": {"norm": {**RAGGED["norm"], "name": "batchless", "correction_parts": 8}},
     "paper, adam": {"norm": {"name": "batchless-paper", "init_images": 4}, "optimizer": {"name": "adam", "lr": 1e-3}},
     "group, adamw": {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}},
 }

@@ -283,9 +283,7 @@ def test_paper_presets_are_filled_in(name: str, parametrization: str) -> None:
 
 def test_correction_mode_is_imputed_where_there_are_a_fold_and_a_probe() -> None:
     def mode(*overrides: str) -> str:
-        norm = parse(text_of(), "norm=batchless", *overrides).norm
-        assert isinstance(norm, BatchlessNormSection)
-        return norm.resolved_correction_mode
+        return parse(text_of(), "norm=batchless-plain", *overrides).correction_mode
 
     assert mode() == "imputed"
     for override in (

@@ -165,14 +165,15 @@ def test_partial_sums_are_bounded(launches):
             assert (grid.num_blocks - 1) * grid.tiles_per_program < grid.num_tiles
 
 
+@pytest.mark.parametrize(("name", "kernel"), [("batchless", "forward_groups"), ("batchless-plain", "forward")])
 @pytest.mark.parametrize("size", [1, 8])
-def test_a_cuda_plan_bounds_both_paths(size, monkeypatch):
+def test_a_cuda_plan_bounds_both_paths(size, name, kernel, monkeypatch):
     """It is the larger of the two, and needs no Triton; compiled or not, no kernel in C has a part in it."""
     monkeypatch.setattr(triton_launch, "_kernels", lambda: pytest.fail("nothing may be launched"))
     called = []
-    forward = triton_launch.forward
-    monkeypatch.setattr(triton_launch, "forward", lambda *args: (called.append(1), forward(*args))[1])
-    of = [tiny_recipe(train__precision="bf16", runtime__compiled=wanted) for wanted in (True, False)]
+    forward = getattr(triton_launch, kernel)
+    monkeypatch.setattr(triton_launch, kernel, lambda *args: (called.append(1), forward(*args))[1])
+    of = [tiny_recipe(norm__name=name, train__precision="bf16", runtime__compiled=wanted) for wanted in (True, False)]
     both, without = (plan_memory(recipe, [size], cuda=True)[0] for recipe in of)
     assert called
     with triton_launch.hollow_launches():

@@ -1,4 +1,4 @@
-"""Micro-steps replayed as CUDA graphs beside eager ones, how busy the GPU is, and batchless beside BatchNorm at the whole batch.
+"""Micro-steps replayed as CUDA graphs beside eager ones, how busy the GPU is, and norms beside BatchNorm at the whole batch.
 
     python tests/benchmarks/graphs.py [--device cuda] [--model resnet20] [--micro-batch 1,8,64] [--repeats 20]
 
@@ -21,6 +21,7 @@ from bln_train.recipe import Recipe
 from bln_train.train.graph import NUM_STEPS_TO_RECORD
 
 EFFECTIVE = 128
+NORMS = ("batch", "batchless-plain", "batchless")
 
 
 def a_step(args, *, micro_batch, norm="batchless", graphs=False):
@@ -101,10 +102,10 @@ def main():
             graphed = [f"{1e3 * found[True]:.2f}", f"{ratio:.2f}", f"{busy(steps[True]):.0%}"]
         print(f"{size:11} {1e3 * found[False]:14.2f} {graphed[0]:>16} {graphed[1]:>16} {graphed[2]:>19}")
     for graphs in (False, True) if cuda else (False,):
-        whole = {norm: a_step(args, micro_batch=EFFECTIVE, norm=norm, graphs=graphs) for norm in ("batchless", "batch")}
+        whole = {norm: a_step(args, micro_batch=EFFECTIVE, norm=norm, graphs=graphs) for norm in NORMS}
         found = medians(whole, args.repeats)
-        print(f"micro-batch {EFFECTIVE}, {'graphed' if graphs else 'eager'}: batchless {1e3 * found['batchless']:.2f} ms, "
-              f"batch {1e3 * found['batch']:.2f} ms, ratio {found['batchless'] / found['batch']:.3f}")  # fmt: skip
+        print(f"micro-batch {EFFECTIVE}, {'graphed' if graphs else 'eager'}: " + ", ".join(
+              f"{norm} {1e3 * own:.2f} ms ({own / found['batch']:.3f})" for norm, own in found.items()))  # fmt: skip
     for key, value in runtime.environment(torch.device(args.device)).items():
         print(f"{key}: {value}")
 

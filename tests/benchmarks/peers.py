@@ -208,6 +208,7 @@ def contenders(args, device):
     found = {
         "ours": lambda: ours(args, device),
         "ours, without CUDA graphs": lambda: ours(args, device, graphs=False),
+        "ours, batchless-plain": lambda: ours(args, device, norm="batchless-plain"),
         "ours, not folded": lambda: ours(args, device, fold=False),
         "loop, no norm, channels-last": lambda: bare(args, device, "none", channels_last=True),
         "loop, no norm": lambda: bare(args, device, "none"),

@@ -27,7 +27,15 @@ from bln_train.models.trained import (
 )
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import replace_batchnorms, to_batchless
-from bln_train.norm.convert_state import Change, batchless_layers, batchnorm_layers, state_to_batch, state_to_batchless
+from bln_train.norm.convert_state import (
+    Change,
+    batchless_layers,
+    batchnorm_layers,
+    groups_as_one_layer,
+    layers_with_groups,
+    state_to_batch,
+    state_to_batchless,
+)
 from bln_train.norm.standardize import standardize_weight
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import parse_recipe
@@ -99,6 +107,11 @@ def migrate(
         if to == "batch" or found.network is not None:
             raise UsageError("--calibrate is for a state dict that becomes batchless", "Leave it out.")
         found = _calibrated(source, found.state, calibrate, eps)
+    if to == "batch" and layers_with_groups(found.state):
+        raise BlnError(
+            f"{source} has groups of channels behind its norms, which BatchNorm has not; nothing was written",
+            "Run `bln-train export`, which writes the network for inference, or train with norm=batchless-plain.",
+        )
     layers = batchnorm_layers(found.state) if to == "batchless" else batchless_layers(found.state)
     if not layers and not (found.is_run and to == "batchless"):  # a run is made a plain file all the same
         raise _nothing_to_do(source, found.state, to)
@@ -114,6 +127,10 @@ def migrate(
         original.update(state)
         state = original
     _write(state, out)
+    groups = set(layers_with_groups(state).values())
+    notices += [
+        f"Its norms have {n} groups of channels behind them: go on with norm.channel_groups={n}." for n in groups
+    ]
     if found.network is None and to == "batchless":
         notices += _scales_without_statistics(found.state, layers)
     changes = (*found.changes, *_rows(done, found.network, to))
@@ -171,11 +188,6 @@ def _from_run(found: Found) -> _Source:
     norm = recipe.norm
     if norm.name not in ("batch", "batch-frozen") and not isinstance(norm, BatchlessNormSection):
         raise BlnError(f"{file} is of a run with norm {norm.name}, which has no counterpart; nothing was written")
-    if recipe.channel_groups:
-        raise BlnError(
-            f"{file} is of a run with norm.channel_groups, which no BatchNorm has a counterpart of; nothing was written",
-            "Run `bln-train export`, which writes the network for inference, or train with norm=batchless-plain.",
-        )
     state = state_dict_in(content, file)
     network = _network(recipe, state)
     state, changes = plain_names(state, network), list[LayerChange]()
@@ -185,6 +197,11 @@ def _from_run(found: Found) -> _Source:
             if weight is not None and weight[0].numel() > 1:
                 state[f"{name}.weight"] = standardize_weight(weight.double()).to(weight.dtype)
                 changes.append(LayerChange(name, "standardised Conv2d", "Conv2d", len(weight), None, None))
+    if recipe.channel_groups:
+        try:
+            state = groups_as_one_layer(state, recipe.channel_groups)
+        except ValueError as error:
+            raise CheckpointError(f"{file} does not fit its recipe\n{error}") from error
     if isinstance(norm, BatchlessNormSection):
         # By way of a BatchNorm with eps 0, which has the function of any form; corrections start anew.
         none = dict.fromkeys(batchless_layers(state), 0.0)

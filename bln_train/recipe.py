@@ -67,11 +67,11 @@ class Recipe(Section):
             )
         elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
-        if self.model.init is not None and self.channel_groups:
-            problems.append(
-                "norm.channel_groups: with model.init a norm computes what it was trained to, without groups; use 0"
-            )
         if isinstance(self.norm, BatchlessNormSection):
+            if self.norm.reestimate_images and self.channel_groups:
+                problems.append(
+                    "norm.reestimate_images: no scale in front of channel_groups could take up the change; leave it out"
+                )
             if self.model.init is None and self.norm.reestimate_images:
                 problems.append(
                     "norm.reestimate_images: measures trained statistics anew; set model.init, or leave it out"

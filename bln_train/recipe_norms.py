@@ -35,9 +35,9 @@ class BatchlessNormSection(Section):
     """One mean and standard deviation per channel, or one pair for the whole layer."""
     channel_groups: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Groups of channels of each image over which its normalised values are normalised again; a layer whose channels do not divide
-    uses the greatest common divisor; 0 turns it off. auto is 8 for `batchless`, but 0 with model.init, which brings a function
-    without groups, and with statistics: gradient, share: layer or correction_mode: imputed; for the other names it is 0. With
-    groups a folded norm runs its convolution again in backward."""
+    uses the greatest common divisor; 0 turns it off. auto is 8 for `batchless`, but 0 with model.init, whose weights state how many
+    they were trained with, and with statistics: gradient, share: layer or correction_mode: imputed; for the other names it is 0.
+    With groups a folded norm runs its convolution again in backward."""
     eps: PositiveFloat = 1e-3
     """The smallest standard deviation that data can set, in units of the layer's input; `abs` adds it to |s|, `inv` to |s|
     before inverting. The paper's presets take 1e-5."""

@@ -232,12 +232,13 @@ def test_low_precision_is_close():
 
 
 def test_trained_weights_have_no_groups():
-    """With model.init a network computes what it was trained to: auto has none, and a number is an error that says what to set."""
+    """With model.init a network computes what it was trained to: auto has none, and no scale takes up new statistics."""
     recipe = load_recipe("finetune_resnet50")
     assert recipe.norm.name == "batchless"
     assert recipe.channel_groups == recipe.untrained().channel_groups == 0
-    with pytest.raises(BlnError, match=r"norm\.channel_groups.*use 0"):
-        load_recipe("finetune_resnet50", ["norm.channel_groups=8"])
+    assert load_recipe("finetune_resnet50", ["norm.reestimate_images=8"])
+    with pytest.raises(BlnError, match=r"norm\.reestimate_images=8: no scale in front of channel_groups"):
+        load_recipe("finetune_resnet50", ["norm.reestimate_images=8", "norm.channel_groups=8"])
 
 
 @pytest.mark.parametrize(

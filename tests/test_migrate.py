@@ -231,7 +231,8 @@ def migrated(*arguments):
 
 def starting_from(init, name="timm:test_efficientnet", norm="batchless", **changes):
     """The tiny recipe started from a file: the network in eval mode, before any step."""
-    recipe = tiny_recipe(model={"name": name, "init": str(init)}, norm={"name": norm}, **changes)
+    norm = norm if isinstance(norm, dict) else {"name": norm}
+    recipe = tiny_recipe(model={"name": name, "init": str(init)}, norm=norm, **changes)
     assert not recipe.weight_standardization
     return build_experiment(recipe)
 
@@ -283,6 +284,37 @@ def test_a_run_of_ours_there_and_back(form, tmp_path):
             starting_from(folder.checkpoint, "resnet8")
         migrated(folder.path, "-o", tmp_path / "back.pt", "--to", "batch")
         assert difference(starting_from(tmp_path / "back.pt", "resnet8", "batch").model.eval()(x), reference) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["resnet8", "timm:test_efficientnet"])
+def test_a_run_with_groups_of_channels_goes_on_with_them(name, tmp_path):
+    """What `batchless` trained becomes a plain file, from which the same norm starts with its outputs; other norms say why not."""
+    recipe = tiny_recipe(model={"name": name}, train__max_steps=2)
+    assert recipe.channel_groups == 8
+    folder = RunFolder(tmp_path / "run")
+    run(recipe, folder, name="x")
+    experiment = build_experiment(recipe, initialize=False)
+    experiment.trainer.load_state_dict(load_checkpoint(folder.checkpoint))
+    x = images("", 3)[..., :32, :32]
+    reference = experiment.model.eval()(x)
+    notices = migrated(folder.path, "-o", tmp_path / "there.safetensors")["notices"]
+    assert notices == ["Its norms have 8 groups of channels behind them: go on with norm.channel_groups=8."]
+    groups = {"name": "batchless", "channel_groups": 8}
+    found = starting_from(tmp_path / "there.safetensors", name, norm=groups)
+    assert difference(found.model.eval()(x), reference) < 1e-10
+    advance(found.trainer, 1)
+    for norm in ("batchless", "batchless-plain", "batch", {**groups, "channel_groups": 4}):
+        with pytest.raises(
+            UsageError, match=r"have 8 groups of channels behind them; use norm.name=batchless and norm.channel_"
+        ):
+            starting_from(tmp_path / "there.safetensors", name, norm=norm)
+
+
+def test_groups_are_not_added_to_trained_weights(tmp_path):
+    """A network that was trained without groups does not get them: it would compute something else."""
+    torch.save(disturb(build_model("resnet8", 10, norm=norm_factory("batch"))).state_dict(), tmp_path / "old.pt")
+    with pytest.raises(UsageError, match=r"have no groups of channels behind them; use .* norm.channel_groups=0"):
+        starting_from(tmp_path / "old.pt", "resnet8", norm={"name": "batchless", "channel_groups": 8})
 
 
 def test_fine_tuning_at_micro_batch_1_starts_with_the_trained_weights_and_a_new_head(tmp_path):
@@ -376,8 +408,13 @@ def write_sources(folder):
     torch.save({"a.weight": torch.ones(3)}, folder / "none.pt")
     torch.save({"a.mean": torch.zeros(1), "a.raw_std": torch.full((1,), -9.0)}, folder / "small.pt")
     torch.save({"bln_train_format": 1, "step": 0, "recipe": "data: 3", "model": small}, folder / "run.pt")
-    groups = RECIPE.replace("'timm:test_efficientnet'", "resnet8")
-    torch.save({"bln_train_format": 1, "step": 0, "recipe": groups, "model": small}, folder / "groups.pt")
+    channels = {
+        "a.mean": torch.zeros(2),
+        "a.raw_std": torch.zeros(2),
+        "a.weight": torch.ones(2),
+        "a.bias": torch.ones(2),
+    }
+    torch.save({**channels, "a.num_groups": torch.tensor(8)}, folder / "groups.pt")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "empty").mkdir()
 
@@ -396,8 +433,8 @@ def write_sources(folder):
         ("small.pt", 1, ["small.pt is batchless already", "--to batch"]),
         ("small.pt --to batch", 1, ["a: a standard deviation of 0.000123, below sqrt(eps) = 0.00316", "lower eps"]),
         ("run.pt", 1, ["run.pt carries a damaged recipe"]),
-        ("groups.pt", 1, ["of a run with norm.channel_groups", "bln-train export"]),
-        ("groups.pt --to batch", 1, ["of a run with norm.channel_groups", "bln-train export"]),
+        ("groups.pt", 1, ["groups.pt is batchless already"]),
+        ("groups.pt --to batch", 1, ["groups of channels behind its norms", "bln-train export"]),
         ("empty", 1, ["empty is no run folder"]),
         ("missing.pt", 2, ["missing.pt does not exist", "torchvision:<name>"]),
         ("torchvision:swin_t", 2, ["it has no BatchNorm to replace"]),

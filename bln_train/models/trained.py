@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import sys
@@ -17,15 +18,17 @@ from bln_train.errors import CheckpointError, UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.layers import NormFactory
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.convert import (
     copy_batchnorm,
+    copy_batchnorm_statistics,
     has_activation,
     is_batchnorm,
     replace_batchnorms,
     variance_from_std,
     with_activation_of,
 )
-from bln_train.norm.convert_state import batchless_layers, state_to_batch
+from bln_train.norm.convert_state import NUM_GROUPS, batchless_layers, layers_with_groups, state_to_batch
 
 _MAX_LISTED = 5
 _OF_A_RUN = "bln_train_format"  # the key of train/checkpoint.py
@@ -50,23 +53,33 @@ def build_trained_model(
     model = build_model(name, num_classes, norm=norm_factory("batch"), shortcut=shortcut, image_size=image_size)
     model = model.to(dtype)
     own_eps: dict[nn.Module, float] = {old: old.eps for old in model.modules() if isinstance(old, _BatchNorm)}
-    notices = load_trained(model, Path(init).expanduser(), name, num_classes)
-    replace_batchnorms(model, lambda old: trained_norm(old, norm, own_eps[old], dtype))
+    notices, groups = load_trained(model, Path(init).expanduser(), name, num_classes)
+    replace_batchnorms(model, lambda old: trained_norm(old, norm, own_eps[old], dtype, groups.get(old, 0)))
     return model, notices
 
 
-def trained_norm(old: Any, norm: NormFactory, eps: float, dtype: torch.dtype) -> nn.Module:
+def trained_norm(old: Any, norm: NormFactory, eps: float, dtype: torch.dtype, num_groups: int = 0) -> nn.Module:
     """The norm in place of a trained BatchNorm, with its function in eval mode.
 
     Args:
         old: as trained; its eps is 0 where its file was batchless.
         eps: of a BatchNorm in its place.
+        num_groups: of channels that were behind the statistics of `old`, whose weight and bias are then the groups'; 0 for none.
 
     Raises:
         ValueError: there is none with that function.
     """
     new: Any = norm(old.num_features, 0 if isinstance(old, nn.BatchNorm1d) else 2).to(dtype)
-    if isinstance(new, _BatchlessNorm):
+    found = new[1].num_groups if isinstance(new, BatchlessChannelNorm) else 0
+    if found != math.gcd(num_groups, old.num_features) * (num_groups > 0):
+        trained = f"{num_groups} groups of channels" if num_groups else "no groups of channels"
+        raise ValueError(
+            f"its trained norms have {trained} behind them; use norm.name=batchless and norm.channel_groups={num_groups}"
+        )
+    if isinstance(new, BatchlessChannelNorm):
+        copy_batchnorm_statistics(old, new.batchless)
+        new[1].load_state_dict({key: getattr(old, key) for key in ("weight", "bias")})
+    elif isinstance(new, _BatchlessNorm):
         copy_batchnorm(old, new)
     elif isinstance(new, _BatchNorm):
         if old.eps != eps:
@@ -95,8 +108,10 @@ def load_trained(
     num_classes: int,
     rename: Callable[[str], str] = lambda key: key,
     ignored: tuple[str, ...] = (),
-) -> list[str]:
-    """Copy trained weights into a network with BatchNorm, all or none; returns what the user should know.
+) -> tuple[list[str], dict[nn.Module, int]]:
+    """Copy trained weights into a network with BatchNorm, all or none.
+
+    Returns: what the user should know, and of each BatchNorm with groups of channels behind it their number.
 
     Where the file is batchless, a BatchNorm gets eps 0, with which it computes the same. A classifier for another number of
     classes is not taken.
@@ -114,6 +129,8 @@ def load_trained(
     given = plain_names(given, model)
     given = {key: tensor for key, tensor in given.items() if not key.startswith(ignored)}
     norms = {key: module for key, module in model.named_modules() if is_batchnorm(module)}
+    groups = {norms[key]: number for key, number in layers_with_groups(given).items() if key in norms}
+    given = {key: tensor for key, tensor in given.items() if not key.endswith(f".{NUM_GROUPS}")}
     batchless = [key for key in batchless_layers(given) if key in norms]
     try:
         given, _ = state_to_batch(given, dict.fromkeys(batchless_layers(given), 0.0))
@@ -134,7 +151,7 @@ def load_trained(
             own.pop(key, None)
     check_fit(given, own, file, name)
     copy_weights(given, own, file)
-    return notices
+    return notices, groups
 
 
 def copy_weights(given: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> None:
@@ -149,7 +166,9 @@ def copy_weights(given: dict[str, Tensor], own: dict[str, Tensor], file: Path) -
 def plain_names(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a run under the keys of the original network, which has no NormAct; see norm/convert.py."""
     layers = [key for key, module in model.named_modules() if has_activation(module)]
-    parts = {f"{key}.norm.": f"{key}." for key in layers}
+    inside = {f"{key}.norm.": f"{key}." for key in layers}
+    # With groups of channels the norm is itself of two parts.
+    parts = inside | {f"{old}{part}.": f"{new}{part}." for old, new in inside.items() for part in (0, 1)}
 
     def plain(key: str) -> str:
         old = key.rpartition(".")[0] + "."

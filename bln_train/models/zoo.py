@@ -75,13 +75,13 @@ def build_foreign_model(
     """
     model = original(name, num_classes, pretrained=init == PRETRAINED and name.startswith(TIMM)).to(dtype)
     own_eps = {old: old.eps for old in model.modules() if isinstance(old, _BatchNorm)}
-    notices = _load(model, name, num_classes, init) if init else []
+    notices, groups = _load(model, name, num_classes, init) if init else ([], {})
     sources, positions = _trace(model, num_classes, image_size, dtype)
 
     def replace_norm(old: nn.Module) -> nn.Module:
         assert isinstance(old, _BatchNorm)
         if init:
-            return trained_norm(old, norm, own_eps[old], dtype)
+            return trained_norm(old, norm, own_eps[old], dtype, groups.get(old, 0))
         new = norm(old.num_features, 0 if isinstance(old, nn.BatchNorm1d) else 2).to(dtype)
         if isinstance(new, _BatchNorm):
             return batchnorm_like(old, new, old.eps)
@@ -168,12 +168,12 @@ def _timm_model(name: str, num_classes: int | None, *, pretrained: bool) -> nn.M
         ) from error
 
 
-def _load(model: nn.Module, name: str, num_classes: int, init: str) -> list[str]:
+def _load(model: nn.Module, name: str, num_classes: int, init: str) -> tuple[list[str], dict[nn.Module, int]]:
     """Trained weights into the network with BatchNorm; see `load_trained`."""
     own = name.partition(":")[2]
     if name.startswith(TIMM):
-        return [] if init == PRETRAINED else load_trained(model, Path(init).expanduser(), name, num_classes)
-    notices = load_trained(
+        return ([], {}) if init == PRETRAINED else load_trained(model, Path(init).expanduser(), name, num_classes)
+    notices, groups = load_trained(
         model,
         pretrained_file(own) if init == PRETRAINED else Path(init).expanduser(),
         f"torchvision's {own}",
@@ -183,7 +183,7 @@ def _load(model: nn.Module, name: str, num_classes: int, init: str) -> list[str]
     )
     if own in _AUXILIARY and init == PRETRAINED:
         notices.append(f"torchvision trained {own} on images in [-1, 1]: data.normalize=symmetric gives it those.")
-    return notices
+    return notices, groups
 
 
 def _trace(

@@ -115,6 +115,12 @@ def copy_batchnorm(norm: nn.Module, layer: _BatchlessNorm) -> None:
     Raises:
         ValueError: the layer shares its statistics over channels, or its eps excludes a trained standard deviation.
     """
+    copy_batchnorm_statistics(norm, layer)
+    _copy_affine(norm, layer)
+
+
+def copy_batchnorm_statistics(norm: nn.Module, layer: _BatchlessNorm) -> None:
+    """`copy_batchnorm` without weight and bias."""
     mean, std = _statistics(norm)
     if layer.share == "layer":
         raise ValueError("norm.share: a trained BatchNorm has a mean and standard deviation per channel; use channel")
@@ -124,7 +130,6 @@ def copy_batchnorm(norm: nn.Module, layer: _BatchlessNorm) -> None:
     if layer.parametrization == "inv" and largest >= 1 / layer.eps:
         raise ValueError(f"norm.eps is {layer.eps:g}, which bounds standard deviations by {1 / layer.eps:g}; lower it")
     layer.set_statistics(mean, std)
-    _copy_affine(norm, layer)
 
 
 def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None = 0.1) -> _BatchNorm:

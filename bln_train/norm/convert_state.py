@@ -4,6 +4,9 @@
     batchless   P.mean, P.raw_std, P.correction, P.imputation           and the same
 
 A converted state dict is that of the converted network: raw_std is log std, corrections start at 0.
+
+A batchless layer with groups of channels behind it is in a plain file one layer too, with the groups' weight and bias and, as
+P.num_groups, their number; in a network (BatchlessChannelNorm) it is P.0 and P.1.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from bln_train.norm.functional import Parametrization, std_from_raw
 State = dict[str, Tensor]
 _BATCHNORM = ("running_mean", "running_var")
 _BATCHLESS = ("mean", "raw_std")
+NUM_GROUPS = "num_groups"
 _LEFT_BEHIND = ("num_batches_tracked", "correction", "imputation")
 
 
@@ -102,6 +106,35 @@ def state_to_batch(
         return new | {"num_batches_tracked": torch.tensor(0)}, std
 
     return _convert(state, batchless_layers(state), convert)
+
+
+def groups_as_one_layer(state: Mapping[str, Tensor], num_groups: int) -> State:
+    """State dict of a network whose batchless layers all have groups of channels behind them, each as one layer of a plain file.
+
+    Raises:
+        ValueError: a line for every layer without groups.
+    """
+    parts = {f"{layer}.": layer.removesuffix(".0") for layer in batchless_layers(state)}
+    missing = [layer for layer in parts.values() if f"{layer}.1.weight" not in state or f"{layer}.1.bias" not in state]
+    if missing:
+        raise ValueError("\n".join(f"{layer}: it has no groups of channels" for layer in missing))
+    parts |= {f"{layer}.1.": layer for layer in parts.values()}
+    new: State = {}
+    for key, tensor in state.items():
+        begin, dot, own = key.rpartition(".")
+        if begin + dot not in parts:
+            new[key] = tensor
+        elif not (begin.endswith(".0") and own in ("weight", "bias")):  # 1 and 0, which nothing changes
+            layer = parts[begin + dot]
+            new[f"{layer}.{own}"] = tensor
+            new.setdefault(f"{layer}.{NUM_GROUPS}", torch.tensor(num_groups))
+    return new
+
+
+def layers_with_groups(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of groups of each layer of a plain file that has some."""
+    keys = (key.rpartition(".") for key in state)
+    return {layer: int(state[f"{layer}.{NUM_GROUPS}"]) for layer, _, own in keys if own == NUM_GROUPS}
 
 
 def _layers(state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:

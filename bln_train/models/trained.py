@@ -54,28 +54,36 @@ def build_trained_model(
     model = model.to(dtype)
     own_eps: dict[nn.Module, float] = {old: old.eps for old in model.modules() if isinstance(old, _BatchNorm)}
     notices, groups = load_trained(model, Path(init).expanduser(), name, num_classes)
-    replace_batchnorms(model, lambda old: trained_norm(old, norm, own_eps[old], dtype, groups.get(old, 0)))
+    check_groups(model, groups, norm)
+    replace_batchnorms(model, lambda old: trained_norm(old, norm, own_eps[old], dtype))
     return model, notices
 
 
-def trained_norm(old: Any, norm: NormFactory, eps: float, dtype: torch.dtype, num_groups: int = 0) -> nn.Module:
+def check_groups(model: nn.Module, groups: dict[nn.Module, int], norm: NormFactory) -> None:
+    """Raise ValueError unless `norm` has behind each trained BatchNorm's statistics the groups of channels that were there."""
+    for old in filter(is_batchnorm, model.modules()):
+        number, num_features = groups.get(old, 0), int(old.num_features)  # type: ignore[arg-type]
+        new = norm(num_features, 2)
+        found = new[1].num_groups if isinstance(new, BatchlessChannelNorm) else 0
+        if found != (math.gcd(number, num_features) if number else 0):
+            raise ValueError(
+                f"its trained norms have {number or 'no'} groups of channels behind them; use norm.name=batchless and "
+                f"norm.channel_groups={number}"
+            )
+
+
+def trained_norm(old: Any, norm: NormFactory, eps: float, dtype: torch.dtype) -> nn.Module:
     """The norm in place of a trained BatchNorm, with its function in eval mode.
 
     Args:
-        old: as trained; its eps is 0 where its file was batchless.
+        old: as trained; its eps is 0 where its file was batchless. Where groups of channels were behind it, weight and bias are
+            theirs; see `check_groups`.
         eps: of a BatchNorm in its place.
-        num_groups: of channels that were behind the statistics of `old`, whose weight and bias are then the groups'; 0 for none.
 
     Raises:
         ValueError: there is none with that function.
     """
     new: Any = norm(old.num_features, 0 if isinstance(old, nn.BatchNorm1d) else 2).to(dtype)
-    found = new[1].num_groups if isinstance(new, BatchlessChannelNorm) else 0
-    if found != math.gcd(num_groups, old.num_features) * (num_groups > 0):
-        trained = f"{num_groups} groups of channels" if num_groups else "no groups of channels"
-        raise ValueError(
-            f"its trained norms have {trained} behind them; use norm.name=batchless and norm.channel_groups={num_groups}"
-        )
     if isinstance(new, BatchlessChannelNorm):
         copy_batchnorm_statistics(old, new.batchless)
         new[1].load_state_dict({key: getattr(old, key) for key in ("weight", "bias")})

@@ -21,7 +21,7 @@ from torchvision.ops import StochasticDepth
 from bln_train.errors import CheckpointError, UsageError
 from bln_train.models.layers import InstanceDropout, InstanceStochasticDepth, NormFactory
 from bln_train.models.names import TIMM, TORCHVISION
-from bln_train.models.trained import batchnorm_like, listed, load_trained, trained_norm
+from bln_train.models.trained import batchnorm_like, check_groups, listed, load_trained, trained_norm
 from bln_train.norm.convert import replace_batchnorms, replace_modules, with_activation_of
 from bln_train.norm.standardize import StandardizedConv2d, conv_like
 
@@ -75,13 +75,16 @@ def build_foreign_model(
     """
     model = original(name, num_classes, pretrained=init == PRETRAINED and name.startswith(TIMM)).to(dtype)
     own_eps = {old: old.eps for old in model.modules() if isinstance(old, _BatchNorm)}
-    notices, groups = _load(model, name, num_classes, init) if init else ([], {})
+    notices = list[str]()
+    if init:
+        notices, groups = _load(model, name, num_classes, init)
+        check_groups(model, groups, norm)
     sources, positions = _trace(model, num_classes, image_size, dtype)
 
     def replace_norm(old: nn.Module) -> nn.Module:
         assert isinstance(old, _BatchNorm)
         if init:
-            return trained_norm(old, norm, own_eps[old], dtype, groups.get(old, 0))
+            return trained_norm(old, norm, own_eps[old], dtype)
         new = norm(old.num_features, 0 if isinstance(old, nn.BatchNorm1d) else 2).to(dtype)
         if isinstance(new, _BatchNorm):
             return batchnorm_like(old, new, old.eps)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from bln_train.errors import UsageError
 from bln_train.recipe_norms import (
@@ -53,6 +53,7 @@ class Recipe(Section):
     """Device, threads, checkpoints: nothing that changes the result."""
     logging: Logging = Logging()
     """Where figures go besides `metrics.jsonl`."""
+    _of_trained_weights: bool = PrivateAttr(default=False)  # see `untrained`
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -226,7 +227,9 @@ class Recipe(Section):
         norm = self.norm
         if isinstance(norm, BatchlessNormSection):
             norm = norm.model_copy(update={"reestimate_images": 0, "channel_groups": self.channel_groups})
-        return self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
+        recipe = self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
+        recipe._of_trained_weights = True
+        return recipe
 
     def with_norm(self, name: str) -> Recipe:
         """The same recipe with the norm of that `name`, or unchanged where it is the recipe's own.
@@ -245,6 +248,8 @@ class Recipe(Section):
             if self.num_init_images and other.num_init_images:
                 section = {"name": name, "init_images": self.num_init_images}
                 other = Recipe.model_validate({**self.model_dump(), "norm": section})
+            if self._of_trained_weights and isinstance(other.norm, BatchlessNormSection):
+                other = other.model_copy(update={"norm": other.norm.model_copy(update={"channel_groups": 0})})
             return other
         except ValidationError as error:  # a norm that another setting excludes
             problems = [str(detail.get("ctx", {}).get("error", detail["msg"])) for detail in error.errors()]

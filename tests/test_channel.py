@@ -236,6 +236,8 @@ def test_trained_weights_have_no_groups():
     recipe = load_recipe("finetune_resnet50")
     assert recipe.norm.name == "batchless"
     assert recipe.channel_groups == recipe.untrained().channel_groups == 0
+    assert load_recipe("finetune_resnet50", ["norm=batch"]).untrained().with_norm("batchless").channel_groups == 0
+    assert load_recipe("quickstart", ["norm=batch"]).untrained().with_norm("batchless").channel_groups == 8
     assert load_recipe("finetune_resnet50", ["norm.reestimate_images=8"])
     with pytest.raises(BlnError, match=r"norm\.reestimate_images=8: no scale in front of channel_groups"):
         load_recipe("finetune_resnet50", ["norm.reestimate_images=8", "norm.channel_groups=8"])

@@ -107,7 +107,11 @@ def migrate(
         if to == "batch" or found.network is not None:
             raise UsageError("--calibrate is for a state dict that becomes batchless", "Leave it out.")
         found = _calibrated(source, found.state, calibrate, eps)
-    if to == "batch" and layers_with_groups(found.state):
+    try:
+        groups = set(layers_with_groups(found.state).values())
+    except ValueError as error:
+        raise CheckpointError(f"{source} is damaged\n{error}") from error
+    if to == "batch" and groups:
         raise BlnError(
             f"{source} has groups of channels behind its norms, which BatchNorm has not; nothing was written",
             "Run `bln-train export`, which writes the network for inference, or train with norm=batchless-plain.",
@@ -127,7 +131,6 @@ def migrate(
         original.update(state)
         state = original
     _write(state, out)
-    groups = set(layers_with_groups(state).values())
     notices += [
         f"Its norms have {n} groups of channels behind them: go on with norm.channel_groups={n}." for n in groups
     ]

@@ -22,7 +22,13 @@ from bln_train.models.build import build_model, norm_factory
 from bln_train.models.trained import read_weights, write_state
 from bln_train.norm import BatchlessNorm, BatchlessNorm3d, BatchlessStatistics, convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.convert import NormAct, is_batchnorm
-from bln_train.norm.convert_state import batchless_layers, state_to_batch, state_to_batchless
+from bln_train.norm.convert_state import (
+    batchless_layers,
+    groups_as_one_layer,
+    layers_with_groups,
+    state_to_batch,
+    state_to_batchless,
+)
 from bln_train.recipe_file import load_recipe
 from bln_train.report.runlog import RunFolder
 from bln_train.run import run
@@ -262,18 +268,22 @@ def test_a_state_dict_file_there_and_back(suffix, trained_network, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{n}{suffix}" for n in ("old", "there", "back"))
 
 
+def finished_run(tmp_path, **changes):
+    """The folder of a run of two steps, images, and what its network makes of them."""
+    recipe, folder = tiny_recipe(**changes, train__max_steps=2), RunFolder(tmp_path / "run")
+    run(recipe, folder, name="x")
+    experiment = build_experiment(recipe, initialize=False)
+    experiment.trainer.load_state_dict(load_checkpoint(folder.checkpoint))
+    x = images("", 3)[..., :32, :32]
+    return folder, x, experiment.model.eval()(x)
+
+
 @pytest.mark.parametrize(
     "form", [{"name": "batch"}, {"name": "batchless-plain"}, {"name": "batchless-paper-abs", "share": "layer"}]
 )
 def test_a_run_of_ours_there_and_back(form, tmp_path):
     """A run with BatchNorm or batchless, standardised or not, becomes a plain file, from which both norms start as it ended."""
-    recipe = tiny_recipe(norm=form, train__max_steps=2)
-    folder = RunFolder(tmp_path / "run")
-    run(recipe, folder, name="x")
-    experiment = build_experiment(recipe, initialize=False)
-    experiment.trainer.load_state_dict(load_checkpoint(folder.checkpoint))
-    x = images("", 3)[..., :32, :32]
-    reference = experiment.model.eval()(x)
+    folder, x, reference = finished_run(tmp_path, norm=form)
     changes = {c["before"] for c in migrated(folder.path, "-o", tmp_path / "there.pt")["changes"]}
     assert changes == {
         "batch": {"BatchNorm2d"}, "batchless-plain": {"standardised Conv2d"}, "batchless-paper-abs": {"batchless, abs, per layer"},
@@ -289,14 +299,7 @@ def test_a_run_of_ours_there_and_back(form, tmp_path):
 @pytest.mark.parametrize("name", ["resnet8", "timm:test_efficientnet"])
 def test_a_run_with_groups_of_channels_goes_on_with_them(name, tmp_path):
     """What `batchless` trained becomes a plain file, from which the same norm starts with its outputs; other norms say why not."""
-    recipe = tiny_recipe(model={"name": name}, train__max_steps=2)
-    assert recipe.channel_groups == 8
-    folder = RunFolder(tmp_path / "run")
-    run(recipe, folder, name="x")
-    experiment = build_experiment(recipe, initialize=False)
-    experiment.trainer.load_state_dict(load_checkpoint(folder.checkpoint))
-    x = images("", 3)[..., :32, :32]
-    reference = experiment.model.eval()(x)
+    folder, x, reference = finished_run(tmp_path, model={"name": name})
     notices = migrated(folder.path, "-o", tmp_path / "there.safetensors")["notices"]
     assert notices == ["Its norms have 8 groups of channels behind them: go on with norm.channel_groups=8."]
     groups = {"name": "batchless", "channel_groups": 8}
@@ -308,6 +311,28 @@ def test_a_run_with_groups_of_channels_goes_on_with_them(name, tmp_path):
             UsageError, match=r"have 8 groups of channels behind them; use norm.name=batchless and norm.channel_"
         ):
             starting_from(tmp_path / "there.safetensors", name, norm=norm)
+
+
+@pytest.mark.parametrize("turn", [list, reversed])
+def test_groups_become_one_layer_in_any_order_of_the_keys(turn):
+    """The weight in front of the groups is none of the file's, wherever it stands; what else ends in `num_groups` stays."""
+    own = {"mean": 1.0, "raw_std": 2.0, "weight": 3.0, "bias": 4.0, "correction": 5.0}
+    state = {f"a.0.{key}": torch.full((2,), value) for key, value in own.items()}
+    state |= {"a.1.weight": torch.full((2,), 6.0), "a.1.bias": torch.full((2,), 7.0), "b.num_groups": torch.ones(3)}
+    found = groups_as_one_layer({key: state[key] for key in turn(list(state))}, 8)
+    expected = {
+        "a.mean": 1,
+        "a.raw_std": 2,
+        "a.correction": 5,
+        "a.weight": 6,
+        "a.bias": 7,
+        "a.num_groups": 8,
+        "b.num_groups": 1,
+    }
+    assert {key: float(tensor.flatten()[0]) for key, tensor in found.items()} == expected
+    assert layers_with_groups(found) == {"a": 8}
+    with pytest.raises(ValueError, match="a: it has no groups of channels"):
+        groups_as_one_layer({key: tensor for key, tensor in state.items() if key != "a.1.bias"}, 8)
 
 
 def test_groups_are_not_added_to_trained_weights(tmp_path):
@@ -415,6 +440,7 @@ def write_sources(folder):
         "a.bias": torch.ones(2),
     }
     torch.save({**channels, "a.num_groups": torch.tensor(8)}, folder / "groups.pt")
+    torch.save({**channels, "a.num_groups": torch.tensor([8, 8])}, folder / "many.pt")
     (folder / "r.yaml").write_text(RECIPE)
     (folder / "empty").mkdir()
 
@@ -434,6 +460,7 @@ def write_sources(folder):
         ("small.pt --to batch", 1, ["a: a standard deviation of 0.000123, below sqrt(eps) = 0.00316", "lower eps"]),
         ("run.pt", 1, ["run.pt carries a damaged recipe"]),
         ("groups.pt", 1, ["groups.pt is batchless already"]),
+        ("many.pt", 1, ["many.pt is damaged", "a: its num_groups is no positive integer"]),
         ("groups.pt --to batch", 1, ["groups of channels behind its norms", "bln-train export"]),
         ("empty", 1, ["empty is no run folder"]),
         ("missing.pt", 2, ["missing.pt does not exist", "torchvision:<name>"]),

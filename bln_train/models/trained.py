@@ -61,11 +61,10 @@ def build_trained_model(
 
 def check_groups(model: nn.Module, groups: dict[nn.Module, int], norm: NormFactory) -> None:
     """Raise ValueError unless `norm` has behind each trained BatchNorm's statistics the groups of channels that were there."""
-    for old in filter(is_batchnorm, model.modules()):
-        number, num_features = groups.get(old, 0), int(old.num_features)  # type: ignore[arg-type]
-        new = norm(num_features, 2)
+    for old in (module for module in model.modules() if isinstance(module, _BatchNorm)):
+        number, new = groups.get(old, 0), norm(old.num_features, 2)
         found = new[1].num_groups if isinstance(new, BatchlessChannelNorm) else 0
-        if found != (math.gcd(number, num_features) if number else 0):
+        if found != (math.gcd(number, old.num_features) if number else 0):
             raise ValueError(
                 f"its trained norms have {number or 'no'} groups of channels behind them; use norm.name=batchless and "
                 f"norm.channel_groups={number}"
@@ -137,10 +136,11 @@ def load_trained(
     given = plain_names(given, model)
     given = {key: tensor for key, tensor in given.items() if not key.startswith(ignored)}
     norms = {key: module for key, module in model.named_modules() if is_batchnorm(module)}
-    groups = {norms[key]: number for key, number in layers_with_groups(given).items() if key in norms}
-    given = {key: tensor for key, tensor in given.items() if not key.endswith(f".{NUM_GROUPS}")}
     batchless = [key for key in batchless_layers(given) if key in norms]
     try:
+        groups = {norms[key]: number for key, number in layers_with_groups(given).items() if key in norms}
+        for key in batchless:
+            given.pop(f"{key}.{NUM_GROUPS}", None)
         given, _ = state_to_batch(given, dict.fromkeys(batchless_layers(given), 0.0))
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error

@@ -132,9 +132,22 @@ def groups_as_one_layer(state: Mapping[str, Tensor], num_groups: int) -> State:
 
 
 def layers_with_groups(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of groups of each layer of a plain file that has some."""
-    keys = (key.rpartition(".") for key in state)
-    return {layer: int(state[f"{layer}.{NUM_GROUPS}"]) for layer, _, own in keys if own == NUM_GROUPS}
+    """The number of groups of each batchless layer of a plain file that has some.
+
+    Raises:
+        ValueError: a line for every layer whose number is none.
+    """
+    numbers = {
+        layer: state[f"{layer}.{NUM_GROUPS}"] for layer in batchless_layers(state) if f"{layer}.{NUM_GROUPS}" in state
+    }
+    problems = [
+        f"{layer}: its {NUM_GROUPS} is no positive integer"
+        for layer, number in numbers.items()
+        if number.numel() != 1 or number.dtype != torch.int64 or number.item() < 1
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {layer: int(number) for layer, number in numbers.items()}
 
 
 def _layers(state: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-pytest_plugins = ["crash_runs", "report_runs"]  # their fixtures, each for two test files
+pytest_plugins = ["cli_runs", "crash_runs", "report_runs"]  # their fixtures, each for two test files
 
 
 def pytest_configure(config):

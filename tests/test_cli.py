@@ -1,108 +1,23 @@
 """The command line: what a command prints where, leaves on disk, refuses, and survives (each docstring is a law)."""
 
-import csv
-import hashlib
 import json
-import os
 import pickle
 import shlex
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from cli_runs import ENVIRONMENT, fingerprint, finish, start, wait_for, write_recipe
 from PIL import Image
 
 import bln_train
-from bln_train import cli
 from bln_train.recipe_file import load_recipe, shipped_recipes
 from bln_train.records import EpochRecord, MemoryRecord, StepRecord
 from bln_train.report.runlog import RunFolder
-
-TINY = {
-    "data": {"name": "shapes", "num_train": 48, "num_test": 20},
-    "model": {"name": "resnet8"},
-    "norm": {"name": "batchless", "probe_images": 4, "init_images": 8},
-    "train": {"epochs": 2, "effective_batch_size": 16, "micro_batch_size": 8},
-    "optimizer": {"name": "sgd", "lr": 0.1},
-    "runtime": {"device": "cpu", "num_threads": 1, "log_every_steps": 1},
-}
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "BLN_DEBUG"} | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-
-
-def write_recipe(path, **changes):
-    """TINY with `section__key=value` changes, as a file."""
-    data = {name: dict(section) for name, section in TINY.items()}
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        data[section] = {**data[section], key: value} if key else value
-    path.write_text(yaml.safe_dump(data), encoding="utf-8")
-    return path
-
-
-def start(*arguments, cwd, env=ENVIRONMENT):
-    command = [sys.executable, "-m", "bln_train", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process, timeout=240):
-    """Exit code, stdout, stderr; no process outlives its test."""
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return process.returncode, stdout, stderr
-
-
-def wait_for(condition, process, timeout=120):
-    """Until `condition()` holds while the process runs."""
-    end = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def bln(monkeypatch, capfd, tmp_path):
-    """Run a command in this process, in an empty folder, through the program's one error boundary."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bln-train", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capfd.readouterr()
-        assert "Traceback" not in printed.err
-        assert "bug in bln-train" not in printed.err
-        return ended.value.code or 0, printed.out, printed.err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run: its recipe, its folder, and what `run --json` printed."""
-    place = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(place / "tiny.yaml")
-    code, stdout, stderr = finish(start("run", "tiny.yaml", "--out", "run", "--json", cwd=place))
-    assert code == 0, stderr
-    return recipe, place / "run", stdout, stderr
-
-
-def fingerprint(folder):
-    """Names, contents and times of all files below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(str(p), hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in files]
 
 
 def tensors_of(checkpoint):
@@ -450,121 +365,6 @@ def test_class_count_of_a_folder_is_checked(bln):
     assert "2 classes" in err
     assert not Path("run").exists()
     assert bln("run", "r.yaml", "--out", "run", "--set", "model.num_classes=null")[0] == 0
-
-
-# compare
-
-
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    """A comparison that was interrupted after its first cell and went on; batch at micro-batch 1 cannot run."""
-    place = tmp_path_factory.mktemp("comparison")
-    write_recipe(
-        place / "tiny.yaml",
-        model={"name": "paper_cnn"},
-        data__num_train=8,
-        data__num_test=10,
-        train={"epochs": 1, "effective_batch_size": 4, "micro_batch_size": 4, "precision": "fp64"},
-    )
-    arguments = ["compare", "tiny.yaml", "--norm", "batchless,batch", "--micro-batch", "1,full", "--seeds", "2"]
-    arguments += ["--out", "out"]
-    cells = place / "out" / "cells"
-    first = start(*arguments, cwd=place)
-    wait_for(lambda: list(cells.glob("*/summary.json")) and len(list(cells.glob("*.log"))) == 2, first)
-    first.send_signal(signal.SIGINT)
-    interrupted = finish(first)
-    done = {path: path.stat().st_mtime_ns for path in cells.glob("*/summary.json")}
-    second = finish(start(*arguments, cwd=place))
-    return place, interrupted, done, second
-
-
-def test_interrupted_comparison_goes_on(comparison):
-    """Ctrl-C exits with 130 and says how to go on; the same command leaves finished cells alone and does the rest."""
-    place, (code, stdout, stderr), done, second = comparison
-    assert (code, stdout) == (130, "")
-    assert "Go on with the same command" in stderr
-    assert "Traceback" not in stderr
-    assert 1 <= len(done) < 6
-    assert second[0] == 0, second[2]
-    assert len(list((place / "out" / "cells").glob("*/summary.json"))) == 6
-    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
-
-
-def test_comparison_writes_table_csv_json_and_plots(comparison):
-    """A comparison prints a table and leaves the same rows as CSV and JSON, and two plots that open."""
-    place, _, _, (_, stdout, stderr) = comparison
-    out = place / "out"
-    rows = json.loads((out / "comparison.json").read_text())["rows"]
-    table = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
-    names = [("batchless", 1), ("batchless", 4), ("batch", 1), ("batch", 4)]
-    assert [(r["norm"], r["micro_batch_size"]) for r in rows] == names
-    assert [(r["norm"], int(r["micro_batch_size"])) for r in table] == names
-    for row, line in zip(rows, table, strict=True):
-        assert line["peak_bytes"] == ("" if row["peak_bytes"] is None else str(row["peak_bytes"]))
-    for plot in ("accuracy.png", "peak_memory.png"):
-        with Image.open(out / plot) as image:
-            image.verify()
-    assert "peak" in stdout
-    assert "accuracy %" in stdout
-    assert "± " in stdout
-    assert "device: " in stdout
-    assert "[1/8] batchless-effective4-micro1-seed0" in stderr
-
-
-def test_comparison_shows_that_batchless_ignores_the_split(comparison):
-    """In float64 batchless has equal accuracies and losses at micro-batch 1 and full, with a lower peak at 1."""
-    single, full, *_ = json.loads((comparison[0] / "out" / "comparison.json").read_text())["rows"]
-    assert single["num_finished"] == full["num_finished"] == 2
-    assert single["test_accuracies"] == full["test_accuracies"]
-    assert single["train_loss_mean"] == pytest.approx(full["train_loss_mean"], rel=1e-12)
-    assert single["test_loss_mean"] == pytest.approx(full["test_loss_mean"], rel=1e-10)
-    assert single["peak_bytes"] < full["peak_bytes"]
-
-
-def test_a_cell_that_cannot_run_says_why(comparison):
-    """BatchNorm on one value per channel fails alone: its row has the reason and no figure, the others have theirs."""
-    place, _, _, (code, stdout, _) = comparison
-    *_, single, full = json.loads((place / "out" / "comparison.json").read_text())["rows"]
-    assert code == 0
-    assert single["num_finished"] == 0
-    assert single["peak_bytes"] is None
-    assert single["test_accuracy_mean"] is None
-    assert len(single["failures"]) == 2
-    assert all("one value per channel" in reason for reason in single["failures"])
-    assert "did not finish: batch, effective 4, micro 1: seed 0" in stdout
-    assert "Traceback" not in stdout
-    assert full["num_finished"] == 2
-
-
-def test_folder_of_another_comparison_is_refused(bln, comparison, finished):
-    """A comparison of other settings, a run, or anything foreign in --out: exit 1, nothing changed, both ways round."""
-    place = comparison[0]
-    for out, *changes in (
-        (place / "out", "--set", "optimizer.lr=0.2"),
-        (place / "out", "--set", "train.max_steps=1"),  # its cells would be of another length than those that are there
-        (finished[1],),
-        (place,),
-        (place / "tiny.yaml",),
-    ):
-        before = fingerprint(place), fingerprint(finished[1])
-        code, stdout, err = bln("compare", place / "tiny.yaml", "--out", out, *changes)
-        assert (code, stdout) == (1, "")
-        assert "another --out" in err
-        assert (fingerprint(place), fingerprint(finished[1])) == before
-    before = fingerprint(place)
-    assert bln("run", place / "tiny.yaml", "--out", place / "out")[0] == 1
-    assert fingerprint(place) == before
-
-
-def test_cells_that_cannot_be_planned(bln):
-    """Combinations that the recipe's rules refuse cost no process; when no cell finishes the command fails."""
-    write_recipe(Path("r.yaml"))
-    code, out, err = bln("compare", "r.yaml", "--norm", "batchless", "--micro-batch", "99", "--out", "out", "--json")
-    assert code == 1
-    assert "no cell" in err
-    row = json.loads(out)["rows"][0]
-    assert "99 is above effective_batch_size 16" in row["failures"][0]
-    assert row["peak_bytes"] is None
 
 
 # recipes, check, wheel

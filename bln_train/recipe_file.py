@@ -174,7 +174,8 @@ def _explain(draft: Draft, error: ValidationError, data: dict[str, Any]) -> None
             for line in str(detail["ctx"]["error"]).split("\n"):  # `key: what` below this section
                 key, _, what = line.partition(": ")
                 named = (*keys, *(int(k) if k.isdecimal() else k for k in key.split("."))) if what else keys
-                draft.report(*((named, what) if what and schema_at(named, data) else (keys, line)))
+                is_key = named in draft.places or schema_at(named, data)
+                draft.report(*((named, what) if what and is_key else (keys, line)))
             continue
         schema, value = schema_at(keys, data), value_at(keys, data)
         unnamed = isinstance(value, dict) and "discriminator" in schema

@@ -66,8 +66,6 @@ class BatchlessNormSection(Section):
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
     turns it off; auto takes as many as need no more memory without gradients than one image with them, from 4 to 8 and in
     networks of more than 32 norms to one for 4 norms."""
-    probe_gain: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the change on those images that the statistics follow at once."""
     init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or
     none with model.init, which brings them."""
@@ -86,6 +84,8 @@ class BatchlessNormSection(Section):
         if not isinstance(data, dict):
             return data
         filled = {**NORM_PRESETS.get(str(data.get("name")), {}), **data}
+        if filled.pop("probe_gain", 1) != 1:  # earlier runs wrote it out; 1 is what happens
+            raise ValueError("probe_gain: is no setting any more, the statistics follow in full; leave it out")
         if data.keys() >= _EARLIER_RUNS_HAVE:
             filled.setdefault("channel_groups", 0)
         if filled.get("statistics") == "natural":

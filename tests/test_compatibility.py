@@ -29,3 +29,14 @@ def test_runs_of_before_there_were_groups_have_none(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(written))
     assert load_recipe(str(path)).channel_groups == 0
+
+
+@pytest.mark.parametrize("norm", ["batchless", "batchless-plain", "batchless-paper"])
+def test_recipes_with_a_probe_gain_of_one_are_read(tmp_path, norm):
+    """`norm.probe_gain` is gone: 1, which runs wrote out, is what happens; tests/test_recipe.py has what of another."""
+    recipe = load_recipe("quickstart", [f"norm={norm}"])
+    written = recipe.model_dump(mode="json")
+    written["norm"]["probe_gain"] = 1.0
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(written))
+    assert load_recipe(str(path)) == recipe

@@ -118,7 +118,7 @@ def test_both_paths_of_the_probe(shape, activation, dtype):
         own = table.clone()
         if shared:
             own[: FollowRow.GAMMA] = own[: FollowRow.GAMMA, :1]  # one mean and one std
-        following = Following(own, gain=0.5, eps=eps, shared=shared)
+        following = Following(own, eps=eps, shared=shared)
         y = drawn(shape, dtype, 2)
         following.normalize_(
             y,

@@ -46,7 +46,6 @@ class _BatchlessNorm(nn.Module):
         correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
         correction_mode: where the correction's xhat comes from in a folded layer (norm/fused.py): "exact" computes it again,
             "imputed" reads it off the output. By itself the layer keeps it, so that both are one.
-        probe_gain: share of what a step did to the probe's images that the statistics follow at once, in [0, 1].
 
     Attributes:
         mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
@@ -87,7 +86,6 @@ class _BatchlessNorm(nn.Module):
         gauge: bool = True,
         correction_rate: float = 0.1,
         correction_mode: Literal["exact", "imputed"] = "exact",
-        probe_gain: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,12 +98,10 @@ class _BatchlessNorm(nn.Module):
             raise ValueError(f"statistics_rate is {statistics_rate}; a natural step needs a rate in (0, 1]")
         if not 0 <= correction_rate <= 1:
             raise ValueError(f"correction_rate is {correction_rate}; it is the rate of a moving average, in [0, 1]")
-        if not 0 <= probe_gain <= 1:
-            raise ValueError(f"probe_gain is {probe_gain}; it is a share, in [0, 1]")
         self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
         self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
         self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
-        self.correction_rate, self.correction_mode, self.probe_gain = correction_rate, correction_mode, probe_gain
+        self.correction_rate, self.correction_mode = correction_rate, correction_mode
 
         entries = num_features if share == "channel" else 1
         self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))

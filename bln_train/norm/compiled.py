@@ -175,7 +175,7 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     library.backward_groups.argtypes = [
         *[pointer] * 7, long, number, *[long] * 3, integer, number, pointer, pointer, number, integer, *[pointer] * 3,
     ]  # fmt: skip
-    library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 3, integer, integer, pointer]
+    library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 2, integer, integer, pointer]
     library.convolve.argtypes = [*[pointer] * 5, integer]
     library.convolve_backward.argtypes = [*[pointer] * 6, integer]
     library.centre_filters.argtypes = [pointer, long, long, number]

@@ -452,7 +452,7 @@ enum { STD, OLD_VARIANCE, DRIFT, GAMMA, BETA };
 /* y, in multiples of unit, becomes act(gamma * (x - mean) / std + beta + residual) with the mean and std that follow from its
    own sums, which go to found, (2, channels), the mean as its change. Null: residual; unit, which is then 1. */
 int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, long num_images, long num_positions, long channels,
-           int activation, REAL slope, REAL gain, REAL eps, int shared, int threads, REAL *found) {
+           int activation, REAL slope, REAL eps, int shared, int threads, REAL *found) {
     const long num_rows = num_images * num_positions;
     double *sums = calloc(8 * channels, sizeof(double)), *wasted = sums + 4 * channels;
     REAL *map = calloc(2 * channels, sizeof(REAL));
@@ -468,8 +468,8 @@ int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, l
             const double m = shared ? all_shift / channels : shift[c], s = shared ? all_square / channels : square[c];
             const double old_std = table[STD * channels + c], variance = fmax(s - m * m, 0);
             const double guard = (1e-4 + 1.0 / num_rows) * old_std * old_std;
-            const double ratio = pow((variance + guard) / (table[OLD_VARIANCE * channels + c] + guard), gain / 2.0);
-            const double std = fmax(old_std * ratio, eps), change = gain * (m + table[DRIFT * channels + c]);
+            const double ratio = sqrt((variance + guard) / (table[OLD_VARIANCE * channels + c] + guard));
+            const double std = fmax(old_std * ratio, eps), change = m + table[DRIFT * channels + c];
             const double scale = table[GAMMA * channels + c] / std;
             found[c] = (REAL)change;
             found[channels + c] = (REAL)(isnan(old_std * ratio) ? old_std * ratio : std); /* fmax would hide it */

@@ -1,14 +1,14 @@
 """The statistics follow the weights: what a step did to the probe's images moves each layer's mean and standard deviation.
 
-    mean += gain * (mean_new - mean_old);  log std += gain * log(std_new / std_old)
+    mean += mean_new - mean_old;  log std += log(std_new / std_old)
 
 *_old are moments of the images that the training forward saw under the old weights, *_new those under the new ones, layer after
 layer. The images are the same on both sides, so their sampling noise cancels; what upstream layers changed has already been
-normalised away in part. A gain of 1 undoes at once what the step did to mean and scale, where a corrected gradient
-(norm/balance.py) meant to do nothing; a gain of 0 lets the lag compound with depth. The ratio is of std^2 + (1e-4 + 1/n) *
-std_now^2 for n positions: where images barely vary it says nothing, and of few values, as the two that a dense layer has of two
-images, it says little: now and then they all but agree, and their ratio would multiply the deviation by any number, step after
-step.
+normalised away in part. Following in full undoes at once what the step did to mean and scale, where a corrected gradient
+(norm/balance.py) meant to do nothing; half of it is no better, a quarter much worse (recipes/RESULTS.md). The ratio is of
+std^2 + (1e-4 + 1/n) * std_now^2 for n positions: where images barely vary it says nothing, and of few values, as the two that a
+dense layer has of two images, it says little: now and then they all but agree, and their ratio would multiply the deviation by
+any number, step after step.
 
 Everything that needs no image is worked out before and after, layers of one kind side by side, (L, C) at a time.
 """
@@ -50,13 +50,12 @@ class Following:
 
     Args:
         table: (len(FollowRow), C), dense.
-        gain: share of the change that is followed.
         eps: the smallest standard deviation.
         shared: whether all channels have one mean and one standard deviation.
     """
 
-    def __init__(self, table: Tensor, *, gain: float, eps: float, shared: bool) -> None:
-        self.table, self.gain, self.eps, self.shared = table, gain, eps, shared
+    def __init__(self, table: Tensor, *, eps: float, shared: bool) -> None:
+        self.table, self.eps, self.shared = table, eps, shared
         self.found: Tensor | None = None
         """(2, C), the change of the mean and the new standard deviation."""
 
@@ -80,7 +79,7 @@ class Following:
         self.found = torch.empty(2, num_channels, dtype=y.dtype)
         failed = kernels.follow(
             address(y), address(residual), address(self.table), address(unit), num_images,
-            y.numel() // (num_images * num_channels), num_channels, code(activation), slope, self.gain, self.eps, self.shared,
+            y.numel() // (num_images * num_channels), num_channels, code(activation), slope, self.eps, self.shared,
             num_threads(y), address(self.found),
         )  # fmt: skip
         if failed:
@@ -92,8 +91,8 @@ class Following:
         shift, square = sums / num
         mean, variance = moments(torch.zeros_like(shift), shift, square, unit, shared=self.shared)
         guard = (1e-4 + 1 / num) * std * std
-        ratio = ((variance + guard) / (old_variance + guard)) ** (self.gain / 2)
-        change, new_std = self.gain * (mean + drift), (std * ratio).clamp(min=self.eps)
+        ratio = ((variance + guard) / (old_variance + guard)).sqrt()
+        change, new_std = mean + drift, (std * ratio).clamp(min=self.eps)
         self.found = torch.stack((change, new_std))
         scale = gamma / new_std
         return torch.stack((scale if unit is None else scale * unit, beta - scale * change))
@@ -120,9 +119,7 @@ def prepare_following(layers: Sequence[_BatchlessNorm]) -> None:
         }
         tables = torch.stack([rows[row].expand(size) for row in FollowRow], 1)
         for layer, table in zip(group, tables.unbind(0), strict=True):
-            layer.following = Following(
-                table, gain=layer.probe_gain, eps=layer.eps, shared=layer.share == "layer" and layer.num_features > 1
-            )
+            layer.following = Following(table, eps=layer.eps, shared=layer.share == "layer" and layer.num_features > 1)
 
 
 @torch.no_grad()

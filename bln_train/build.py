@@ -34,7 +34,7 @@ from bln_train.train.trainer import Trainer
 
 _LEAST_PROBE = 4  # with fewer images deep networks drift
 _ENOUGH_PROBE = 8  # more gain nothing (recipes/RESULTS.md), up to
-_NORMS_PER_IMAGE = 4  # times as many norms; beyond, ResNet-56 diverges with 8 where it trains with 16 ("Depth" there)
+_NORMS_PER_IMAGE = 4  # times as many norms; beyond, ResNet-56 diverges with 8 where it trains with 16
 
 
 @dataclass(frozen=True)

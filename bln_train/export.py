@@ -32,7 +32,7 @@ from bln_train.export_formats import (
 )
 from bln_train.norm.merge import MergeReport, merge_norms
 from bln_train.recipe import Recipe
-from bln_train.recipe_file import dump_recipe, parse_recipe
+from bln_train.recipe_file import dump_recipe, parse_recipe_of_run
 from bln_train.records import InputSpec
 from bln_train.run import read_checkpoint
 
@@ -158,7 +158,7 @@ def load_merged(file: Path) -> ImageClassifier:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-        recipe = parse_recipe(metadata["recipe"], origin=f"{file} (recipe)")
+        recipe = parse_recipe_of_run(metadata["recipe"], origin=f"{file} (recipe)")
         about = json.loads(metadata["input"])
         spec = _spec({**about, "image_size": about["shape"][-1], "class_names": json.loads(metadata["class_names"])})
         network = _network(recipe, spec)

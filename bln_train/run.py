@@ -23,7 +23,7 @@ from bln_train.norm.fuse import unfuse
 from bln_train.norm.likelihood import layer_likelihoods
 from bln_train.parallel import World, fingerprint, joined
 from bln_train.recipe import Recipe
-from bln_train.recipe_file import dump_recipe, parse_recipe
+from bln_train.recipe_file import dump_recipe, parse_recipe_of_run
 from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.board import open_board, require_tensorboard
@@ -340,10 +340,12 @@ def read_checkpoint(
         raise CheckpointError(f"{file} carries no recipe")
     origin = f"{file} (recipe)"
     try:
-        recipe = parse_recipe(text, origin=origin)
+        recipe = parse_recipe_of_run(text, origin=origin)
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
-    return (parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe), state
+    return (
+        parse_recipe_of_run(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe
+    ), state
 
 
 def evaluate_checkpoint(

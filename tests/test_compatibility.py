@@ -2,8 +2,16 @@
 
 import pytest
 import yaml
+from helpers import tiny_recipe
 
-from bln_train.recipe_file import load_recipe
+from bln_train.errors import RecipeError
+from bln_train.export import export_run, load_merged
+from bln_train.migrate import migrate
+from bln_train.recipe_file import dump_recipe, load_recipe
+from bln_train.report.runlog import RECIPE, RunFolder
+from bln_train.report.source import read_sources
+from bln_train.run import evaluate_checkpoint, run
+from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -40,3 +48,25 @@ def test_recipes_with_a_probe_gain_of_one_are_read(tmp_path, norm):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(written))
     assert load_recipe(str(path)) == recipe
+
+
+def test_a_network_that_was_trained_with_another_probe_gain_is_used_and_not_trained_further(tmp_path):
+    """Its statistics are what they are: it is evaluated, exported, migrated and reported of. Going on would be another training."""
+    recipe, folder = tiny_recipe(train__max_steps=1, train__precision="fp32"), RunFolder(tmp_path / "run")
+    expected = run(recipe, folder, name="run")
+    text = dump_recipe(recipe).replace("  probe_images:", "  probe_gain: 0.25\n  probe_images:")
+    assert "  probe_gain: 0.25\n" in text
+    old = RunFolder(tmp_path / "old")
+    old.path.mkdir()
+    for name in ("environment.json", "metrics.jsonl", "summary.json"):
+        (old.path / name).write_bytes((folder.path / name).read_bytes())
+    (old.path / RECIPE).write_text(text)
+    save_checkpoint(old.checkpoint, {**load_checkpoint(folder.checkpoint), "recipe": text})
+    assert evaluate_checkpoint(old.path)[1].loss == pytest.approx(expected["test_loss"], rel=1e-6)
+    exported = tmp_path / "old.safetensors"
+    export_run(old.path, exported)
+    load_merged(exported)
+    migrate(str(old.path), tmp_path / "old.pt")
+    assert read_sources([old.path])
+    with pytest.raises(RecipeError, match=r"norm\.probe_gain: is no setting any more"):
+        old.check_usable(recipe, resume=True)

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 import yaml
 from torch import nn
 
-from bln_train import cli
 from bln_train.errors import RecipeError
 from bln_train.norm import BatchlessNorm1d, BatchlessStatistics
 from bln_train.recipe_file import dump_recipe, load_any_recipe, load_recipe, parse_any_recipe
@@ -291,22 +289,10 @@ def test_settings_that_contradict_each_other_are_refused_at_their_place(changes,
 
 
 @pytest.fixture
-def bln(monkeypatch, capfd, tmp_path):
-    """Run a command in an empty folder that holds tiny.yaml, through the program's one error boundary."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+def bln(bln):
+    """The same in a folder that holds tiny.yaml."""
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bln-train", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capfd.readouterr()
-        assert "bug in bln-train" not in printed.err
-        return ended.value.code or 0, printed.out, printed.err
-
-    return call
+    return bln
 
 
 def test_run_leaves_a_folder_and_prints_what_it_holds(bln):

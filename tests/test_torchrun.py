@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_runs import wait_for
 from helpers import largest_difference, tiny_recipe
 from test_parallel import RAGGED, trained
 
@@ -97,14 +98,6 @@ def children(pid):
     return sorted(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
-def until(condition, process, timeout=120):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def recipe_file(folder, **changes):
     path = folder / "tiny.yaml"
     path.write_text(dump_recipe(tiny_recipe(**RAGGED | {"runtime__log_every_steps": 1} | changes)), encoding="utf-8")
@@ -117,7 +110,7 @@ LONG = {"train__epochs": 500, "runtime__process_timeout_seconds": 6}
 def training_for_long(tmp_path, num_processes=2):
     """A run of real processes that is under way and has saved a checkpoint."""
     process = torchrun(num_processes, "run", recipe_file(tmp_path, **LONG), "--out", "long", cwd=tmp_path)
-    until((tmp_path / "long" / "checkpoint.pt").exists, process)
+    wait_for((tmp_path / "long" / "checkpoint.pt").exists, process)
     return process
 
 
@@ -160,7 +153,7 @@ def test_a_hung_process_ends_all_within_the_timeout(tmp_path):
     process = training_for_long(tmp_path)
     workers, began = children(process.pid), time.monotonic()
     os.kill(workers[1], signal.SIGSTOP)
-    until(lambda: not Path(f"/proc/{workers[0]}").exists() or "Z" in state_of(workers[0]), process, timeout=60)
+    wait_for(lambda: not Path(f"/proc/{workers[0]}").exists() or "Z" in state_of(workers[0]), process, timeout=60)
     assert time.monotonic() - began < 6 + 20
     code, _, err = ended(process)
     assert code != 0

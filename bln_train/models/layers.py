@@ -15,7 +15,7 @@ from bln_train.rng import keep_mask
 class NormFactory(Protocol):
     """How a network asks for a norm of `num_features` channels over inputs with `num_axes` spatial axes (0 or 2)."""
 
-    def __call__(self, num_features: int, num_axes: int = 2) -> nn.Module: ...  # noqa: D102
+    def __call__(self, num_features: int, num_axes: int = 2) -> nn.Module: ...  # noqa: D102 - see the class
 
 
 def init_he(model: nn.Module) -> None:

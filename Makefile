@@ -24,7 +24,7 @@ memory: $(READY)        ## the README's memory tables
 plan-accuracy: $(READY) ## predicted against measured peaks over networks, norms, micro-batches and precisions: some 20 minutes
 	$(BIN)/python tests/benchmarks/plan_accuracy.py --out memory/plan_accuracy.csv
 
-test: $(READY)          ## all tests, some ten minutes on two CPU cores; those marked gpu skip without a CUDA device
+test: $(READY)          ## all tests, two files at a time; those marked gpu skip without a CUDA device
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)         ## format, lint, types

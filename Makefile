@@ -24,8 +24,8 @@ memory: $(READY)        ## the README's memory tables
 plan-accuracy: $(READY) ## predicted against measured peaks over networks, norms, micro-batches and precisions: some 20 minutes
 	$(BIN)/python tests/benchmarks/plan_accuracy.py --out memory/plan_accuracy.csv
 
-test: $(READY)          ## all tests, two files at a time; those marked gpu skip without a CUDA device
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: $(READY)          ## all tests; those marked gpu skip without a CUDA device
+	$(BIN)/python -m pytest
 
 check: $(READY)         ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -188,7 +188,7 @@ def test_forwards_end_at_the_stratum(cache):
 @pytest.mark.parametrize("where", ["network", "sample", "interrupt"])
 def test_failures_leave_no_thread_and_no_hook(where):
     """Whatever a forward or the sample raises comes out; threads are joined, hooks and modes are as before."""
-    net, calls = double(Branches()), 0
+    net, calls, threads = double(Branches()), 0, threading.enumerate()
 
     def fail(*_):
         nonlocal calls
@@ -207,7 +207,7 @@ def test_failures_leave_no_thread_and_no_hook(where):
     net.left.eval()
     with pytest.raises(KeyboardInterrupt if where == "interrupt" else ValueError):
         initialize_statistics(net, micro_batches, cache=True) or initialize_statistics(net, micro_batches, cache=True)
-    assert threading.active_count() == 1
+    assert threading.enumerate() == threads
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules() if m is not net.dense)
     assert net.training
     assert not net.left.training
@@ -215,19 +215,20 @@ def test_failures_leave_no_thread_and_no_hook(where):
 
 def test_micro_batches_that_part_ways_are_refused_with_cache():
     """Cached forwards must wait at the same norm: RuntimeError names the way out."""
-    net = double(Shared("parallel"))
+    net, threads = double(Shared("parallel")), threading.enumerate()
     net.forward = lambda x: net.norm(net.a(x)) if len(x) > 1 else net.other(net.b(x))
     with pytest.raises(RuntimeError, match="cache=False"):
         initialize_statistics(net, lambda: sample(4).split(3), cache=True)
-    assert threading.active_count() == 1
+    assert threading.enumerate() == threads
 
 
 def test_more_waiting_forwards_than_threads_are_refused(monkeypatch):
     """A thread for each micro-batch and OpenMP helper, up to a bound; beyond it ValueError, and none is left."""
+    threads = threading.enumerate()
     monkeypatch.setattr("bln_train.norm.calibrate.MAX_THREADS", 3)
     with pytest.raises(ValueError, match="use larger micro-batches"):
         initialize_statistics(double(Branches()), lambda: sample(4).split(1), cache=True)
-    assert threading.active_count() == 1
+    assert threading.enumerate() == threads
     with pytest.raises(UsageError, match="use larger micro-batches"):
         build_experiment(tiny_recipe(norm={**TINY["norm"], "init_cache": True}, train__eval_batch_size=1))
 

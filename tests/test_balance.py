@@ -9,7 +9,7 @@ from bln_train.build import build_experiment
 from bln_train.data import ImageSet
 from bln_train.errors import UsageError
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
-from bln_train.norm.balance import HORIZON, BalanceRow, regression
+from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, regression
 from bln_train.parallel import World
 
 
@@ -34,16 +34,17 @@ def corrected(norm, x, g, sizes, announced):
 
 @pytest.mark.parametrize("std", [1.0, 0.4])  # with the second xhat^2 is 6 on average
 def test_what_is_left_over_is_spread_over_the_images_to_come(std):
-    """Each image loses prior + left / (N - k + HORIZON); what is left over at last is in the state, and small."""
+    """Each image loses d * (prior + left / (N - k + HORIZON)); what is left over at last is in the state, and small."""
     norm, x, g = drawn(std=std)
     norm.correction.copy_(torch.tensor([[0.2], [-0.1]], dtype=x.dtype).expand(2, 3))
     found = corrected(norm, x, g, 1, len(x))
     xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
     left, constant = torch.zeros(2, 2, 3, dtype=x.dtype).unbind(0)
     for k, image in enumerate(found):
-        (a, b) = (norm.correction + left / (len(x) - k + HORIZON))[..., None, None]
+        d = (LARGEST_SQUARE / (1 + xhat[k].square().mean((1, 2)))).clamp(max=1).sqrt()
+        (a, b) = (d * (norm.correction + left / (len(x) - k + HORIZON)))[..., None, None]
         torch.testing.assert_close(image, g[k] - a - b * xhat[k], rtol=1e-10, atol=1e-12)
-        left += torch.stack((image.mean((1, 2)), (image * xhat[k]).mean((1, 2))))
+        left += d * torch.stack((image.mean((1, 2)), (image * xhat[k]).mean((1, 2))))
         rest = g[k] - norm.correction[0].view(-1, 1, 1) - norm.correction[1].view(-1, 1, 1) * xhat[k]
         constant += torch.stack((rest.mean((1, 2)), (rest * xhat[k]).mean((1, 2))))
     torch.testing.assert_close(norm.balance[: BalanceRow.TO_COME], left, rtol=1e-10, atol=1e-10)

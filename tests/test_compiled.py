@@ -86,6 +86,9 @@ def test_both_paths_backward(shape, activation, dtype):
     not."""
     table, sums = drawn((len(Row), shape[1]), dtype, 1), drawn((shape[0], 2, shape[1]), dtype, 2)
     table[Row.SPREAD].abs_()
+    sums[:, 1].abs_().mul_(
+        20 * sums[0, 0].numel()
+    )  # of squares; some images are so wide that their correction is scaled down
 
     def run(residual, given, corrects, overwrite):
         z = epilogue.activate_(drawn(shape, dtype, 3), activation, 0.1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bln_train.build import build_experiment
 from bln_train.data import epoch_order
 from bln_train.norm import BatchlessNorm2d
-from bln_train.norm.balance import HORIZON
+from bln_train.norm.balance import HORIZON, LARGEST_SQUARE
 from bln_train.norm.fuse import folded_layers, unfuse
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.records import StepRecord
@@ -185,10 +185,11 @@ class Correct(torch.autograd.Function):
         n, g = len(xhat), weighted / weight.view(-1, 1, 1)
         left, left_slope, out = torch.zeros_like(shift), torch.zeros_like(slope), []
         for k in range(n):
-            a, b = shift + left / (n - k + HORIZON), slope + left_slope / (n - k + HORIZON)
+            d = (LARGEST_SQUARE / (1 + xhat[k].square().mean((1, 2)))).clamp(max=1).sqrt()
+            a, b = d * (shift + left / (n - k + HORIZON)), d * (slope + left_slope / (n - k + HORIZON))
             rest = n * g[k] - a.view(-1, 1, 1) - b.view(-1, 1, 1) * xhat[k]
             out.append(rest / n)
-            left, left_slope = left + rest.mean((1, 2)), left_slope + (rest * xhat[k]).mean((1, 2))
+            left, left_slope = left + d * rest.mean((1, 2)), left_slope + d * (rest * xhat[k]).mean((1, 2))
         return torch.stack(out) * weight.view(-1, 1, 1), None, None
 
 

@@ -4,12 +4,22 @@ BatchNorm's backward takes from the gradient g of the normalised values its regr
 time the batch's is not known before its last image. What is known is what earlier batches had, `prior`, and what the images before
 this one have left over; that is spread over those to come:
 
-    (A, B) of image k  =  prior + (left over by images 0 to k-1) / (N - k + HORIZON)
-    left over by an image  =  its means of g and g*xhat  -  [[1, m1], [m1, m2]] (A, B)       m1, m2: its means of xhat and xhat^2
+    (A, B) of image k  =  d * (prior + (left over by images 0 to k-1) / (N - k + HORIZON))
+    left over by an image  =  d * (its means of g and g*xhat  -  M (A, B)),   M = [[1, m1], [m1, m2]]    m1, m2: its means of xhat, xhat^2
+    d  =  min(1, sqrt(LARGEST_SQUARE / (1 + m2)))
 
 so that of independent images the variance of N * HORIZON / (N + HORIZON) of them is left at the end, and not that of N. What is
 left is counted as it is: where statistics lag behind, m2 is not 1, and taking out B * xhat as if it were would leave (1 - m2) * B,
 layer after layer. Where xhat is imputed (norm/fused_function.py) what stands in for it counts as xhat.
+
+d bounds the correction whatever the inputs. Without it an image multiplies what is left by 1 - M / (N - k + HORIZON), which grows
+geometrically where a channel is many deviations wide. With it the image's regressors, d * (1, xhat), have a mean square of at most
+c = LARGEST_SQUARE, and one step is that of a least-mean-squares filter with a step size of 1 / (N - k + HORIZON) below 1 / c. Its
+energy balance (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996) gives, with w = (N - k + HORIZON) / (N + HORIZON)
+and h = g - prior's part - what is left's part:
+
+    sum of w * mean h^2  <=  sum of w * mean (g - prior's part)^2 / (1 - c / HORIZON)          sums over images, means over positions
+    mean (prior's part)^2  <=  c * |prior|^2,   |prior|^2  <=  (4 + 10) * mean g^2 of earlier batches
 
 No image sees a later one, so any split into micro-batches gives the same; the order of the images counts.
 
@@ -32,6 +42,9 @@ if TYPE_CHECKING:
 
 HORIZON = 64.0
 """Images: with less the last ones get more than their share, and add noise from layer to layer (recipes/RESULTS.md)."""
+LARGEST_SQUARE = 8.0
+"""Mean square of an image's regressors, 1 and xhat together, above which they are scaled down; that of a standard normal is 2."""
+_SMALLEST_VARIANCE = 0.1  # of xhat, that a regression divides by
 
 
 class BalanceRow(IntEnum):
@@ -60,6 +73,13 @@ def begin_balance(layers: Iterable[_BatchlessNorm], num_images: int | None) -> N
         )
 
 
+def unbalanced(prior: Tensor) -> Tensor:
+    """A state, (len(BalanceRow), C), with which the correction of every image is that of `prior`, (2, C)."""
+    state = prior.new_zeros(len(BalanceRow), prior.shape[1])
+    state[BalanceRow.TO_COME] = torch.inf
+    return state
+
+
 def weight_of_an_image(weight: Tensor) -> Tensor:
     """By what to divide sums of a loss that weighs each image with `weight`, (), to have those of a summed loss; not by 0."""
     return torch.where(weight == 0, torch.inf, weight)
@@ -75,17 +95,22 @@ def balance_images(prior: Tensor, state: Tensor, seen: Tensor, moments: Tensor) 
     """
     taken = torch.empty_like(seen)
     left, rest = state[: BalanceRow.TO_COME], state[BalanceRow.TO_COME]
-    for of_image, means, (first, second) in zip(taken, seen, moments, strict=True):
+    damping = (LARGEST_SQUARE / (1 + moments[:, 1])).clamp(max=1).sqrt()
+    for of_image, means, (first, second), factor in zip(taken, seen, moments, damping, strict=True):
         torch.addcdiv(prior, left, rest.clamp(min=HORIZON), out=of_image)
+        of_image *= factor
         shift, slope = of_image
-        left += means
-        left -= torch.stack((shift + slope * first, shift * first + slope * second))
+        left += factor * (means - torch.stack((shift + slope * first, shift * first + slope * second)))
         rest -= 1
     return taken
 
 
 def regression(seen: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:
-    """(A, B) that leave nothing over, (2, ...), from means of g, g*xhat and of xhat, xhat^2; less where xhat hardly varies."""
+    """(A, B) that leave nothing over, (2, ...), from means of g, g*xhat and of xhat, xhat^2.
+
+    Less is taken where xhat hardly varies, or varies less than it is off, so that A^2 <= 4 * mean g^2 and B^2 <= 10 * mean g^2.
+    """
     (along_one, along_xhat), (first, second) = seen, moments
-    slope = (along_xhat - along_one * first) / (second - first * first).clamp(min=0.1)
+    square = first * first
+    slope = (along_xhat - along_one * first) / (second - square).clamp(min=_SMALLEST_VARIANCE).maximum(square)
     return torch.stack((along_one - slope * first, slope))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm import epilogue, triton_launch
-from bln_train.norm.balance import HORIZON, balance_images, weight_of_an_image
+from bln_train.norm.balance import balance_images, weight_of_an_image
 from bln_train.norm.compiled import address
 from bln_train.norm.epilogue import (
     Activation,
@@ -148,7 +148,7 @@ def backward(
     failed = kernels.backward_groups(
         address(grad_out), address(z), address(given), address(table), address(sums), address(grad_nll), address(groups.weight),
         group_size(groups), groups.eps, len(given), positions_of(given), given.shape[1], code(activation), slope, address(prior),
-        address(state), HORIZON, num_threads(given), address(given), address(grad), address(vectors),
+        address(state), num_threads(given), address(given), address(grad), address(vectors),
     )  # fmt: skip
     if failed:
         raise MemoryError("the backward pass of a folded layer ran out of memory")

@@ -18,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bln_train.norm.balance import HORIZON, LARGEST_SQUARE
+
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("epilogue.c", "convolution.c"))
 _HEADER = Path(__file__).with_name("vectors.h")
 # OpenMP by the name under which PyTorch has loaded its own, so that there is one pool of threads; without it, one thread.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
-_COMMON = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+_COMMON = (
+    "-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi", f"-DHORIZON={HORIZON}", f"-DLARGEST_SQUARE={LARGEST_SQUARE}",
+)  # fmt: skip
 
 _wanted = True
 _hollow = False
@@ -167,13 +171,13 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     number = ctypes.c_float if real == "float" else ctypes.c_double
     library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
     library.backward.argtypes = [
-        *[pointer] * 7, *[long] * 3, integer, number, pointer, pointer, number, integer, *[pointer] * 3,
+        *[pointer] * 7, *[long] * 3, integer, number, pointer, pointer, integer, *[pointer] * 3,
     ]  # fmt: skip
     library.forward_groups.argtypes = [
         *[pointer] * 5, long, number, *[long] * 4, integer, number, integer, *[pointer] * 3,
     ]  # fmt: skip
     library.backward_groups.argtypes = [
-        *[pointer] * 7, long, number, *[long] * 3, integer, number, pointer, pointer, number, integer, *[pointer] * 3,
+        *[pointer] * 7, long, number, *[long] * 3, integer, number, pointer, pointer, integer, *[pointer] * 3,
     ]  # fmt: skip
     library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 2, integer, integer, pointer]
     library.convolve.argtypes = [*[pointer] * 5, integer]

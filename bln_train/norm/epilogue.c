@@ -189,30 +189,43 @@ static inline __attribute__((always_inline)) void backward_tile(const Backward *
 /* Rows of state: BalanceRow in norm/balance.py. */
 enum { LEFT_SHIFT, LEFT_SLOPE, TO_COME };
 
-/* A or B of the image that comes next, in one channel. */
-static inline double taken(const REAL *prior, const REAL *state, REAL horizon, int row, long channels, long c) {
-    return prior[row * channels + c] + state[row * channels + c] / fmax(state[TO_COME * channels + c], horizon);
+/* What is taken out of one image's gradient in one channel, and by how much its regressors are scaled down: norm/balance.py. */
+typedef struct {
+    double shift, slope, damping;
+} Correction;
+
+/* That of the image that comes next, whose mean of xhat^2 is `second`. */
+static inline Correction correction_of(const REAL *prior, const REAL *state, long channels, long c, double second) {
+    const double rest = fmax(state[TO_COME * channels + c], HORIZON), damping = sqrt(fmin(LARGEST_SQUARE / (1 + second), 1));
+    return (Correction){damping * (prior[c] + state[LEFT_SHIFT * channels + c] / rest),
+                        damping * (prior[channels + c] + state[LEFT_SLOPE * channels + c] / rest), damping};
 }
 
-/* That image's map; then what it leaves, from sums of its g and g * q, and of_y, its forward's: each null to leave it out. */
-static void balance_image(const REAL *table, const REAL *prior, REAL *state, REAL weight, REAL horizon, long num_positions,
-                          long channels, REAL *map, const double *sums, const REAL *of_y) {
+/* What the image leaves over, from its means of g, g * xhat, xhat and xhat^2. */
+static inline void leave_over(REAL *state, Correction taken, double along_one, double along_xhat, double first, double second,
+                              long channels, long c) {
+    state[LEFT_SHIFT * channels + c] += (REAL)(taken.damping * (along_one - taken.shift - taken.slope * first));
+    state[LEFT_SLOPE * channels + c] += (REAL)(taken.damping * (along_xhat - taken.shift * first - taken.slope * second));
+    state[TO_COME * channels + c] -= 1;
+}
+
+/* The map of the image that comes next, from of_y, its forward's sums; then what it leaves over, from sums of its g and g * q: map
+   and sums may be null to leave it out. */
+static void balance_image(const REAL *table, const REAL *prior, REAL *state, REAL weight, long num_positions, long channels,
+                          REAL *map, const double *sums, const REAL *of_y) {
     for (long c = 0; c < channels; c++) {
         const REAL *constants = table + c;
-        const double shift = taken(prior, state, horizon, LEFT_SHIFT, channels, c);
-        const double slope = taken(prior, state, horizon, LEFT_SLOPE, channels, c);
+        const double inverse = constants[INVERSE * channels];
+        const double first = inverse * of_y[c] / num_positions, second = inverse * inverse * of_y[channels + c] / num_positions;
+        const Correction taken = correction_of(prior, state, channels, c, second);
         if (map) {
-            map[c] = (REAL)(-weight * (constants[SCALE * channels] * shift + constants[OFFSET * channels] * slope));
-            map[channels + c] = (REAL)(-weight * constants[GAIN * channels] * slope);
+            map[c] = (REAL)(-weight * (constants[SCALE * channels] * taken.shift + constants[OFFSET * channels] * taken.slope));
+            map[channels + c] = (REAL)(-weight * constants[GAIN * channels] * taken.slope);
         }
         if (!sums || weight == 0) continue;
         const double along_one = sums[c] / num_positions / weight, along_q = sums[channels + c] / num_positions / weight;
         const double along_xhat = constants[GAMMA_SCALE * channels] * along_q + constants[GAMMA_SHIFT * channels] * along_one;
-        const double inverse = constants[INVERSE * channels];
-        const double first = inverse * of_y[c] / num_positions, second = inverse * inverse * of_y[channels + c] / num_positions;
-        state[LEFT_SHIFT * channels + c] += (REAL)(along_one - shift - slope * first);
-        state[LEFT_SLOPE * channels + c] += (REAL)(along_xhat - shift * first - slope * second);
-        state[TO_COME * channels + c] -= 1;
+        leave_over(state, taken, along_one, along_xhat, first, second, channels, c);
     }
 }
 
@@ -239,7 +252,7 @@ static void likelihood_back(const REAL *table, const REAL *sums, REAL weight, lo
    and state, then A and B are 0. */
 int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL *residual, const REAL *table,
              const REAL *sums, const REAL *grad_nll, long num_images, long num_positions, long channels, int activation,
-             REAL slope, const REAL *prior, REAL *state, REAL horizon, int threads, REAL *grad_y, REAL *grad, REAL *vectors) {
+             REAL slope, const REAL *prior, REAL *state, int threads, REAL *grad_y, REAL *grad, REAL *vectors) {
     const int corrects = state && grad_nll, apart = corrects && num_images > 1;
     const Backward of = {grad_out, z, given, residual, table, channels, activation, corrects, slope, grad_y, grad};
     const long height = rows_of_tile(channels), num_rows = num_images * num_positions, width = 2 * channels;
@@ -250,12 +263,12 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
     REAL *maps = calloc(group * width, sizeof(REAL));
     const int failed = !total || !maps;
     if (!failed && !apart) {
-        if (corrects) balance_image(table, prior, state, weight, horizon, num_positions, channels, maps, 0, 0);
+        if (corrects) balance_image(table, prior, state, weight, num_positions, channels, maps, 0, sums);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (long top = 0; top < num_rows; top += height)
             backward_tile(&of, top, smaller(top + height, num_rows), maps, table + SCALE * channels, shares + omp_get_thread_num() * width);
         add_threads(total, shares, width, threads);
-        if (corrects) balance_image(table, prior, state, weight, horizon, num_positions, channels, 0, total, sums);
+        if (corrects) balance_image(table, prior, state, weight, num_positions, channels, 0, total, sums);
     }
     for (long first = 0; !failed && apart && first < num_images; first += group) {
         const long num = smaller(group, num_images - first);
@@ -266,7 +279,7 @@ int backward(const REAL *grad_out, const REAL *z, const REAL *given, const REAL 
                 backward_tile(&of, (first + n) * num_positions + top, (first + n) * num_positions + smaller(top + height, num_positions),
                               0, table + SCALE * channels, shares + n * width);
         for (long n = 0; n < num; n++)
-            balance_image(table, prior, state, weight, horizon, num_positions, channels, maps + n * width, shares + n * width,
+            balance_image(table, prior, state, weight, num_positions, channels, maps + n * width, shares + n * width,
                           sums + (first + n) * width);
         add_threads(total, shares, width, (int)num);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -350,7 +363,7 @@ int forward_groups(REAL *y, const REAL *residual, const REAL *table, const REAL 
 /* What the way back through the groups of one image is: from its sums of g and g * y, `along`, and of y and y^2, `of_y`, each
    (2, channels), the map of grad_y, (3, channels): offset, gain and scale. The correction of h is taken from prior and state, which
    goes on; vectors, (6, channels), gain what norm/channel.py says. Null: prior and state. */
-static void groups_of_image(const REAL *table, const REAL *prior, REAL *state, REAL weight, REAL horizon, const REAL *gamma,
+static void groups_of_image(const REAL *table, const REAL *prior, REAL *state, REAL weight, const REAL *gamma,
                             long group, REAL eps, long num_positions, long channels, const double *along, const REAL *of_y,
                             REAL *map, double *vectors) {
     const REAL *inverse = table + INVERSE * channels;
@@ -377,15 +390,10 @@ static void groups_of_image(const REAL *table, const REAL *prior, REAL *state, R
             vectors[2 * channels + c] += along_h;
             vectors[3 * channels + c] += sum_h;
             if (state) {
-                const double a = taken(prior, state, horizon, LEFT_SHIFT, channels, c);
-                const double b = taken(prior, state, horizon, LEFT_SLOPE, channels, c);
-                shift += weight * a, slope += weight * b;
-                if (weight != 0) {
-                    const double m1 = of_x / num_positions, m2 = of_square / num_positions, unit = 1 / (num_positions * (double)weight);
-                    state[LEFT_SHIFT * channels + c] += (REAL)(sum_h * unit - a - b * m1);
-                    state[LEFT_SLOPE * channels + c] += (REAL)(along_h * unit - a * m1 - b * m2);
-                }
-                state[TO_COME * channels + c] -= 1;
+                const double m1 = of_x / num_positions, m2 = of_square / num_positions, unit = 1 / (num_positions * (double)weight);
+                const Correction taken = correction_of(prior, state, channels, c, m2);
+                shift += weight * taken.shift, slope += weight * taken.slope;
+                if (weight != 0) leave_over(state, taken, sum_h * unit, along_h * unit, m1, m2, channels, c);
             }
             map[c] = (REAL)(-one * shift);
             map[channels + c] = (REAL)(-one * one * slope);
@@ -399,7 +407,7 @@ static void groups_of_image(const REAL *table, const REAL *prior, REAL *state, R
    and state. */
 int backward_groups(const REAL *grad_out, const REAL *z, const REAL *given, const REAL *table, const REAL *sums,
                     const REAL *grad_nll, const REAL *gamma, long group, REAL eps, long num_images, long num_positions,
-                    long channels, int activation, REAL slope, const REAL *prior, REAL *state, REAL horizon, int threads,
+                    long channels, int activation, REAL slope, const REAL *prior, REAL *state, int threads,
                     REAL *grad_y, REAL *grad, REAL *vectors) {
     const Backward of = {grad_out, z, given, 0, table, channels, activation, 1, slope, grad_y, grad};
     const long height = rows_of_tile(channels), width = 2 * channels;
@@ -427,7 +435,7 @@ int backward_groups(const REAL *grad_out, const REAL *z, const REAL *given, cons
                                   0, table + SCALE * channels, along + n * width);
         }
         for (long n = 0; n < num; n++)
-            groups_of_image(table, prior, state, weight, horizon, gamma, group, eps, num_positions, channels, along + n * width,
+            groups_of_image(table, prior, state, weight, gamma, group, eps, num_positions, channels, along + n * width,
                             sums + (first + n) * width, maps + n * 3 * channels, total);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1)
         for (long n = 0; n < num; n++)

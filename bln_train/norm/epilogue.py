@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bln_train.norm import triton_launch
-from bln_train.norm.balance import HORIZON, balance_images, weight_of_an_image
+from bln_train.norm.balance import balance_images, weight_of_an_image
 from bln_train.norm.compiled import TYPES, address, library
 from bln_train.norm.layout import aligned, by_image, channels_last, dense, flat, in_order_of, positions_of
 
@@ -217,7 +217,7 @@ def backward(
     failed = kernels.backward(
         address(grad_out), address(z), address(given), address(residual), address(table), address(sums),
         address(grad_nll), num_images, positions_of(order), num_channels, code(activation), slope,
-        address(prior), address(state), HORIZON, num_threads(order), address(grad_y), address(grad), address(vectors),
+        address(prior), address(state), num_threads(order), address(grad_y), address(grad), address(vectors),
     )  # fmt: skip
     if failed:
         raise MemoryError("the backward pass of a folded layer ran out of memory")

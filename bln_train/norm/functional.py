@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bln_train.norm.balance import balance_images, weight_of_an_image
+from bln_train.norm.balance import balance_images, unbalanced, weight_of_an_image
 
 Parametrization = Literal["log", "abs", "inv", "var"]
 
@@ -210,17 +210,17 @@ class _BatchlessNormFunction(torch.autograd.Function):
             else:
                 # g - scale*(A + B*xhat). The likelihood enters the loss with the weight of one image, 1/N (times a loss
                 # scale), so its incoming gradient is that weight: the correction needs no second way to learn it.
-                taken = correction.unsqueeze(0)
                 num_positions = ctx.num_positions
                 images, positions = (_by_image(r, ctx.num_images) for r in (grad_rows, xhat))
                 axis = 1 if grad_rows.dim() == 2 else 2
-                if balance is not None:
-                    wide, of_x = images.to(std.dtype), positions.to(std.dtype)
-                    seen = torch.stack((wide.sum(axis), (wide * of_x).sum(axis)), 1) / (
-                        num_positions * weight_of_an_image(grad_nll)
-                    )
-                    moments = torch.stack((of_x.mean(axis), (of_x * of_x).mean(axis)), 1)
-                    taken = balance_images(correction, balance, seen, moments)
+                wide, of_x = images.to(std.dtype), positions.to(std.dtype)
+                seen = torch.stack((wide.sum(axis), (wide * of_x).sum(axis)), 1) / (
+                    num_positions * weight_of_an_image(grad_nll)
+                )
+                moments = torch.stack((of_x.mean(axis), (of_x * of_x).mean(axis)), 1)
+                taken = balance_images(
+                    correction, unbalanced(correction) if balance is None else balance, seen, moments
+                )
                 offset, slope_xhat = (taken * (-grad_nll)).unsqueeze(axis + 1).unbind(1)
                 rows = torch.addcmul(images * gain, torch.addcmul(offset, positions, slope_xhat), gain).view(
                     grad_rows.shape

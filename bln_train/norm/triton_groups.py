@@ -15,6 +15,8 @@ from bln_train.norm.triton_kernels import (
     TO_COME,
     add,
     add_likelihood,
+    correction_of,
+    left_over,
     values,
 )
 
@@ -68,7 +70,7 @@ def finish_groups(
 @triton.jit(do_not_specialize=FEW, do_not_specialize_on_alignment=GROUPS)
 def finish_groups_backward(
     partials, table, sums, grad_nll, prior, state, gamma, maps, vectors, num_images, num_positions, num_channels, size,
-    horizon, EPS: tl.constexpr, REAL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    EPS: tl.constexpr, REAL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """vectors, (6, C), and `state` gain what norm/channel.py says, image after image; maps, (N, 3, C), become each one's offset,
     gain and scale, with which grad_y = scale * g + offset + gain * y.
@@ -115,14 +117,18 @@ def finish_groups_backward(
         all_y += y
         all_square += square
         if state is not None:
-            rest = tl.maximum(to_come, horizon)
-            along_one, along_slope = prior_shift + left_shift / rest, prior_slope + left_slope / rest
+            first, second = of_x / num_positions, of_square / num_positions
+            along_one, along_slope, damping = correction_of(
+                prior_shift, prior_slope, left_shift, left_slope, to_come, second
+            )
             shift += weight * along_one
             slope += weight * along_slope
             if counts:
-                first, second = of_x / num_positions, of_square / num_positions
-                left_shift += h * unit - along_one - along_slope * first
-                left_slope += along_h * unit - along_one * first - along_slope * second
+                more_shift, more_slope = left_over(
+                    along_one, along_slope, damping, h * unit, along_h * unit, first, second
+                )
+                left_shift += more_shift
+                left_slope += more_slope
                 to_come -= 1
         own = maps + image * 3 * num_channels + channels
         tl.store(own, -inverse * shift, mask=there)

@@ -12,6 +12,7 @@ Offsets are 64-bit. What may be None says so.
 import triton
 import triton.language as tl
 
+from bln_train.norm import balance
 from bln_train.norm.balance import BalanceRow
 from bln_train.norm.epilogue import Row
 
@@ -31,6 +32,8 @@ INVERSE = tl.constexpr(int(Row.INVERSE))
 LEFT_SHIFT = tl.constexpr(int(BalanceRow.LEFT_SHIFT))
 LEFT_SLOPE = tl.constexpr(int(BalanceRow.LEFT_SLOPE))
 TO_COME = tl.constexpr(int(BalanceRow.TO_COME))
+HORIZON = tl.constexpr(balance.HORIZON)
+LARGEST_SQUARE = tl.constexpr(balance.LARGEST_SQUARE)
 
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
@@ -123,10 +126,17 @@ def _add_partials(
 
 
 @triton.jit
-def _taken(prior, state, row: tl.constexpr, channels, num_channels, horizon):
-    """A or B of the image that comes next."""
-    rest = tl.maximum(_row(state, TO_COME, channels, num_channels), horizon)
-    return _row(prior, row, channels, num_channels) + _row(state, row, channels, num_channels) / rest
+def correction_of(prior_shift, prior_slope, left_shift, left_slope, to_come, second):
+    """(A, B) of the image that comes next, whose mean of xhat^2 is `second`, and by how much its regressors are scaled down."""
+    rest, scaled = tl.maximum(to_come, HORIZON), LARGEST_SQUARE / (1 + second)
+    damping = tl.sqrt(tl.where(scaled > 1, 1.0, scaled))  # in this order a NaN stays one
+    return damping * (prior_shift + left_shift / rest), damping * (prior_slope + left_slope / rest), damping
+
+
+@triton.jit
+def left_over(shift, slope, damping, along_one, along_xhat, first, second):
+    """What the image adds to what is left, from its means of g, g * xhat, xhat and xhat^2."""
+    return damping * (along_one - shift - slope * first), damping * (along_xhat - shift * first - slope * second)
 
 
 @triton.jit
@@ -234,15 +244,15 @@ def finish_forward(
 
 @triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def backward(
-    grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, num_positions, num_tiles,
-    tiles_per_program, num_blocks, num_channels, horizon, REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    grad_out, z, given, residual, table, sums, grad_nll, prior, state, taken, grad_y, grad, partials, num_positions, num_tiles,
+    tiles_per_program, num_blocks, num_channels, REAL: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     AXIS: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """With g = grad_out * act'(z):  grad_y = scale * g - grad_nll * (scale * A + B * (offset + gain * q)), grad = g, and sums of g
     and of g * q.
 
     q is `given` or, where that is None, read off z, less the residual; (A, B) is the image's row of `taken`, (N, 2, C), or that of
-    the one image from prior and state. grad or grad_y may be grad_out itself: each entry is read before it is written. None: z with
+    the one image from prior, state and sums, (2, C), of its forward. grad or grad_y may be grad_out itself: each entry is read before it is written. None: z with
     the identity, which then needs `given`; given; residual; grad; grad_y, then nothing is written but sums; partials, then there
     are none; taken; state, then A and B are 0. PER_IMAGE: taken is (N, 3, C): grad_y = third row * g + first + second * q.
     """
@@ -265,8 +275,13 @@ def backward(
             own = taken + image.to(tl.int64) * 2 * num_channels
             along_one, along_xhat = _row(own, 0, channels, num_channels), _row(own, 1, channels, num_channels)
         else:
-            along_one = _taken(prior, state, LEFT_SHIFT, channels, num_channels, horizon)
-            along_xhat = _taken(prior, state, LEFT_SLOPE, channels, num_channels, horizon)
+            inverse = _row(table, INVERSE, channels, num_channels)
+            second = inverse * inverse * _row(sums, 1, channels, num_channels) / num_positions
+            prior_shift, prior_slope = _row(prior, 0, channels, num_channels), _row(prior, 1, channels, num_channels)
+            left_shift = _row(state, LEFT_SHIFT, channels, num_channels)
+            left_slope = _row(state, LEFT_SLOPE, channels, num_channels)
+            to_come = _row(state, TO_COME, channels, num_channels)
+            along_one, along_xhat, _ = correction_of(prior_shift, prior_slope, left_shift, left_slope, to_come, second)
         along_one *= weight
         along_xhat *= weight
         offset = scale * along_one + _row(table, OFFSET, channels, num_channels) * along_xhat
@@ -312,7 +327,7 @@ def backward(
 
 @triton.jit(do_not_specialize=FEW, do_not_specialize_on_alignment=TABLES)
 def finish_backward(
-    partials, table, sums, grad_nll, prior, state, taken, vectors, num_blocks, num_images, num_positions, num_channels, horizon,
+    partials, table, sums, grad_nll, prior, state, taken, vectors, num_blocks, num_images, num_positions, num_channels,
     REAL: tl.constexpr, IS_ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """vectors, (4, C), gain the gradients of mean, raw_std, gamma and beta; image after image `state` goes on (norm/balance.py).
@@ -350,15 +365,16 @@ def finish_backward(
         all_y += y
         all_square += square
         if state is not None:
-            rest = tl.maximum(to_come, horizon)
-            shift, slope = prior_shift + left_shift / rest, prior_slope + left_slope / rest
+            first, second = inverse * y, inverse_square * square
+            shift, slope, damping = correction_of(prior_shift, prior_slope, left_shift, left_slope, to_come, second)
             if taken is not None:
                 tl.store(taken + image * 2 * num_channels + channels, shift, mask=is_channel)
                 tl.store(taken + (image * 2 + 1) * num_channels + channels, slope, mask=is_channel)
             if counts:
-                first, second = inverse * y, inverse_square * square
-                left_shift += g * unit - shift - slope * first
-                left_slope += (gamma_scale * product + gamma_shift * g) * unit - shift * first - slope * second
+                along_one, along_xhat = g * unit, (gamma_scale * product + gamma_shift * g) * unit
+                more_shift, more_slope = left_over(shift, slope, damping, along_one, along_xhat, first, second)
+                left_shift += more_shift
+                left_slope += more_slope
                 to_come -= 1
     if state is not None:
         tl.store(state + LEFT_SHIFT * num_channels + channels, left_shift, mask=is_channel)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.errors import first_line
-from bln_train.norm.balance import HORIZON
 from bln_train.norm.compiled import compiled_is_wanted
 from bln_train.norm.layout import channels_last, group_size, positions_of
 
@@ -177,8 +176,8 @@ def backward(
 
     def run(grad_y: Tensor | None, grad: Tensor | None, partials: Tensor | None) -> None:
         _kernels().backward[grid.programs](
-            grad_out, z, given, residual, table, grad_nll, prior, state, taken, grad_y, grad, partials, grid.num_positions,
-            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, HORIZON, **constants, PER_IMAGE=False,
+            grad_out, z, given, residual, table, sums, grad_nll, prior, state, taken, grad_y, grad, partials, grid.num_positions,
+            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, **constants, PER_IMAGE=False,
         )  # fmt: skip
 
     with torch.cuda.device_of(grad_out):
@@ -190,7 +189,7 @@ def backward(
         block_channels = min(_power_of_2(num_channels), _TILE_CHANNELS[0])
         _kernels().finish_backward[-(-num_channels // block_channels),](
             seen, table, sums, grad_nll, prior, state, taken, vectors, grid.programs[0], num_images, grid.num_positions,
-            num_channels, HORIZON, REAL=_real(table.dtype), IS_ONE=num_images == 1, BLOCK=_FINISH_TILE // block_channels,
+            num_channels, REAL=_real(table.dtype), IS_ONE=num_images == 1, BLOCK=_FINISH_TILE // block_channels,
             BLOCK_CHANNELS=block_channels, num_warps=_FINISH_WARPS,
         )  # fmt: skip
         if not first:
@@ -236,8 +235,8 @@ def backward_groups(
 
     def run(taken: Tensor | None, grad_y: Tensor | None, grad: Tensor | None, partials: Tensor | None) -> None:
         _kernels().backward[grid.programs](
-            grad_out, z, given, None, table, None, None, None, taken, grad_y, grad, partials, grid.num_positions,
-            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, HORIZON, **constants,
+            grad_out, z, given, None, table, None, None, None, None, taken, grad_y, grad, partials, grid.num_positions,
+            grid.num_tiles, grid.tiles_per_program, grid.num_blocks, num_channels, **constants,
             PER_IMAGE=taken is not None,
         )  # fmt: skip
 
@@ -250,7 +249,7 @@ def backward_groups(
         size = group_size(groups)
         _group_kernels().finish_groups_backward[groups.num_groups,](
             seen, table, sums, grad_nll, prior, state, groups.weight, maps, vectors, num_images, grid.num_positions, num_channels,
-            size, HORIZON, EPS=groups.eps, REAL=_real(table.dtype), BLOCK_CHANNELS=_power_of_2(size),
+            size, EPS=groups.eps, REAL=_real(table.dtype), BLOCK_CHANNELS=_power_of_2(size),
         )  # fmt: skip
         run(maps, given, grad, None)
 

@@ -56,6 +56,11 @@ class Preprocess:
         self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._tables: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
+    def prepare(self, device: torch.device, height: int, width: int) -> None:
+        """Make the tables of images of a size on a device now and not with the first of them; they stay."""
+        self._tables_of(device, height, width)
+        self._normalize(torch.empty(0, 3, height, width, device=device))
+
     def train(self, images: Tensor, seeds: Tensor) -> Tensor:
         """Augment and normalise: images (n, 3, H, W) uint8 and seeds (n,) int64 on one device to (n, 3, H, W)."""
         n, channels, height, width = images.shape

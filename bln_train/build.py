@@ -32,10 +32,6 @@ from bln_train.train.graph import MOST_PIXELS, GraphedSteps
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
 
-_LEAST_PROBE = 4  # with fewer images deep networks drift
-_ENOUGH_PROBE = 8  # more gain nothing (recipes/RESULTS.md), up to
-_NORMS_PER_IMAGE = 4  # times as many norms; beyond, ResNet-56 diverges with 8 where it trains with 16
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -137,6 +133,8 @@ def assemble(
 ) -> Experiment:
     """What trains a network that is there: folded layers, optimizer, step and trainer."""
     notices = list(notices)
+    preprocess.prepare(device, *data.train.images.shape[-2:])  # which is no part of a step
+    probe_images = build_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
         why = _why_not_compiled(device)
@@ -151,15 +149,14 @@ def assemble(
         preprocess,
         device=device,
         micro_batch_size=recipe.first_micro_batch_size,
+        probe_images=probe_images,
         balanced_parts=_balanced_parts(recipe, world),
         label_smoothing=recipe.train.label_smoothing,
-        clip_norm=recipe.clip_norm,
-        clip_step=recipe.clip_step,
+        clip_norm=None if recipe.accumulates_into_momentum else recipe.optimizer.clip_norm,
         autocast=partial(runtime.autocast, device, recipe.train.precision),
         scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
         world=world,
     )
-    step.probe_images = probe_images(recipe, step, data)
     step.graphs = _graphs(recipe, step, images.image_size)
     trainer = Trainer(
         step,
@@ -220,26 +217,6 @@ def _fuse(model: nn.Module) -> Iterator[str]:
         )
 
 
-def probe_images(recipe: Recipe, step: AccumulationStep, data: DataSet) -> int:
-    """Images of the probe; 0 for norms without one.
-
-    Auto is measured on one image whatever the micro-batch, which must not change the result: the largest number whose forward
-    without gradients stays within the live tensors of one image's forward and backward, from 4 to 8 and in deep networks to one
-    for 4 norms: what a layer misjudges is passed on to all those above it.
-    """
-    norm = recipe.norm
-    if not isinstance(norm, BatchlessNormSection):
-        return 0
-    number = norm.probe_images
-    if number == "auto":
-        low, high = _LEAST_PROBE, max(_ENOUGH_PROBE, len(step.statistics.layers) // _NORMS_PER_IMAGE)
-        one, few = step.live_bytes(data.train, 1, gradients=True), step.live_bytes(data.train, low, gradients=False)
-        more = step.live_bytes(data.train, 2 * low, gradients=False)
-        per_image = max(1, (more - few) // low)
-        number = min(high, max(low, low + (one - few) // per_image))
-    return min(int(number), recipe.train.effective_batch_size)
-
-
 def build_network(
     recipe: Recipe, *, num_classes: int, image_size: int, initialize: bool
 ) -> tuple[nn.Module, list[str]]:
@@ -264,11 +241,10 @@ def build_network(
             "init_cache",
             "reestimate_images",
             "fold",
-            "correction_mode",
             "correction_parts",
         }
         settings = section.model_dump(exclude=of_the_run)
-        settings |= {"channel_groups": recipe.channel_groups, "correction_mode": recipe.correction_mode}
+        settings |= {"channel_groups": recipe.channel_groups}
         if section.statistics == "gradient":
             settings.pop("statistics_rate")  # the optimizer's business
     elif isinstance(section, GroupNormSection):
@@ -325,10 +301,11 @@ def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."
     if recipe.model.init is not None and getattr(recipe.norm, "init_images", None) == DEFAULT_INIT_IMAGES:
         yield "norm.init_images is not used: with model.init the statistics are the trained ones."
-    if recipe.clip_update is not None and isinstance(recipe.optimizer, SgdSection):
+    optimizer = recipe.optimizer
+    if recipe.accumulates_into_momentum and isinstance(optimizer, SgdSection) and optimizer.clip_norm is not None:
         yield (
             "The update is clipped, not the gradient: gradients gather in the momentum, whose norm is bounded by "
-            f"optimizer.clip_update / (1 - momentum) = {recipe.clip_update:g} / (1 - {recipe.optimizer.momentum:g})."
+            f"optimizer.clip_norm / (1 - momentum) = {optimizer.clip_norm:g} / (1 - {optimizer.momentum:g})."
         )
 
 
@@ -341,7 +318,7 @@ def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics
     else:
         settings = {"betas": section.betas, "eps": section.eps}
     if recipe.accumulates_into_momentum:
-        settings = {"momentum": settings["momentum"], "clip_update": recipe.clip_update}
+        settings = {"momentum": settings["momentum"], "clip_norm": section.clip_norm}
         return build_optimizer(groups, "sgd-into-momentum", section.lr, **settings)
     return build_optimizer(groups, section.name, section.lr, **settings)
 

@@ -1,4 +1,4 @@
-"""The part of `build.py` that takes the norms' statistics from images."""
+"""The part of `build.py` that takes the norms' statistics from images, and says how many they follow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from bln_train.build_data import build_preprocess, eval_batch_size, load
 from bln_train.data import DataSet, epoch_order
 from bln_train.errors import UsageError
 from bln_train.norm.calibrate import initialize_statistics
+from bln_train.norm.moments import evaluating, on_input
 from bln_train.norm.reestimate import reestimate_statistics
+from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe import Recipe
 from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection
+
+_LEAST_PROBE = 4  # with fewer images deep networks drift
+_ENOUGH_PROBE = (
+    8  # more gain nothing (recipes/RESULTS.md), up to 32 norms; ResNet-56 diverges with 8 where it trains with 16
+)
 
 
 def initialize(
@@ -62,6 +69,40 @@ def reestimate(
     if unreached:
         notices.append(f"Norms that the network does not use keep their statistics: {', '.join(unreached)}.")
     return notices
+
+
+def probe_images(recipe: Recipe, model: nn.Module, image_size: int) -> int:
+    """Images of the probe, at most an effective batch; 0 for norms without one. The model is not fused.
+
+    `auto` is a rule of shapes, the same on every device and code path. With s the number of elements that enter each of L
+    batchless norms for one image:
+
+        images = sum of s / (2 * largest s), rounded down, from max(4, L // 8) to max(8, L // 4)
+
+    One image's forward and backward keep what enters each norm once; a forward without gradients holds a layer's input and output.
+    So the probe takes about the memory of one image's training. A deep network needs more, whatever its shapes: what a layer
+    misjudges is passed on to all those above it.
+    """
+    norm = recipe.norm
+    if not isinstance(norm, BatchlessNormSection):
+        return 0
+    effective = recipe.train.effective_batch_size
+    if norm.probe_images != "auto":
+        return min(norm.probe_images, effective)
+    sizes = _sizes_of_inputs(model, image_size)
+    least, most = max(_LEAST_PROBE, len(sizes) // 8), max(_ENOUGH_PROBE, len(sizes) // 4)
+    return min(max(least, sum(sizes) // (2 * max(sizes, default=1))), most, effective)
+
+
+@torch.no_grad()
+def _sizes_of_inputs(model: nn.Module, image_size: int) -> list[int]:
+    """The number of elements that enter each batchless norm for one image, in order of execution."""
+    weight, sizes = next(model.parameters()), list[int]()
+    norms = BatchlessStatistics(model).layers.values()
+    image = torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device)
+    with evaluating(model), on_input(norms, lambda norm, x: sizes.append(x.numel())):
+        model(image)
+    return sizes
 
 
 def calibration_sample(recipe: Recipe) -> tuple[Callable[[], Iterator[Tensor]], int, torch.dtype]:

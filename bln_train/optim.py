@@ -42,9 +42,9 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
     (biases, scales, shifts, statistics) keep gradients of their own, for those who read them, and buf is updated in `step`.
     A weight that no backward reaches has the gradient 0 here, where torch.optim.SGD would leave it as it is.
 
-    With `clip_update`, every buf, those of the small parameters included, is scaled by min(1, bound / norm) before it is
+    With `clip_norm`, every buf, those of the small parameters included, is scaled by min(1, bound / norm) before it is
     applied, and stays so: norm is that of all bufs together, this step's gradient and weight decay in them, and
-    bound = clip_update / (1 - momentum), what a constant gradient of norm clip_update would lead to.
+    bound = clip_norm / (1 - momentum), what a constant gradient of norm clip_norm would lead to.
 
     Between `begin` and `step` the buffers belong to no step. Nothing may zero, scale or read the weights' gradients there, and
     a step that is given up is not undone here (that would take the memory this saves): go on with `load_state_dict`, or
@@ -52,7 +52,7 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
 
     Args:
         params, lr, momentum, weight_decay: see torch.optim.SGD; one momentum for all groups, above 0 and below 1.
-        clip_update: bound on the update in units of a gradient's norm, None for none.
+        clip_norm: bound on the momentum's norm in units of a gradient's, None for none.
 
     Attributes:
         update_norm: () norm of all bufs of the last step before clipping, None before the first.
@@ -69,10 +69,10 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
         *,
         momentum: float,
         weight_decay: float = 0.0,
-        clip_update: float | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.clip_update = clip_update
+        self.clip_norm = clip_norm
         self.update_norm: Tensor | None = None
         self._gathering: list[Tensor] | None = None  # weights whose gradient is their buffer, from begin to step
         self._check_groups()
@@ -170,8 +170,8 @@ class MomentumAccumulatingSGD(torch.optim.SGD):
                 moved.append((params, [self._buffer(p) for p in params], group["lr"]))
         every = [buffer for _, buffers, _ in moved for buffer in buffers]
         self.update_norm = torch.nn.utils.get_total_norm(every)
-        if self.clip_update is not None:
-            bound = self.clip_update / (1 - self.param_groups[0]["momentum"])
+        if self.clip_norm is not None:
+            bound = self.clip_norm / (1 - self.param_groups[0]["momentum"])
             torch._foreach_mul_(every, (bound / self.update_norm).clamp(max=1.0))  # on the device: nothing waits
         for params, buffers, lr in moved:
             torch._foreach_add_(params, buffers, alpha=-lr)
@@ -235,9 +235,8 @@ class Schedule:
         return 1.0
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set every group's rate for `step`, and as `settled_lr` what warm-up is on the way to; returns the first group's rate."""
+        """Set every group's rate for `step`; returns the first group's."""
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-            group["settled_lr"] = group["peak_lr"] if step < self.warmup_steps else group["lr"]
         return float(optimizer.param_groups[0]["lr"])

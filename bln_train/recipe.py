@@ -5,8 +5,6 @@ Reading files, `--set` and error places are in `recipe_file.py`.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from bln_train.errors import UsageError
@@ -106,11 +104,6 @@ class Recipe(Section):
             )
         if section.momentum == 0:
             problems.append(f"optimizer.momentum: is 0, so there is no buffer to accumulate into; raise it, {way_out}")
-        if isinstance(section.clip_norm, float):
-            problems.append(
-                f"optimizer.clip_norm: accumulate_into: momentum keeps no gradient to clip; set clip_update instead and "
-                f"clip_norm to auto or null, {way_out}"
-            )
         if self.train.on_nonfinite == "skip":
             problems.append(
                 "train.on_nonfinite: accumulate_into: momentum cannot leave a step out, whose gradient is in the momentum; "
@@ -154,17 +147,6 @@ class Recipe(Section):
         return 0 if without else DEFAULT_CHANNEL_GROUPS
 
     @property
-    def correction_mode(self) -> Literal["exact", "imputed"]:
-        """Where a batchless norm's correction takes the normalised input from, `auto` resolved."""
-        norm = self.norm
-        if not isinstance(norm, BatchlessNormSection):
-            return "exact"
-        if norm.correction_mode != "auto":
-            return norm.correction_mode
-        imputes = norm.fold and norm.probe_images and norm.correction_rate and not self.channel_groups
-        return "imputed" if imputes else "exact"
-
-    @property
     def num_init_images(self) -> int:
         """Training images from which the norms' statistics are taken before the first step, `auto` resolved."""
         if self.norm.name == "batch" or self.model.init is not None:
@@ -187,31 +169,6 @@ class Recipe(Section):
     def num_classes(self) -> int:
         """Outputs of the network, as far as the recipe tells: a folder has as many classes as folders, here 10."""
         return self.model.num_classes or (100 if self.data.name == "cifar100" else 10)
-
-    @property
-    def clip_norm(self) -> float | None:
-        """Bound on the gradient norm, `auto` resolved; None where gradients gather in the momentum."""
-        setting = self.optimizer.clip_norm
-        auto = 1.0 if self.norm.name in _OURS and not self.accumulates_into_momentum else None
-        return auto if setting == "auto" else setting
-
-    @property
-    def clip_step(self) -> float | None:
-        """Learning rate times gradient norm that `clip_norm` always lets pass; None where the bound is that of `clip_norm` alone.
-
-        What harms is a long step. A fixed bound on the gradient shortens nearly all where rate and effective batch are small and
-        gradients noisy. Adam's steps have the rate's length whatever the gradient's.
-        """
-        loosens = self.optimizer.clip_norm == "auto" and self.clip_norm is not None and self.optimizer.name == "sgd"
-        return 0.1 if loosens else None
-
-    @property
-    def clip_update(self) -> float | None:
-        """Bound on the momentum's norm times (1 - momentum), `auto` resolved; None where gradients have their own place."""
-        if not isinstance(self.optimizer, SgdSection) or self.optimizer.accumulate_into == "gradient":
-            return None
-        setting = self.optimizer.clip_update
-        return (1.0 if self.norm.name in _OURS else None) if setting == "auto" else setting
 
     def with_images(self, image_size: int, num_classes: int) -> Recipe:
         """The recipe as a plan needs it, for images of `image_size` pixels a side and `num_classes`; it is not one to run."""

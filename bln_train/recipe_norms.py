@@ -58,14 +58,13 @@ class BatchlessNormSection(Section):
     correction_parts: Positive | Literal["auto"] = "auto"
     """Parts of each effective batch over which the correction balances what it takes out of the images' gradients; auto is one for
     each process. With a number, which the processes must divide, their number changes no result; no micro-batch spans two parts."""
-    correction_mode: Literal["auto", "exact", "imputed"] = "auto"
+    correction_mode: Literal["exact", "imputed"] = "exact"
     """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
-    it off the output and takes what is expected where a relu cut it off; auto is imputed where there are a fold, a probe and no
-    channel_groups."""
+    it off the output and takes what is expected where a relu cut it off, which is faster and another result."""
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
-    turns it off; auto takes as many as need no more memory without gradients than one image with them, from 4 to 8 and in
-    networks of more than 32 norms to one for 4 norms."""
+    turns it off; auto is a rule of the shapes that enter the norms, and takes as many as need about the memory of one image's
+    training: from 4 to 8, in networks of more than 32 norms from one for 8 norms to one for 4."""
     init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or
     none with model.init, which brings them."""
@@ -109,8 +108,8 @@ class BatchlessNormSection(Section):
                     raise ValueError(
                         f"correction_mode: imputed works in folded norms and is measured on the probe; set {key}"
                     )
-        for key in ("correction_mode", "correction_parts"):
-            if getattr(self, key) != "auto" and not self.correction_rate:
+        for key, default in (("correction_mode", "exact"), ("correction_parts", "auto")):
+            if getattr(self, key) != default and not self.correction_rate:
                 raise ValueError(f"{key}: there is no correction with correction_rate 0")
         if self.statistics == "natural":
             if self.statistics_rate is None or self.statistics_rate > 1:

@@ -124,10 +124,8 @@ class _Optimizer(Section):
     """Peak learning rate, in weights per gradient; the schedule scales it."""
     weight_decay: NonNegative = 5e-4
     """Factor of the weights in their gradient; on convolution and linear weights only, not on biases, norms and statistics."""
-    clip_norm: PositiveFloat | Literal["auto"] | None = "auto"
-    """Bound on the global gradient norm; auto is none for every norm but `batchless[-plain]`, and where gradients gather in the
-    momentum, which `clip_update` bounds. For those two it is 1.0, with `sgd` at rates below 0.1 the looser 0.1 over the step's
-    rate, in warm-up over the one it comes to."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Bound on the global norm of the effective batch's mean gradient; null for none. A comparison bounds every norm alike."""
 
 
 class SgdSection(_Optimizer):
@@ -141,22 +139,14 @@ class SgdSection(_Optimizer):
     """Nesterov's momentum: the gradient enters the update once more."""
     accumulate_into: Literal["gradient", "momentum"] = "gradient"
     """`momentum`: gradients of convolution and linear weights gather in the momentum buffer, which saves a buffer of the
-    weights' size and computes the same; not with `nesterov`, `clip_norm`, fp16 or a momentum of 0."""
-    clip_update: PositiveFloat | Literal["auto"] | None = "auto"
-    """With `accumulate_into: momentum`, bound on the global norm of the momentum buffers times (1 - momentum), the step's
-    gradient and weight decay in them; auto is 1.0 for `batchless[-plain]` and none for every other norm."""
+    weights' size; not with `nesterov`, fp16 or a momentum of 0. No gradient is then left to bound: `clip_norm` bounds the global
+    norm of the momentum buffers times (1 - momentum), the step's gradient and weight decay in them. With `clip_norm: null` both
+    compute the same."""
 
     @model_validator(mode="after")
     def _check(self) -> SgdSection:
-        problems = []
         if self.nesterov and self.momentum == 0 and self.accumulate_into == "gradient":
-            problems.append("nesterov: needs a momentum above 0")
-        if self.accumulate_into == "gradient" and isinstance(self.clip_update, float):
-            problems.append(
-                "clip_update: clips momentum that gradients gather in; set accumulate_into: momentum, or set clip_norm instead"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
+            raise ValueError("nesterov: needs a momentum above 0")
         return self
 
 

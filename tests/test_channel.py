@@ -268,9 +268,9 @@ def test_auto_groups(norm, groups):
 
 
 def test_nothing_is_imputed():
-    """The convolution runs again anyway: auto is exact, and the other is refused and not ignored."""
-    assert tiny_recipe(norm={"name": "batchless"}).correction_mode == "exact"
-    assert tiny_recipe(norm={"name": "batchless-plain"}).correction_mode == "imputed"
+    """The default is exact, folded or not; where the convolution runs again anyway the other is refused and not ignored."""
+    for name in ("batchless", "batchless-plain"):
+        assert tiny_recipe(norm={"name": name}).norm.correction_mode == "exact"
     with pytest.raises(ValueError, match="correction_mode: with channel_groups"):
         tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "correction_mode": "imputed"})
     with pytest.raises(ValueError, match="share: the correction under channel_groups"):

@@ -5,12 +5,15 @@ import gc
 import pytest
 import torch
 from helpers import advance, state, tiny_recipe
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bln_train.build import build_experiment
+from bln_train.build_statistics import probe_images
 from bln_train.memory.peak import PeakMeter
 from bln_train.memory.sweep import measure_floor
 from bln_train.memory.tracker import StorageTracker, storage_bytes
+from bln_train.norm import BatchlessNorm2d
 
 KIB = 1024
 
@@ -114,36 +117,47 @@ def test_peak_grows_with_the_micro_batch():
 
 
 @pytest.mark.parametrize(
-    ("model", "most"), [("resnet8", 8), ("resnet20", 8), ("wrn16_4", 8), ("paper_cnn", 8), ("resnet44", 10)]
+    ("model", "images"),
+    [("paper_cnn", 4), ("resnet8", 4), ("resnet18", 4), ("wrn16_4", 4), ("resnet20", 5), ("resnet44", 10)],
 )
-def test_auto_probe_stays_within_the_memory_of_one_image(model, most):
-    """probe_images auto: from 4 to 8, or one for 4 norms; the same for every micro-batch, above 4 within one image's tensors."""
-    found = set()
-    for micro in (1, 8):
-        norm = {"name": "batchless", "init_images": 4}
-        experiment = build_experiment(
-            tiny_recipe(model__name=model, norm=norm, train__micro_batch_size=micro, train__precision="fp32")
-        )
-        step, images = experiment.trainer.take_step, experiment.data.train
-        number = step.probe_images
-        one, probe = step.live_bytes(images, 1, gradients=True), step.live_bytes(images, number, gradients=False)
-        assert 4 <= number <= most
-        assert probe <= one or number == 4
-        assert number == most or step.live_bytes(images, number + 1, gradients=False) > one
-        found.add(number)
-    assert len(found) == 1
+def test_auto_probe_is_a_rule_of_shapes(model, images):
+    """norm.probe_images: auto is the same number on every code path, at most an effective batch."""
+
+    def number(**changes):
+        changes = {"norm": {"name": "batchless", "init_images": 0}, "model__name": model, **changes}
+        return build_experiment(tiny_recipe(**changes)).trainer.take_step.probe_images
+
+    assert number() == images
+    for path in (
+        {"norm": {"name": "batchless", "init_images": 0, "fold": False}},
+        {"train__precision": "fp32", "train__channels_last": False},
+        {"train__precision": "bf16", "train__micro_batch_size": 1},
+        {"runtime": {"device": "cpu", "compiled": False}},
+    ):
+        assert number(**path) == images
+    assert number(train__effective_batch_size=3, train__micro_batch_size=1) == 3
 
 
-def test_measuring_live_bytes_changes_nothing():
-    """No parameter, buffer, gradient or account is touched."""
-    experiment = build_experiment(tiny_recipe(train__precision="fp32"))
-    step, images = experiment.trainer.take_step, experiment.data.train
-    before = {k: v.clone() for k, v in step.model.state_dict().items()}
-    for gradients in (True, False):
-        assert step.live_bytes(images, 2, gradients=gradients) > 0
-    assert all(torch.equal(before[k], v) for k, v in step.model.state_dict().items())
-    assert all(p.grad is None for p in step.model.parameters())
-    assert all(m.account.num_images == 0 and m.account.nll is None for m in step.statistics.layers.values())
+def test_auto_probe_is_deeper_in_deeper_networks():
+    """From one image for 8 norms to one for 4, in between half the ratio of the sum of the norms' inputs to the largest."""
+
+    def net(*sides):
+        layers = [m for side in sides for m in (nn.AdaptiveAvgPool2d(side), BatchlessNorm2d(3))]
+        return nn.Sequential(nn.Conv2d(3, 3, 1), *layers)
+
+    recipe = tiny_recipe(norm={"name": "batchless"}, train__effective_batch_size=128)
+    for sides, images in (([8] * 80, 20), ([8] + [1] * 79, 10), ([8] * 32 + [1] * 48, 16), ([8] * 12, 6), ([8], 4)):
+        assert probe_images(recipe, net(*sides), 16) == images
+
+
+def test_auto_probe_adds_nothing_to_the_peak():
+    """At micro-batch 1 the images of the probe take no more than one image's training."""
+    (peak,), (least,) = (
+        {measured(norm={"name": "batchless", "init_images": 4, **probe}, model__name="resnet20", data__num_train=16,
+                  train__micro_batch_size=1)[0].peak_bytes}
+        for probe in ({}, {"probe_images": 1})
+    )  # fmt: skip
+    assert peak == least
 
 
 def test_peak_at_micro_batch_1_is_near_the_floor():

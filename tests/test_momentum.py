@@ -24,7 +24,7 @@ from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
 
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
 PLAIN = {**SGD, "clip_norm": None}
-INTO_MOMENTUM = {**SGD, "accumulate_into": "momentum", "clip_update": None}
+INTO_MOMENTUM = {**SGD, "accumulate_into": "momentum", "clip_norm": None}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
@@ -39,7 +39,7 @@ def test_whole_runs_equal_sgd(norm, micro_batch_size):
 @pytest.mark.parametrize("norm", ["batchless-plain", "group"])
 def test_clipped_runs_do_not_depend_on_the_split(norm):
     """Law 2 in this mode where the update is clipped, short last batches included."""
-    changes = {"norm": {"name": norm}, "optimizer": {**INTO_MOMENTUM, "clip_update": 0.05}}
+    changes = {"norm": {"name": norm}, "optimizer": {**INTO_MOMENTUM, "clip_norm": 0.05}}
     whole = state(trained(tiny_recipe(**changes)))
     for micro in (1, 3):
         assert largest_difference(whole, state(trained(tiny_recipe(**changes, train__micro_batch_size=micro)))) < 1e-10
@@ -80,7 +80,7 @@ def continued(recipe, path):
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 def test_resume_is_bitwise(stop, tmp_path):
     """Law 4 in this mode: stopping after any step and going on changes no bit, clipping of updates included."""
-    recipe = tiny_recipe(train__precision="fp32", optimizer={**INTO_MOMENTUM, "clip_update": 0.1})
+    recipe = tiny_recipe(train__precision="fp32", optimizer={**INTO_MOMENTUM, "clip_norm": 0.1})
     straight = state(trained(recipe))
     save_checkpoint(tmp_path / "checkpoint.pt", trained(recipe, stop).state_dict())
     second = continued(recipe, tmp_path / "checkpoint.pt")
@@ -103,13 +103,12 @@ def test_a_run_may_change_the_mode_when_it_resumes(first, second, stop, tmp_path
 
 
 def test_another_clipping_is_another_run():
-    """A folder's run goes on in the other mode only where nothing is clipped, `auto` resolved."""
-    auto = tiny_recipe(optimizer=SGD)
-    assert not same_trajectory(auto, tiny_recipe(optimizer={**SGD, "clip_norm": 1.0}))  # auto is looser at small rates
-    assert same_trajectory(*(tiny_recipe(optimizer={"name": "adam", "lr": 0.1, **o}) for o in ({}, {"clip_norm": 1.0})))
-    assert not same_trajectory(auto, tiny_recipe(optimizer={**SGD, "accumulate_into": "momentum"}))
-    assert not same_trajectory(auto, tiny_recipe(optimizer=INTO_MOMENTUM))
-    assert same_trajectory(*(tiny_recipe(norm={"name": "group"}, optimizer=o) for o in (SGD, INTO_MOMENTUM)))
+    """A folder's run goes on in the other mode only where nothing is clipped."""
+    clipped = tiny_recipe(optimizer=SGD)
+    assert same_trajectory(clipped, tiny_recipe(optimizer={**SGD, "clip_norm": 1.0}))
+    assert not same_trajectory(clipped, tiny_recipe(optimizer={**SGD, "accumulate_into": "momentum"}))
+    assert not same_trajectory(clipped, tiny_recipe(optimizer=INTO_MOMENTUM))
+    assert same_trajectory(*(tiny_recipe(optimizer=o) for o in (PLAIN, INTO_MOMENTUM)))
 
 
 def test_the_state_dict_is_that_of_sgd():
@@ -154,12 +153,11 @@ def refusals(*overrides):
     [
         ("optimizer.nesterov=true", "set it to false, or accumulate_into: gradient"),
         ("optimizer.momentum=0", "raise it, or accumulate_into: gradient"),
-        ("optimizer.clip_norm=1", "set clip_update instead and clip_norm to auto or null"),
         ("train.precision=fp16", "use bf16, or optimizer.accumulate_into: gradient"),
     ],
 )
 def test_what_needs_a_gradient_apart_is_refused(setting, way_out):
-    """Nesterov, no momentum, a clipped gradient and a loss scale are refused at their place with the way out."""
+    """Nesterov, no momentum and a loss scale are refused at their place with the way out."""
     ((place, what),) = refusals(setting).items()
     assert place == f"--set {setting}"
     assert way_out in what
@@ -167,44 +165,35 @@ def test_what_needs_a_gradient_apart_is_refused(setting, way_out):
 
 def test_all_refusals_come_at_once():
     """A recipe with everything wrong about this mode names it all."""
-    problems = refusals(
-        "optimizer.nesterov=true", "optimizer.momentum=0", "optimizer.clip_norm=1.0", "train.precision=fp16"
-    )
-    assert len(problems) == 4
+    problems = refusals("optimizer.nesterov=true", "optimizer.momentum=0", "train.precision=fp16")
+    assert len(problems) == 3
 
 
 def test_settings_that_would_be_ignored_are_refused():
-    """clip_update where gradients have their own place, and either setting with Adam."""
-    ((place, what),) = refusals("optimizer.accumulate_into=gradient", "optimizer.clip_update=2").items()
-    assert place == "--set optimizer.clip_update=2"
-    assert "accumulate_into: momentum" in what
-    assert "set clip_norm" in what
-    for key, value in (("accumulate_into", "momentum"), ("clip_update", 1.0)):
-        ((_, what),) = refusals(f"optimizer={{name: adamw, lr: 0.1, {key}: {value}}}").items()
-        assert what.startswith("`adamw` has no such setting; it belongs to sgd")
+    """Where gradients gather, with Adam, which has one place for them."""
+    ((_, what),) = refusals("optimizer={name: adamw, lr: 0.1, accumulate_into: momentum}").items()
+    assert what.startswith("`adamw` has no such setting; it belongs to sgd")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "clip_norm", "clip_step", "clip_update"),
-    [
-        ((), None, None, 1.0),
-        (("optimizer.clip_update=null",), None, None, None),
-        (("optimizer.clip_update=3", "optimizer.clip_norm=null"), None, None, 3.0),
-        (("norm=batchless",), None, None, 1.0),
-        (("norm=batchless", "optimizer.accumulate_into=gradient"), 1.0, 0.1, None),
-        (("norm=group",), None, None, None),
-        (("norm=group", "optimizer.clip_update=3"), None, None, 3.0),
-        (("optimizer.accumulate_into=gradient",), 1.0, 0.1, None),
-        (("optimizer.accumulate_into=gradient", "optimizer.clip_norm=1.0"), 1.0, None, None),
-        (("optimizer={name: adam, lr: 0.1}",), 1.0, None, None),
-    ],
-)
-def test_auto_clips_what_can_be_clipped(overrides, clip_norm, clip_step, clip_update):
-    """auto bounds the update in this mode, the gradient in the other, for batchless; recipes load back equal."""
-    recipe = parse_recipe(TEXT, origin="r.yaml", overrides=overrides)
-    assert (recipe.clip_norm, recipe.clip_step, recipe.clip_update) == (clip_norm, clip_step, clip_update)
-    assert parse_recipe(dump_recipe(recipe), origin="dump.yaml") == recipe
-    assert Recipe.model_validate(recipe.model_dump()) == recipe
+@pytest.mark.parametrize("overrides", [(), ("norm=group",), ("norm=batch",), ("optimizer.accumulate_into=gradient",),
+                                       ("optimizer={name: adam, lr: 0.1}",)])  # fmt: skip
+def test_the_bound_is_one_constant(overrides):
+    """1 for every norm, optimizer and place of the gradients; another one, or none, is as stated."""
+    assert parse_recipe(TEXT, origin="r.yaml", overrides=overrides).optimizer.clip_norm == 1.0
+    for value in (3.0, None):
+        setting = f"optimizer.clip_norm={'null' if value is None else value}"
+        recipe = parse_recipe(TEXT, origin="r.yaml", overrides=[*overrides, setting])
+        assert recipe.optimizer.clip_norm == value
+        assert parse_recipe(dump_recipe(recipe), origin="dump.yaml") == recipe
+        assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+def test_auto_is_no_bound():
+    """A recipe of before says at its place what is expected now."""
+    ((place, what),) = refusals("optimizer.clip_norm=auto").items()
+    assert place == "--set optimizer.clip_norm=auto"
+    assert "above 0" in what
+    assert "auto" in what
 
 
 def buffer_norm(trainer):
@@ -214,9 +203,9 @@ def buffer_norm(trainer):
 
 
 def test_clipping_bounds_the_momentum():
-    """No step leaves buffers above clip_update / (1 - momentum); one that reaches it is scaled to it exactly, small ones with
+    """No step leaves buffers above clip_norm / (1 - momentum); one that reaches it is scaled to it exactly, small ones with
     it, and moves the weights by the rate times that."""
-    optimizer = {**INTO_MOMENTUM, "clip_update": 0.05}
+    optimizer = {**INTO_MOMENTUM, "clip_norm": 0.05}
     experiment = build_experiment(
         tiny_recipe(norm={"name": "group"}, optimizer=optimizer, schedule={"name": "constant"})
     )
@@ -229,7 +218,7 @@ def test_clipping_bounds_the_momentum():
         clipped += record.update_norm > bound
     assert clipped >= 1
     first = build_experiment(
-        tiny_recipe(norm={"name": "group"}, optimizer={**optimizer, "clip_update": 1e-3}, schedule={"name": "constant"})
+        tiny_recipe(norm={"name": "group"}, optimizer={**optimizer, "clip_norm": 1e-3}, schedule={"name": "constant"})
     )
     before = [p.detach().clone() for p in first.model.parameters()]
     advance(first.trainer, 1)
@@ -242,7 +231,7 @@ def test_clipping_keeps_the_direction():
     """A clipped first step is the unclipped one, shortened: every parameter's buffer by the same factor."""
     norm = {"name": "group"}
     free, bound = (
-        trained(tiny_recipe(norm=norm, optimizer={**INTO_MOMENTUM, "clip_update": clip}), 1) for clip in (None, 1e-3)
+        trained(tiny_recipe(norm=norm, optimizer={**INTO_MOMENTUM, "clip_norm": clip}), 1) for clip in (None, 1e-3)
     )
     factor = 1e-3 / (1 - 0.9) / buffer_norm(free)
     for n, entry in free.take_step.optimizer.state_dict()["state"].items():
@@ -268,13 +257,15 @@ def test_divergence_of_the_update_is_named():
     next(iter(trainer.take_step.optimizer.state.values()))["momentum_buffer"].fill_(torch.inf)
     with pytest.raises(DivergedError, match="step 2: a gradient is not finite") as caught:
         advance(trainer, 2)
-    assert "optimizer.clip_update=1.0" in caught.value.hint
+    assert "optimizer.clip_norm=1.0" in caught.value.hint
 
 
-@pytest.mark.parametrize(("norm", "num_notices"), [("batchless-plain", 1), ("group", 0)])
-def test_a_run_says_once_that_the_update_is_clipped(norm, num_notices, tmp_path):
+@pytest.mark.parametrize(("clip_norm", "num_notices"), [(1.0, 1), (None, 0)])
+def test_a_run_says_once_that_the_update_is_clipped(clip_norm, num_notices, tmp_path):
     """The notice is there where clipping is, with its bound, and once in the metrics, resumed or not."""
-    recipe = tiny_recipe(norm={"name": norm}, optimizer={**SGD, "accumulate_into": "momentum"}, train__max_steps=1)
+    recipe = tiny_recipe(
+        norm={"name": "group"}, optimizer={**INTO_MOMENTUM, "clip_norm": clip_norm}, train__max_steps=1
+    )
     folder = RunFolder(tmp_path / "run")
     for resume in (False, True):
         run(recipe, folder, name="tiny", resume=resume)

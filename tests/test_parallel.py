@@ -104,7 +104,7 @@ VARIANTS = {
     },
     "into momentum, update clipped": {
         "norm__correction_parts": 4,
-        "optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05},
+        "optimizer": {**SGD, "accumulate_into": "momentum", "clip_norm": 0.05},
     },
     "groups of channels": {"norm": {**RAGGED["norm"], "name": "batchless", "correction_parts": 8}},
     "paper, adam": {"norm": {"name": "batchless-paper", "init_images": 4}, "optimizer": {"name": "adam", "lr": 1e-3}},
@@ -135,7 +135,7 @@ def test_by_default_each_process_balances_its_own_share():
 
 def test_resume_with_other_processes_and_micro_batches():
     """A run that goes on with another number of processes and another micro-batch ends where one that never stopped ends."""
-    for variant in ({}, {"optimizer": {**SGD, "accumulate_into": "momentum", "clip_update": 0.05}}):
+    for variant in ({}, {"optimizer": {**SGD, "accumulate_into": "momentum", "clip_norm": 0.05}}):
         recipe = tiny_recipe(**RAGGED | variant)
         whole = state(trained(recipe)[0])
         stopped = in_ranks(2, lambda world: trained(recipe, world, num_steps=2)[0].state_dict())[0]  # noqa: B023

@@ -285,22 +285,11 @@ def test_paper_presets_are_filled_in(name: str, parametrization: str) -> None:
     assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, "auto")
 
 
-def test_correction_mode_is_imputed_where_there_are_a_fold_and_a_probe() -> None:
-    def mode(*overrides: str) -> str:
-        return parse(text_of(), "norm=batchless-plain", *overrides).correction_mode
-
-    assert mode() == "imputed"
-    for override in (
-        "norm.probe_images=0",
-        "norm.fold=false",
-        "norm.correction_rate=0.0",
-        "norm.correction_mode=exact",
-    ):
-        assert mode(override) == "exact"
+def test_correction_mode_is_imputed_only_where_there_are_a_fold_and_a_probe() -> None:
     for key, value in (("fold", "false"), ("probe_images", "0")):
         found = refusal(text_of(), f"norm={{name: batchless, correction_mode: imputed, {key}: {value}}}")
         assert f"set {key}" in found
-    found = refusal(text_of(), "norm={name: batchless, correction_mode: exact, correction_rate: 0.0}")
+    found = refusal(text_of(), "norm={name: batchless-plain, correction_mode: imputed, correction_rate: 0.0}")
     assert "there is no correction with correction_rate 0" in found
 
 

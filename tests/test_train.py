@@ -180,25 +180,6 @@ def test_clipping_bounds_the_update():
     assert moved == pytest.approx(0.01, rel=1e-4)
 
 
-@pytest.mark.parametrize(("lr", "warmup_epochs", "moves"), [(1.0, 0, 0.02), (4.0, 0, 0.04), (1.0, 1, 0.02 / 3)])
-def test_looser_of_two_bounds_holds(lr, warmup_epochs, moves):
-    """A step may always be clip_step long, a gradient always clip_norm: 0.02 at a rate of 1, 4 * 0.01 at a rate of 4.
-
-    Warm-up is there for short steps: the first of three is a third as long.
-    """
-    recipe = tiny_recipe(
-        norm={"name": "group"},
-        optimizer={"name": "sgd", "lr": lr, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 0.01},
-        schedule={"name": "constant", "warmup_epochs": warmup_epochs},
-    )
-    trainer = build_experiment(recipe).trainer
-    trainer.take_step.clip_step = 0.02
-    before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}
-    advance(trainer, 1)
-    moved = sum(float((v - before[k]).square().sum()) for k, v in trainer.take_step.model.state_dict().items())
-    assert math.sqrt(moved) == pytest.approx(moves, rel=1e-4)
-
-
 def test_records_come_in_order_and_survive_json():
     """Steps, memory and timeline after the second, an epoch's record after its last step; each equals itself through JSON."""
     records = advance(build_experiment(tiny_recipe()).trainer)

@@ -99,7 +99,7 @@ def _proposals(recipe: Recipe) -> Iterator[tuple[str, str]]:
     elif norm.name != "none":
         yield "norm={name: batchless}", "another norm"
     if isinstance(optimizer, SgdSection) and optimizer.accumulate_into == "gradient":
-        clipped = "clips the update instead of the gradient" if recipe.clip_norm is not None else ""
+        clipped = "clips the update instead of the gradient" if optimizer.clip_norm is not None else ""
         yield "optimizer.accumulate_into=momentum", clipped
     if train.precision in ("fp32", "tf32"):
         yield "train.precision=bf16", "activations in 16 bits"

@@ -189,7 +189,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     with hollow_kernels():
         with HollowTracker([]):
             step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
-            _make_state(step, data)
+            _make_state(step)
         # One image is in channels-first and channels-last order at once; below the number of its images the probe works in parts.
         several = [size for size in sizes if size > 1]
         for alike in (
@@ -254,9 +254,8 @@ def _trace(step: AccumulationStep, data: DataSet, size: int, *, passes_only: boo
     return tracker.trace(size, kinds, second_forward=forwards[1], gradients_ready=ready)
 
 
-def _make_state(step: AccumulationStep, data: DataSet) -> None:
-    """Let the optimizer make its state, by a step of rate 0, and the images' preparation its tables."""
-    step._load_first(data.train, torch.arange(1), 1, 0, 0)
+def _make_state(step: AccumulationStep) -> None:
+    """Let the optimizer make its state, by a step of rate 0."""
     for group in step.optimizer.param_groups:
         group["lr"] = 0.0
     if step.into_momentum is not None:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
 from bln_train.errors import DivergedError
-from bln_train.memory.tracker import StorageTracker
 from bln_train.models.layers import InstanceDropout, set_instance_seeds
 from bln_train.norm.fuse import folded_layers
 from bln_train.norm.fused import fold_once
@@ -70,8 +69,6 @@ class AccumulationStep:
             of the number of processes; 0 for that number.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.
-        clip_step: learning rate times gradient norm that passes in any case: the bound is max(clip_norm, clip_step / rate),
-            in warm-up with the rate it comes to.
         autocast: makes the context of each forward.
         scaler: for fp16, None otherwise.
         world: the processes that share each effective batch; all take every step together.
@@ -100,14 +97,13 @@ class AccumulationStep:
         balanced_parts: int = 0,
         label_smoothing: float = 0.0,
         clip_norm: float | None = None,
-        clip_step: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]],
         scaler: torch.amp.GradScaler | None = None,
         world: World = ALONE,
     ) -> None:
         self.model, self.optimizer, self.statistics, self.preprocess = model, optimizer, statistics, preprocess
         self.device, self.micro_batch_size, self.probe_images = device, micro_batch_size, probe_images
-        self.label_smoothing, self.clip_norm, self.clip_step = label_smoothing, clip_norm, clip_step
+        self.label_smoothing, self.clip_norm = label_smoothing, clip_norm
         self.autocast, self.scaler, self.world = autocast, scaler, world
         self.balanced_parts = balanced_parts or world.size
         self.reduced = False
@@ -166,7 +162,7 @@ class AccumulationStep:
         else:
             nll = self.statistics.update(num_images, self._run)
         if self.clip_norm is not None and grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self._bound(self.clip_norm), grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, grad_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -187,12 +183,6 @@ class AccumulationStep:
     def _run(self) -> Run:
         """What does the work beside micro-steps."""
         return at_once if self.graphs is None else self.graphs.run
-
-    def _bound(self, clip_norm: float) -> float:
-        """The gradient norm that this step clips to."""
-        group = self.optimizer.param_groups[0]
-        rate = float(group.get("settled_lr", group["lr"]))  # warm-up is there for short steps
-        return clip_norm if self.clip_step is None or rate <= 0 else max(clip_norm, self.clip_step / rate)
 
     def give_up(self) -> None:
         """Forget a step that was not finite: no weight, momentum, statistic or correction has moved.
@@ -277,32 +267,6 @@ class AccumulationStep:
         sums.loss.add_(losses.detach())
         sums.correct.add_((logits.detach().argmax(1) == batch.labels).sum())
 
-    def live_bytes(self, images: ImageSet, num_images: int, *, gradients: bool) -> int:
-        """Peak of tensors alive in one forward on the first images, and backward with `gradients`, beside weights and gradients.
-
-        Operators' scratch is not in it. What the network computes stays (`fold_once` may centre filters); no gradient is left.
-        """
-        index = torch.arange(num_images) % len(images)
-        inputs, labels, seeds = self._load_first(images, index, num_images, 0, 0)
-        self.model.train()
-        with fold_once(self.folded):
-
-            def run() -> None:
-                with torch.set_grad_enabled(gradients):
-                    loss = F.cross_entropy(self._forward(inputs, seeds), labels) + self.statistics.nll()
-                if gradients:
-                    loss.backward()
-
-            if gradients:
-                run()  # now all gradients exist, as they do for every image but the first
-            batch = (inputs, labels, seeds)
-            tracker = StorageTracker([*self.model.parameters(), *self.model.buffers(), *self.gradients(), *batch])
-            before = tracker.live_bytes
-            with tracker:
-                run()
-        self._drop()
-        return tracker.peak_bytes - before
-
     def gradients(self) -> list[Tensor]:
         """The gradients alive now: of parameters, and of weights that are standardised once for many micro-batches."""
         leaves = [
@@ -335,13 +299,6 @@ class AccumulationStep:
 
     def _preprocessed(self, batch: MicroBatch) -> Tensor:
         return self.preprocess.train(batch.images, batch.seeds)
-
-    def _load_first(
-        self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, (n, 3, H, W), labels and seeds of the first images."""
-        batch = self._send_first(images, index, num_images, seed, epoch)
-        return self._preprocessed(batch), batch.labels, batch.seeds
 
     def _send_first(self, images: ImageSet, index: Tensor, num_images: int, seed: int, epoch: int) -> MicroBatch:
         index = index[:num_images]

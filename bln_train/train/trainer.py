@@ -162,10 +162,9 @@ class Trainer:
         self.take_step.give_up()
         if stops:
             after = f" after {self._skipped_in_a_row} skipped steps in a row" if self._skipped_in_a_row else ""
-            clip = "clip_update" if self.take_step.into_momentum is not None else "clip_norm"
             raise DivergedError(
                 f"{fault}; training diverged{after}",
-                f"Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.{clip}=1.0.",
+                "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_norm=1.0.",
             )
         self.step += 1
         self._skipped += 1
@@ -189,8 +188,7 @@ class Trainer:
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the {of} norm is {size}"
             raise DivergedError(
                 f"step {self.step}: {what}; training diverged",
-                "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set "
-                f"optimizer.{'clip_norm' if of == 'gradient' else 'clip_update'}=1.0.",
+                "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_norm=1.0.",
             )
         self._epoch_sums.images += num_images
         self._epoch_sums.loss += loss

@@ -27,19 +27,23 @@ def measure(layer: FoldedConvNorm) -> Constants:
 
 
 def measure_once(
-    layers: Sequence[FoldedConvNorm], scales: Sequence[Tensor | None], recompute: Sequence[bool]
+    layers: Sequence[FoldedConvNorm],
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    recompute: Sequence[bool],
 ) -> list[Constants]:
     """Constants for many forwards and backwards, whose gradients gather in them.
 
     Args:
+        weights: of each layer, as it enters the linear operation.
         scales: of each layer's filters, (C,), where they are standardised and centred.
         recompute: see `must_recompute`.
     """
     found: dict[int, Constants] = {}
     for group in by_kind(range(len(layers)), lambda n: (_kind(layers[n]), scales[n] is None, recompute[n])):
         some = [layers[n] for n in group]
-        weights = [layer.linear.weight for layer in some]
-        measured = _measure(some, weights, [scales[n] for n in group], [recompute[n] for n in group], gather=True)
+        own = [weights[n] for n in group]
+        measured = _measure(some, own, [scales[n] for n in group], [recompute[n] for n in group], gather=True)
         found.update(zip(group, measured, strict=True))
     return [found[n] for n in range(len(layers))]
 

@@ -16,6 +16,7 @@ from bln_train.norm.compiled import TYPES, library
 from bln_train.norm.constants import measure, measure_once, must_recompute
 from bln_train.norm.convolution import DirectConvolution, direct_convolution
 from bln_train.norm.epilogue import Activation, activate_, map_
+from bln_train.norm.foldable import fits_residual, shape_after, why_not_foldable
 from bln_train.norm.fused_function import (
     Constants,
     Plan,
@@ -27,23 +28,28 @@ from bln_train.norm.fused_function import (
 )
 from bln_train.norm.layout import dense
 from bln_train.norm.replay import Run, addresses, at_once
-from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale
+from bln_train.norm.standardize import (
+    RawGradient,
+    StandardizedConv2d,
+    centre_filters,
+    filter_scale,
+    standardize_weight,
+)
 
 _LAST = torch.channels_last
-FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
-class FoldedConvNorm(nn.Module):
+class FoldedConvNorm:
     """A linear layer, the batchless norm behind it, a residual sum and an activation, as one operation.
 
         out = act(channel(norm(linear(x))) + shortcut(residual))
 
-    It owns no parameters: `linear`, `norm` and `channel` stay where they are in the network, and so does the state dict. Training
-    forwards with gradients fold; without gradients the same map is computed in place; in eval mode with gradients the parts
-    run one by one.
+    It owns no parameters and is no module: `linear`, `norm` and `channel` stay where they are in the network, and so does the
+    state dict. Where the norm is in training mode, forwards with gradients fold, and without gradients the same map is computed in
+    place. Where it is in eval mode, or the layer does not take inputs of such shapes, the parts run one by one.
 
     Args:
-        linear: Conv1d, Conv2d (of any stride, zero padding, dilation, groups) or Linear, standardised or not.
+        linear: Conv1d, Conv2d (of any stride, zero padding, dilation, groups) or Linear, standardised or not; no subclass.
         norm: the layer its output goes to, and nothing else.
         channel: a GroupNorm with scale and shift that follows a norm without them, None for none (norm/channel.py).
         activation, slope: what follows, identity, relu or leaky relu with a slope in (0, 1).
@@ -77,7 +83,6 @@ class FoldedConvNorm(nn.Module):
         residual_is_kept: bool = True,
         input_is_free: bool = False,
     ) -> None:
-        super().__init__()
         problem = why_not_foldable(linear, norm)
         if problem:
             raise ValueError(problem)
@@ -87,13 +92,15 @@ class FoldedConvNorm(nn.Module):
             )
         if activation == "leaky_relu" and not 0 < slope < 1:
             raise ValueError(f"slope is {slope}; a leaky relu that can be undone has one in (0, 1)")
-        # A tuple: not registered, their owner is the network.
         self._parts: tuple[Any, _BatchlessNorm, Any, nn.GroupNorm | None] = (linear, norm, shortcut, channel)
         self.activation, self.slope = activation, slope
         self.output_is_kept, self.residual_is_kept = output_is_kept, residual_is_kept
         self.input_is_free, self.in_parts = input_is_free, True
         self.constants: Constants | None = None
         self._direct: dict[object, DirectConvolution | None] = {}
+        self._alone = tuple(
+            FoldedChain(Plan((Step(self, 0, residual),), num, (num,))) for num, residual in ((1, None), (2, 1))
+        )
 
     @property
     def linear(self) -> Any:
@@ -115,20 +122,20 @@ class FoldedConvNorm(nn.Module):
         """Groups of channels that are normalised again, None for none."""
         return self._parts[3]
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_in, *spatial), residual (N, C, *spatial') to (N, C, *spatial'); see the class."""
+        out = self._alone[0](x) if residual is None else self._alone[1](x, residual)
+        assert isinstance(out, Tensor)
+        return out
+
+    def run_parts(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The parts one by one, as the network has them."""
         linear, norm, shortcut, groups = self._parts
-        if not torch.is_grad_enabled():
-            return self.infer(x, residual)
-        if not self.training or (isinstance(linear, nn.Linear) and x.dim() != 2):
-            out = norm(linear(x))
-            out = out if groups is None else groups(out)
-            if residual is not None:
-                out = out + (residual if shortcut is None else shortcut(residual))
-            return activate_(out, self.activation, self.slope)
-        inputs = (x,) if residual is None else (x, residual)
-        plan = Plan((Step(self, 0, None if residual is None else 1),), len(inputs), (len(inputs),))
-        return run_chain(plan, [self.constants or measure(self)], inputs)[0]
+        out = norm(linear(x))
+        out = out if groups is None else groups(out)
+        if residual is not None:
+            out = out + (residual if shortcut is None else shortcut(residual))
+        return activate_(out, self.activation, self.slope)
 
     def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear operation with another weight and bias."""
@@ -187,7 +194,9 @@ class FoldedConvNorm(nn.Module):
         centre = norm.mean.detach()
         weight, iw = self.linear.weight, None
         bias = -centre if self.linear.bias is None else self.linear.bias - centre
-        if isinstance(self.linear, StandardizedConv2d):  # as in `fold_once`: no copy of the weight
+        if isinstance(self.linear, StandardizedConv2d) and not weight.requires_grad:  # and so must not move
+            weight = standardize_weight(weight)
+        elif isinstance(self.linear, StandardizedConv2d):  # as in `fold_once`: no copy of the weight
             centre_filters(weight)
             iw = filter_scale(weight).flatten()
             bias = bias / iw
@@ -214,13 +223,12 @@ class FoldedConvNorm(nn.Module):
         dtype = autocast_dtype(x) or x.dtype
         return self.apply_linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
-    def extra_repr(self) -> str:
-        """Arguments, as torch.nn layers print theirs."""
+    def __repr__(self) -> str:
         parts = [part for part in (self.linear, self.norm, self.channel) if part is not None]
-        return " + ".join([*(type(part).__name__ for part in parts), self.activation])
+        return f"FoldedConvNorm({' + '.join([*(type(part).__name__ for part in parts), self.activation])})"
 
 
-class FoldedChain(nn.Module):
+class FoldedChain:
     """Folded layers that follow each other, as one operation; owns none of them.
 
     Args:
@@ -230,8 +238,8 @@ class FoldedChain(nn.Module):
     """
 
     def __init__(self, plan: Plan) -> None:
-        super().__init__()
         self.plan = plan
+        self._fits: dict[tuple[torch.Size, ...], bool] = {}
         # Where each value is read last, so that without gradients none outlives its use.
         last = {
             number: n for n, step in enumerate(plan.steps) for number in (step.x, step.residual) if number is not None
@@ -241,38 +249,65 @@ class FoldedChain(nn.Module):
             for n in range(len(plan.steps))
         ]
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """See the class."""
         plan = self.plan
-        if torch.is_grad_enabled() and self.training:
+        fits = self._fit(inputs)
+        if fits and torch.is_grad_enabled() and all(step.layer.norm.training for step in plan.steps):
             out = run_chain(plan, [step.layer.constants or measure(step.layer) for step in plan.steps], inputs)
         else:
-            values = dict(enumerate(inputs))
-            del inputs
-            for n, step in enumerate(plan.steps):
-                residual = None if step.residual is None else values[step.residual]
-                values[plan.num_inputs + n] = step.layer(values[step.x], residual)
-                for number in self._dead_after[n]:
-                    del values[number]
-            out = tuple(values[number] for number in plan.outputs)
+            out = self._one_by_one(inputs, fits)
         return out if len(out) > 1 else out[0]
 
-    def extra_repr(self) -> str:
-        """Arguments, as torch.nn layers print theirs."""
-        return f"{len(self.plan.steps)} layers"
+    def _one_by_one(self, inputs: tuple[Tensor, ...], fits: bool) -> tuple[Tensor, ...]:
+        plan, values = self.plan, dict(enumerate(inputs))
+        del inputs
+        is_alone = len(plan.steps) == 1
+        for n, step in enumerate(plan.steps):
+            layer = step.layer
+            args = values[step.x], None if step.residual is None else values[step.residual]
+            if not fits or not layer.norm.training:
+                out = layer.run_parts(*args)
+            elif torch.is_grad_enabled() and not is_alone:
+                out = layer(*args)
+            else:
+                out = layer.infer(*args)
+            values[plan.num_inputs + n] = out
+            del args, out
+            for number in self._dead_after[n]:
+                del values[number]
+        return tuple(values[number] for number in plan.outputs)
 
+    def _fit(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether each layer takes what it would get."""
+        if not all(isinstance(value, Tensor) for value in inputs):
+            return False  # a number is added, say
+        first = inputs[0]
+        if any(value.dtype != first.dtype for value in inputs) and autocast_dtype(first) is None:
+            return False  # the sum has another dtype than its parts
+        key = tuple(value.shape for value in inputs)
+        if key not in self._fits:
+            self._fits[key] = self._fit_shapes(key)
+        return self._fits[key]
 
-def why_not_foldable(linear: nn.Module, norm: nn.Module) -> str:
-    """Why `linear` and `norm` cannot be one operation; "" if they can."""
-    if not isinstance(norm, _BatchlessNorm):
-        return f"{type(norm).__name__} is not a batchless norm"
-    if not isinstance(linear, FOLDABLE):
-        return f"its input comes from {type(linear).__name__}, not from a convolution or linear layer"
-    if not isinstance(linear, nn.Linear) and (linear.padding_mode != "zeros" or isinstance(linear.padding, str)):
-        return f"the convolution pads by '{linear.padding if isinstance(linear.padding, str) else linear.padding_mode}'"
-    if linear.weight.shape[0] != norm.num_features:
-        return f"the linear layer has {linear.weight.shape[0]} outputs, the norm {norm.num_features} channels"
-    return ""
+    def _fit_shapes(self, shapes: Sequence[Sequence[int]]) -> bool:
+        known: list[Sequence[int]] = list(shapes)
+        for step in self.plan.steps:
+            shape = shape_after(step.layer.linear, known[step.x])
+            if shape is None:
+                return False
+            # What a shortcut makes of its input fits by itself.
+            if (
+                step.residual is not None
+                and step.layer.shortcut is None
+                and not fits_residual(shape, known[step.residual])
+            ):
+                return False
+            known.append(shape)
+        return True
+
+    def __repr__(self) -> str:
+        return f"FoldedChain({', '.join(repr(step.layer) for step in self.plan.steps)})"
 
 
 def _keeps_shape(linear: Any) -> bool:
@@ -308,37 +343,51 @@ def fold_once(layers: Iterable[FoldedConvNorm], run: Run = at_once) -> Iterator[
         run: does what is to be done before and after (norm/replay.py).
     """
     layers = list(layers)
+    own_constants = [
+        layer.norm.training for layer in layers
+    ]  # else the parts run one by one, and autograd has all gradients
+    layers = [layer for layer, has in zip(layers, own_constants, strict=True) if has]
     if not layers:
         yield
         return
     weights = list({layer.linear.weight: None for layer in layers})
     recompute = must_recompute(layers)
+    learns = tuple(weight.requires_grad for weight in weights)
 
     def kind(name: str) -> tuple[Hashable, ...]:
-        return name, tuple(recompute), addresses([weight.grad for weight in weights])
+        return name, tuple(own_constants), tuple(recompute), learns, addresses([weight.grad for weight in weights])
 
     try:
         begun = run(lambda: _begin(layers, recompute), lambda: kind("begin fold"), twice=True)
+        scales = {gradient.weight: gradient.scale for gradient in begun.standardized}
         for layer, constants in zip(layers, begun.constants, strict=True):
             layer.constants = constants
+            if layer.linear.weight in scales:  # for forwards that run the convolution by itself
+                layer.linear.constant_scale = scales[layer.linear.weight]
         yield
         _give(layers, run(lambda: _end(layers, begun), lambda: (*kind("end fold"), id(begun))))
     finally:
         for layer in layers:
             layer.constants = None
+            if isinstance(layer.linear, StandardizedConv2d):
+                layer.linear.constant_scale = None
 
 
 def _begin(layers: Sequence[FoldedConvNorm], recompute: Sequence[bool]) -> _Begun:
     standardized: dict[Tensor, RawGradient] = {}
+    weights: list[Tensor] = []
     scales: list[Tensor | None] = []
     for layer in layers:
-        linear, iw = layer.linear, None
-        if isinstance(linear, StandardizedConv2d):
-            if linear.weight not in standardized:
-                standardized[linear.weight] = RawGradient(linear.weight)
-            iw = standardized[linear.weight].scale.flatten()
+        weight, iw = layer.linear.weight, None
+        if isinstance(layer.linear, StandardizedConv2d) and not weight.requires_grad:  # and so must not move
+            weight = standardize_weight(weight)
+        elif isinstance(layer.linear, StandardizedConv2d):
+            if weight not in standardized:
+                standardized[weight] = RawGradient(weight)
+            iw = standardized[weight].scale.flatten()
+        weights.append(weight)
         scales.append(iw)
-    return _Begun(measure_once(layers, scales, recompute), list(standardized.values()))
+    return _Begun(measure_once(layers, weights, scales, recompute), list(standardized.values()))
 
 
 def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, ...]]:

@@ -26,7 +26,7 @@ from bln_train.norm.compiled import address
 from bln_train.norm.epilogue import Activation, code, kernels_for, map_, num_threads, sums_of
 from bln_train.norm.functional import raw_from_std, std_from_raw
 from bln_train.norm.layout import in_order_of
-from bln_train.norm.update import by_kind, moments, stack
+from bln_train.norm.update import by_kind, may_follow, moments, stack
 
 if TYPE_CHECKING:
     from bln_train.norm.batchless import _BatchlessNorm
@@ -100,8 +100,8 @@ class Following:
 
 @torch.no_grad()
 def prepare_following(layers: Sequence[_BatchlessNorm]) -> None:
-    """Make the layers that saw the probe's images ready to follow them."""
-    for group in by_kind([layer for layer in layers if layer.old_moments is not None], _kind):
+    """Make the layers that saw the probe's images, and are not frozen, ready to follow them."""
+    for group in by_kind([x for x in layers if x.old_moments is not None and may_follow(x)], _kind):
         first, size = group[0], (len(group), group[0].num_features)
         mean, raw = stack(layer.mean for layer in group), stack(layer.raw_std for layer in group)
         old_mean, old_variance = (

@@ -151,9 +151,13 @@ class StandardizedConv2d(nn.Conv2d):
 
     shared_weight: Tensor | None = None
     """Inside `standardize_once`: the standardised weight that every forward uses."""
+    constant_scale: Tensor | None = None
+    """Inside `fold_once`, (C_out, 1, ...): the scale of the centred filters, which gradients take for a constant."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x, (N, C_in, H, W), to (N, C_out, H', W')."""
+        if self.constant_scale is not None:
+            return self._conv_forward(x, self.weight * self.constant_scale, self.bias)
         weight = standardize_weight(self.weight) if self.shared_weight is None else self.shared_weight
         return self._conv_forward(x, weight, self.bias)
 

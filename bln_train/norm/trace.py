@@ -7,12 +7,16 @@ from contextlib import contextmanager
 
 from torch import fx, nn
 
+from bln_train.norm.foldable import is_plain, what_is_around
+
 
 class _Tracer(fx.Tracer):
-    """Stops at torch.nn's layers and at every module without children, ours among them."""
+    """Stops at torch.nn's layers, at every module without children, ours among them, and where something is around a forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None
+        if super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None:
+            return True
+        return bool(what_is_around(m))
 
 
 @contextmanager
@@ -33,15 +37,19 @@ def trace(model: nn.Module, *, training: bool) -> tuple[fx.Graph, dict[str, nn.M
     Raises:
         ValueError: torch.fx cannot trace the forward, for example because it depends on data.
     """
+    attributes = set(vars(model))
     with _mode(model, training):  # a forward may ask
         try:
             graph = _Tracer().trace(model)
         except Exception as error:  # whatever a foreign forward raises when it meets a proxy
             reason = str(error).splitlines()[0] if str(error) else ""
             raise ValueError(f"torch.fx cannot trace the network: {type(error).__name__}: {reason}") from error
+        finally:
+            for name in set(vars(model)) - attributes:  # tensors that the forward made, which torch.fx puts there
+                delattr(model, name)
     modules = dict(model.named_modules(remove_duplicate=False))
     for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(modules.get(str(node.target)), nn.Identity):
+        if node.op == "call_module" and is_plain(modules.get(str(node.target)), nn.Identity):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     return graph, modules

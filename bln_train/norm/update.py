@@ -62,7 +62,7 @@ def update_layers(layers: Sequence[_BatchlessNorm], num_images: int, run: Run = 
     """Update layers from the gradients of an effective batch; see `_BatchlessNorm.update`, whose results it gives, (L,)."""
     said = run(lambda: _update(layers, num_images), lambda: ("update", num_images, *map(_inputs, layers)))
     for layer, old in said.probe.items():
-        layer.old_moments = old
+        layer.old_moments = old if may_follow(layer) else None
     for layer, found in said.moments.items():
         layer.first_moment, layer.second_moment = found.first, found.second
     for layer in layers:
@@ -77,19 +77,20 @@ def _inputs(layer: _BatchlessNorm) -> Hashable:
     account, parameters = layer.account, (layer.mean, layer.raw_std, layer.weight, layer.bias)
     counts = (account.num_images, account.num_positions, account.num_watched, account.shows_relu)
     gradients = addresses([None if parameter is None else parameter.grad for parameter in parameters])
-    return counts, gradients, addresses([account.watched, account.unit])
+    moves = (layer.training, *(parameter is not None and parameter.requires_grad for parameter in parameters))
+    return counts, moves, gradients, addresses([account.watched, account.unit])
 
 
 @torch.no_grad()
 def _update(layers: Sequence[_BatchlessNorm], num_images: int) -> _Said:
     said = _Said(torch.empty(0), {}, {})
-    seen = [layer for layer in layers if layer.account.num_images]
+    seen = [layer for layer in layers if layer.account.num_images and layer.training]
     for group in by_kind([layer for layer in seen if layer.account.watched is not None], _watched_kind):
         said.probe.update(_note_watched(group))
     for group in by_kind([layer for layer in seen if _learns_correction(layer)], _correction_kind):
         _learn_correction(group, num_images)
     for group in by_kind(
-        [layer for layer in seen if layer.mean.grad is not None and layer.raw_std.grad is not None], _kind
+        [layer for layer in seen if any(_learns(layer))], lambda layer: (_kind(layer), _learns(layer))
     ):
         said.moments.update(_follow_gradients(group, num_images))
     missing = torch.full((), torch.nan, device=layers[0].mean.device, dtype=layers[0].mean.dtype)
@@ -109,15 +110,26 @@ def _watched_kind(layer: _BatchlessNorm) -> Hashable:
     return _kind(layer), account.num_watched, has
 
 
+def may_follow(layer: _BatchlessNorm) -> bool:
+    """Whether the layer may follow the probe, which moves mean and standard deviation together."""
+    return layer.training and layer.mean.requires_grad and layer.raw_std.requires_grad
+
+
+def _learns(layer: _BatchlessNorm) -> tuple[bool, bool]:
+    """Whether there is a gradient of the mean, and of raw_std: frozen ones have none."""
+    return _has_gradient(layer.mean), _has_gradient(layer.raw_std)
+
+
+def _has_gradient(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad and parameter.grad is not None
+
+
 def _correction_kind(layer: _BatchlessNorm) -> Hashable:
-    has = layer.mean.grad is not None and layer.raw_std.grad is not None
-    return _kind(layer), layer.account.num_positions, layer.correction_rate, has
+    return _kind(layer), layer.account.num_positions, layer.correction_rate, all(_learns(layer))
 
 
 def _learns_correction(layer: _BatchlessNorm) -> bool:
-    if layer.correction is None or layer.weight is None or layer.bias is None:
-        return False
-    return layer.weight.grad is not None and layer.bias.grad is not None  # else they are frozen
+    return layer.correction is not None and _has_gradient(layer.weight) and _has_gradient(layer.bias)
 
 
 def _note_watched(layers: Sequence[_BatchlessNorm]) -> dict[_BatchlessNorm, tuple[Tensor, Tensor]]:
@@ -161,7 +173,7 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
     of_weight = stack(layer.weight.grad for layer in layers if layer.weight is not None)
     seen = (of_bias / positions, of_weight / positions)
     # Statistics of a whole layer say nothing of its channels' own moments.
-    knows = first.share == "channel" and first.mean.grad is not None and first.raw_std.grad is not None
+    knows = first.share == "channel" and all(_learns(first))
     m1, excess = _moments_of(layers, num_images) if knows else (torch.zeros_like(of_bias),) * 2
     found = regression(seen, (m1, excess + 1))
     torch._foreach_lerp_(
@@ -170,14 +182,16 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
 
 
 def _moments_of(layers: Sequence[_BatchlessNorm], num_images: int) -> tuple[Tensor, Tensor]:
-    """m1 and m2 - 1 of an effective batch, (L, C) or (L, 1), off the gradients of the likelihood."""
+    """m1 and m2 - 1 of an effective batch, (L, C) or (L, 1), off the gradients of the likelihood; NaN for what is frozen."""
     first = layers[0]
     raw = stack(layer.raw_std for layer in layers)
     std = std_from_raw(raw, first.parametrization, first.eps)
     scale = -first.nll_scale * (first.account.num_images / num_images)
-    m1 = stack(layer.mean.grad for layer in layers) * std / scale
     slope = std_slope(raw, std, first.parametrization)
-    return m1, stack(layer.raw_std.grad for layer in layers) * std / (scale * slope)
+    unknown = torch.full_like(std, torch.nan)
+    has_mean, has_std = _learns(first)
+    m1 = stack(layer.mean.grad for layer in layers) * std / scale if has_mean else unknown
+    return m1, stack(layer.raw_std.grad for layer in layers) * std / (scale * slope) if has_std else unknown
 
 
 def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict[_BatchlessNorm, _Moments]:
@@ -190,8 +204,12 @@ def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict
         rate = first.statistics_rate
         growth = (1 + rate * excess).clamp(min=0).sqrt()
         new_raw = raw_from_std((std * growth).clamp(min=first.eps), first.parametrization, first.eps)
-        torch._foreach_copy_([layer.mean for layer in layers], list(torch.addcmul(mean, std, m1, value=rate).unbind(0)))
-        torch._foreach_copy_([layer.raw_std for layer in layers], list(new_raw.unbind(0)))
+        has_mean, has_std = _learns(first)
+        if has_mean:
+            new_mean = torch.addcmul(mean, std, m1, value=rate)
+            torch._foreach_copy_([layer.mean for layer in layers], list(new_mean.unbind(0)))
+        if has_std:
+            torch._foreach_copy_([layer.raw_std for layer in layers], list(new_raw.unbind(0)))
     nll = excess.mean(1) / 2
     nll = nll if first.gauge else nll + 0.5 + std.log().mean(1)
     parts = zip(m1.unbind(0), (excess + 1).unbind(0), nll.unbind(0), strict=True)

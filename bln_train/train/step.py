@@ -130,7 +130,7 @@ class AccumulationStep:
         self.model.train()
         if self.into_momentum is not None:
             for layer in self.folded:  # as accumulate does, but the weight decay has to see the same weights
-                if isinstance(layer.linear, StandardizedConv2d):
+                if isinstance(layer.linear, StandardizedConv2d) and layer.linear.weight.requires_grad:
                     centre_filters(layer.linear.weight)
             # From here on the weights' gradients are their momentum; it enters the sum over the processes once.
             self.into_momentum.begin(from_zero=self.world.rank > 0)

@@ -458,3 +458,16 @@ def test_initialization_floors_and_names_constant_channels():
     nn.init.zeros_(net[0].weight)
     assert initialize_statistics(net, lambda: [torch.randn(4, 3, 5, 5)]) == ["1"]
     assert torch.allclose(net[1].std, torch.tensor(1e-3))
+
+
+def test_without_images_evaluation_gives_an_empty_output():
+    """As nn.BatchNorm2d: nothing in, nothing out; training, whose likelihood is a mean over positions, refuses it."""
+    norm, empty = BatchlessNorm2d(4), torch.zeros(0, 4, 2, 2)
+    assert norm.eval()(empty).shape == empty.shape
+    with torch.no_grad():
+        assert norm.train()(empty).shape == empty.shape
+    for x in (empty, torch.zeros(2, 4, 0, 2)):
+        with pytest.raises(ValueError, match="not empty"):
+            norm.train()(x)
+    with pytest.raises(ValueError, match="not empty"):
+        norm.eval()(torch.zeros(2, 4, 0, 2))

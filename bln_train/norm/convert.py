@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bln_train.norm.batchless import BatchlessNorm, BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d, _BatchlessNorm
+from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
 
 _TO_BATCHLESS: dict[type[_BatchNorm], type[_BatchlessNorm]] = {
     nn.BatchNorm1d: BatchlessNorm1d,
@@ -31,6 +32,14 @@ class NormAct(nn.Sequential):
 
     def __init__(self, norm: nn.Module, drop: nn.Module, act: nn.Module) -> None:
         super().__init__(OrderedDict(norm=norm, drop=drop, act=act))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Takes the state dict of what it replaced too, whose entries are the norm's."""
+        if holds_batchnorm(state_dict, prefix):
+            for key in BATCHNORM_KEYS:
+                if prefix + key in state_dict:
+                    state_dict[f"{prefix}norm.{key}"] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def is_batchnorm(module: nn.Module) -> bool:
@@ -95,6 +104,7 @@ def to_batchless(norm: nn.Module, **settings: Any) -> nn.Module:
     settings.setdefault("eps", min(_LARGEST_EPS, float(std.min())))
     target = next((new for old, new in _TO_BATCHLESS.items() if isinstance(norm, old)), BatchlessNorm2d)
     layer = target(len(mean), affine=affine, device=mean.device, dtype=mean.dtype, **settings)
+    layer.batchnorm_eps = float(norm.eps)  # type: ignore[arg-type]
     copy_batchnorm(norm, layer)
     layer.train(norm.training)
     return with_activation_of(norm, layer)
@@ -184,6 +194,8 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
     """Replace every BatchNorm inside `model` by its batchless counterpart, in place: the same function in eval mode.
 
         mean = running_mean,   std = sqrt(running_var + eps),   the same weight and bias
+
+    A state dict with BatchNorm that is loaded later is converted in the same way.
 
     Args:
         model: torch.nn's BatchNorms and SyncBatchNorm, torchvision's and timm's frozen ones, and timm's with an activation.

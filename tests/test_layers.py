@@ -41,6 +41,7 @@ LAYERS = [
         "norm.batchnorm_state",
         "norm.dropout",
         "norm.loop_checks",
+        "norm.replace",
         "norm.channel",
         "norm.compiled",
         "norm.constants",

@@ -172,6 +172,7 @@ def test_gauged_nll_is_zero_for_matching_input():
 def accumulate(norm, x, loss=lambda out: out.square().sum()):
     """Gradients of one effective batch of a single layer."""
     statistics = BatchlessStatistics(norm)
+    statistics.begin(None)
     ((loss(norm(x)) + statistics.nll()) / len(x)).backward()
     return statistics
 
@@ -197,6 +198,7 @@ def test_natural_step_counts_a_layer_used_twice_once():
     norm = BatchlessNorm1d(3, statistics_rate=1.0, dtype=torch.float64)
     x, y = torch.randn(50, 3, dtype=torch.float64), 3 + torch.randn(50, 3, dtype=torch.float64)
     statistics = BatchlessStatistics(norm)
+    statistics.begin(50)
     ((norm(x).sum() + norm(y).sum() + statistics.nll()) / 50).backward()
     statistics.update(50)
     torch.testing.assert_close(norm.mean.detach(), torch.cat((x, y)).mean(0), rtol=1e-9, atol=1e-9)

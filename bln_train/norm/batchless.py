@@ -18,6 +18,7 @@ from bln_train.norm.functional import (
     std_from_raw,
     sums_about,
 )
+from bln_train.norm.loop_checks import USE_PROCESSES, check_forward
 from bln_train.norm.probe import Following, settle_following
 from bln_train.norm.update import update_layers
 
@@ -211,6 +212,7 @@ class _BatchlessNorm(nn.Module):
     def count(self, num_images: int, num_positions: int) -> None:
         """Note the `num_images` of a training forward, and the `num_positions` of each."""
         self._check_groups(num_positions)
+        check_forward(self)
         self.account.add(num_images, num_positions)
         if self.account.num_uses > 1 and not self.is_reused:
             self.is_reused = True
@@ -296,10 +298,20 @@ class _BatchlessNorm(nn.Module):
             return natural
         return [*natural, self.weight, self.bias]
 
+    @property
+    def weight_version(self) -> int:
+        """Changes whenever an optimizer moves the layer's weight; see `Account`."""
+        return (self.mean if self.weight is None else self.weight)._version
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(f"nn.DataParallel cannot share the statistics of {type(self).__name__}: {USE_PROCESSES}")
+
     def take_following(self) -> Following | None:
         """Its part in the probe's forward, where this is its first use there."""
         if self.following is not None and self.following.found is not None:
             settle_following([self])
+        elif self.following is not None:
+            self.following.begins()
         return self.following
 
     def extra_repr(self) -> str:

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bln_train.norm.batchless import BatchlessNorm, BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d, _BatchlessNorm
 from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
+from bln_train.norm.dropout import keep_masks
+from bln_train.norm.replace import replace
 
 _TO_BATCHLESS: dict[type[_BatchNorm], type[_BatchlessNorm]] = {
     nn.BatchNorm1d: BatchlessNorm1d,
@@ -195,7 +197,8 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 
         mean = running_mean,   std = sqrt(running_var + eps),   the same weight and bias
 
-    A state dict with BatchNorm that is loaded later is converted in the same way.
+    A state dict with BatchNorm that is loaded later is converted in the same way. Dropout and stochastic depth become those of
+    norm/dropout.py, see `keep_masks`.
 
     Args:
         model: torch.nn's BatchNorms and SyncBatchNorm, torchvision's and timm's frozen ones, and timm's with an activation.
@@ -206,7 +209,7 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
     Raises:
         ValueError: names every layer that cannot be converted; the model is unchanged then.
     """
-    return _replace_all(model, is_batchnorm, lambda norm: to_batchless(norm, **settings))
+    return keep_masks(_replace_all(model, is_batchnorm, lambda norm: to_batchless(norm, **settings)))
 
 
 def convert_to_batchnorm(model: nn.Module, *, eps: float = 1e-5) -> nn.Module:
@@ -243,28 +246,9 @@ def _replace_all(
                 problems.append(f"{name}: {error}" if name else str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return _replace(model, new.__contains__, new.__getitem__)
-
-
-def replace_modules(model: nn.Module, kind: type[nn.Module], convert: Any) -> nn.Module:
-    """Replace every module of a kind inside `model` by `convert(module)`, in place; one used in two places stays one."""
-    return _replace(model, lambda module: isinstance(module, kind), convert)
+    return replace(model, new.__contains__, new.__getitem__)
 
 
 def replace_batchnorms(model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Replace every BatchNorm inside `model` by `convert(norm)`, in place, or none; raises ValueError, naming the layers."""
     return _replace_all(model, is_batchnorm, convert)
-
-
-def _replace(model: nn.Module, matches: Callable[[nn.Module], bool], convert: Any) -> nn.Module:
-    done: dict[nn.Module, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if module not in done:
-            done[module] = module if not matches(module) else convert(module)
-            for name, child in list(module._modules.items()) if done[module] is module else []:
-                if child is not None:
-                    setattr(module, name, visit(child))
-        return done[module]
-
-    return visit(model)

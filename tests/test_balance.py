@@ -123,6 +123,7 @@ def test_the_prior_follows_the_regression():
     """update averages the batch's own coefficients, whatever the deviation in force."""
     norm, x, g = drawn(std=0.5)
     statistics = BatchlessStatistics(norm)
+    statistics.begin(None)
     xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
     ((norm(x) * g).sum() + statistics.nll()).div(40).backward()
     statistics.update(40)

@@ -284,3 +284,30 @@ def test_nothing_takes_up_new_statistics():
     with pytest.raises(ValueError, match="nothing can take up a change"):
         reestimate_statistics(model, lambda: [torch.randn(2, 3, 32, 32)])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_groups_of_one_value_are_refused():
+    """Normalised by itself a value is a constant: told where the layer is made, or where it meets one position, in every mode."""
+    with pytest.raises(ValueError, match=r"8 groups of 8 channels without positions.*fewer groups"):
+        BatchlessChannelNorm(8, 8, num_axes=0)
+    with pytest.raises(ValueError, match="take fewer groups"):
+        norm_factory("group", num_groups=8)(8, 0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 1), BatchlessChannelNorm(8, 8)
+
+        def forward(self, x):
+            return F.avg_pool2d(F.relu(self.norm(self.conv(x))), 1)
+
+    net = Net()
+    for fused in (False, True):
+        if fused:
+            fuse(net)
+        for training in (False, True):
+            net.train(training)
+            with pytest.raises(ValueError, match=r"one value each here.*fewer groups, or larger images"):
+                net(torch.randn(4, 3, 1, 1))
+            assert net(torch.randn(4, 3, 2, 2)).std() > 0.1
+    assert BatchlessChannelNorm(8, 4)(torch.randn(4, 8, 1, 1)).std() > 0.1

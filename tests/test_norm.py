@@ -172,6 +172,7 @@ def test_gauged_nll_is_zero_for_matching_input():
 def accumulate(norm, x, loss=lambda out: out.square().sum()):
     """Gradients of one effective batch of a single layer."""
     statistics = BatchlessStatistics(norm)
+    statistics.begin(None)
     ((loss(norm(x)) + statistics.nll()) / len(x)).backward()
     return statistics
 
@@ -197,6 +198,7 @@ def test_natural_step_counts_a_layer_used_twice_once():
     norm = BatchlessNorm1d(3, statistics_rate=1.0, dtype=torch.float64)
     x, y = torch.randn(50, 3, dtype=torch.float64), 3 + torch.randn(50, 3, dtype=torch.float64)
     statistics = BatchlessStatistics(norm)
+    statistics.begin(50)
     ((norm(x).sum() + norm(y).sum() + statistics.nll()) / 50).backward()
     statistics.update(50)
     torch.testing.assert_close(norm.mean.detach(), torch.cat((x, y)).mean(0), rtol=1e-9, atol=1e-9)
@@ -458,3 +460,16 @@ def test_initialization_floors_and_names_constant_channels():
     nn.init.zeros_(net[0].weight)
     assert initialize_statistics(net, lambda: [torch.randn(4, 3, 5, 5)]) == ["1"]
     assert torch.allclose(net[1].std, torch.tensor(1e-3))
+
+
+def test_without_images_evaluation_gives_an_empty_output():
+    """As nn.BatchNorm2d: nothing in, nothing out; training, whose likelihood is a mean over positions, refuses it."""
+    norm, empty = BatchlessNorm2d(4), torch.zeros(0, 4, 2, 2)
+    assert norm.eval()(empty).shape == empty.shape
+    with torch.no_grad():
+        assert norm.train()(empty).shape == empty.shape
+    for x in (empty, torch.zeros(2, 4, 0, 2)):
+        with pytest.raises(ValueError, match="not empty"):
+            norm.train()(x)
+    with pytest.raises(ValueError, match="not empty"):
+        norm.eval()(torch.zeros(2, 4, 0, 2))

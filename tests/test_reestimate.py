@@ -148,6 +148,7 @@ def test_likelihood_at_inference_is_trainings(gauge, share):
             net(part)
     assert all(torch.equal(kept[key], value) for key, value in net.state_dict().items())
     statistics = BatchlessStatistics(net)
+    statistics.begin(None)
     ((net.train()(x).sum() + statistics.nll()) / len(x)).backward()
     expected = dict(zip(statistics.layers, statistics.update(len(x)).tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-10)

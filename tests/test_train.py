@@ -12,7 +12,7 @@ from torch import nn
 from bln_train.build import build_experiment
 from bln_train.errors import DivergedError, UsageError
 from bln_train.models.build import build_model, norm_factory
-from bln_train.models.layers import InstanceDropout
+from bln_train.norm.dropout import InstanceDropout
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.optim import Schedule, parameter_groups
 from bln_train.recipe_file import load_recipe

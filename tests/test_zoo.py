@@ -16,10 +16,10 @@ from torch import nn
 from bln_train.build import build_experiment
 from bln_train.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, RecipeError, UsageError
 from bln_train.models.build import norm_factory
-from bln_train.models.layers import InstanceDropout, InstanceStochasticDepth, set_instance_seeds
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.convert import to_batchless
+from bln_train.norm.dropout import InstanceDropout, InstanceStochasticDepth, set_instance_seeds
 from bln_train.norm.standardize import StandardizedConv2d
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import load_recipe, parse_recipe

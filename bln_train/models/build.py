@@ -47,13 +47,21 @@ def norm_factory(
         settings: of `batchless`, the arguments of BatchlessNorm2d.
 
     Raises:
-        ValueError: `instance` is asked for a dense layer, whose single position has no variance.
+        ValueError: `instance` is asked for a dense layer, whose single position has no variance, or groups of one channel are.
     """
 
     def instance(num_features: int, num_axes: int) -> nn.Module:
         if num_axes == 0:
             raise ValueError("instance norm needs positions to average over, and a dense layer has only one")
         return nn.InstanceNorm2d(num_features, affine=True)
+
+    def group(num_features: int, num_axes: int) -> nn.Module:
+        number = math.gcd(num_groups, num_features)
+        if num_axes == 0 and number == num_features:
+            raise ValueError(
+                f"groups of one channel of a dense layer of {number} have one value each: take fewer groups"
+            )
+        return nn.GroupNorm(number, num_features)
 
     def pick(with_axes: type[nn.Module], without: type[nn.Module], **own: Any) -> Callable[[int, int], nn.Module]:
         return lambda num_features, num_axes: (with_axes if num_axes else without)(num_features, **own)
@@ -64,7 +72,7 @@ def norm_factory(
     makers: dict[str, Callable[[int, int], nn.Module]] = {
         "batch": pick(nn.BatchNorm2d, nn.BatchNorm1d, momentum=momentum),
         "batch-frozen": pick(FrozenBatchNorm2d, FrozenBatchNorm1d),
-        "group": lambda num_features, _: nn.GroupNorm(math.gcd(num_groups, num_features), num_features),
+        "group": group,
         "layer": lambda num_features, _: nn.GroupNorm(1, num_features),
         "instance": instance,
         "none": lambda _num_features, _num_axes: nn.Identity(),

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters
-from bln_train.rng import keep_mask
 
 
 class NormFactory(Protocol):
@@ -29,62 +28,6 @@ def init_he(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
         if isinstance(module, StandardizedConv2d):  # as training will keep them, folded or not
             centre_filters(module.weight)
-
-
-class InstanceDropout(nn.Module):
-    """Dropout whose mask is a function of the image, not of the micro-batch it travels in.
-
-        out = x * keep_mask / (1 - p)
-
-    `seeds`, (N,) int64, is set before each training forward (see `set_instance_seeds`); the same seeds give the same mask,
-    however the batch is split. Without seeds (a hand-written loop) it is nn.Dropout. In eval mode the identity.
-
-    Args:
-        p: probability of a 0, in [0, 1).
-        purpose: distinguishes this layer's draws from other layers'.
-    """
-
-    seeds: Tensor | None
-
-    def __init__(self, p: float, purpose: int) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout probability is {p}; it must be in [0, 1)")
-        self.p, self.purpose, self.seeds = p, purpose, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, *) to the same shape."""
-        if not self.training or self.p == 0:
-            return x
-        if self.seeds is None:
-            return F.dropout(x, self.p)
-        assert self.seeds.shape[0] == x.shape[0], "seeds were set for another micro-batch"
-        mask = keep_mask(self.seeds, self.purpose, tuple(x.shape[1:]), 1 - self.p)
-        return x * mask.to(x.dtype).div_(1 - self.p)
-
-    def extra_repr(self) -> str:
-        """Arguments, as torch.nn layers print theirs."""
-        return f"p={self.p}"
-
-
-class InstanceStochasticDepth(InstanceDropout):
-    """Stochastic depth (Huang et al. 2016) whose choice belongs to the image: one draw keeps or drops all of its entries.
-
-    Without seeds it is torchvision's, in mode `row`. In eval mode the identity. Arguments of InstanceDropout.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, *) to the same shape."""
-        if not self.training or self.p == 0:
-            return x
-        ones = x.new_ones(x.shape[0], *([1] * (x.dim() - 1)))
-        return x * super().forward(ones)
-
-
-def set_instance_seeds(dropouts: list[InstanceDropout], seeds: Tensor | None) -> None:
-    """Hand the images' seeds, (N,) int64 or None, to the dropout layers of a network."""
-    for dropout in dropouts:
-        dropout.seeds = seeds
 
 
 class ShortcutA(nn.Module):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bln_train.models.layers import InstanceDropout, NormFactory, init_he
+from bln_train.models.layers import NormFactory, init_he
+from bln_train.norm.dropout import InstanceDropout
 
 
 class PaperCnn(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import http.client
-import itertools
 import re
 import socket
 import sys
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
-from torchvision.ops import StochasticDepth
 
 from bln_train.errors import CheckpointError, UsageError
-from bln_train.models.layers import InstanceDropout, InstanceStochasticDepth, NormFactory
+from bln_train.models.layers import NormFactory
 from bln_train.models.names import TIMM, TORCHVISION
 from bln_train.models.trained import batchnorm_like, check_groups, listed, load_trained, trained_norm
-from bln_train.norm.convert import replace_batchnorms, replace_modules, with_activation_of
+from bln_train.norm.convert import replace_batchnorms, with_activation_of
+from bln_train.norm.dropout import keep_masks
+from bln_train.norm.replace import replace_modules
 from bln_train.norm.standardize import StandardizedConv2d, conv_like
 
 PRETRAINED = "pretrained"
@@ -95,14 +95,8 @@ def build_foreign_model(
             raise ValueError(f"instance norm needs positions to average over, and {image_size} pixels leave only one")
         return with_activation_of(old, new)
 
-    purposes = itertools.count(100)
     replace_batchnorms(model, replace_norm)
-    replace_modules(model, nn.Dropout, lambda old: InstanceDropout(old.p, next(purposes)))
-    replace_modules(model, StochasticDepth, lambda old: InstanceStochasticDepth(old.p, next(purposes)))
-    if name.startswith(TIMM):
-        from timm.layers.drop import DropPath
-
-        replace_modules(model, DropPath, lambda old: InstanceStochasticDepth(old.drop_prob, next(purposes)))
+    keep_masks(model)
     if weight_standardization:
         replace_modules(model, nn.Conv2d, _standardized)
         kept = [

@@ -9,6 +9,7 @@ from bln_train.norm.batchless import (
 from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.calibrate import initialize_statistics
 from bln_train.norm.convert import convert_batchnorm, convert_to_batchnorm
+from bln_train.norm.dropout import InstanceChannelDropout, InstanceDropout, InstanceStochasticDepth
 from bln_train.norm.functional import batchless_norm
 from bln_train.norm.fuse import FuseReport, folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
@@ -27,6 +28,9 @@ __all__ = [
     "BatchlessStatistics",
     "FoldedConvNorm",
     "FuseReport",
+    "InstanceChannelDropout",
+    "InstanceDropout",
+    "InstanceStochasticDepth",
     "MergeReport",
     "Reestimate",
     "StandardizedConv2d",

@@ -22,6 +22,10 @@ class Account:
         """Images, and positions of all of them."""
         self.num_uses = 0
         """In the last forward."""
+        self.num_forwarded = 0
+        """Images of forwards, whose second use of the layer does not count."""
+        self.weight_version = 0
+        """Of the layer's weight in the first of them: what changes a tensor in place raises it."""
         self.num_to_watch = num_to_watch
         """Images of the probe that are still to come."""
         self.is_open = num_to_watch > 0
@@ -36,6 +40,7 @@ class Account:
     def add(self, num_images: int, num_positions: int) -> None:
         """Count a training forward's images, and the positions of each."""
         self.num_images += num_images
+        self.num_forwarded += 0 if self.num_uses else num_images
         self.num_uses += 1
         self.num_positions += num_images * num_positions
 

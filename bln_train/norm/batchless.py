@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
 from bln_train.norm.balance import BalanceRow, begin_balance
+from bln_train.norm.batchnorm_state import holds_batchnorm, take_batchnorm
 from bln_train.norm.functional import (
     Parametrization,
     batchless_norm,
@@ -17,6 +18,7 @@ from bln_train.norm.functional import (
     std_from_raw,
     sums_about,
 )
+from bln_train.norm.loop_checks import USE_PROCESSES, check_forward
 from bln_train.norm.probe import Following, settle_following
 from bln_train.norm.update import update_layers
 
@@ -119,12 +121,14 @@ class _BatchlessNorm(nn.Module):
         self.register_buffer("balance", state, persistent=False)
         self.is_reused = False
         """Whether a forward uses the layer more than once: then the order of its images is not that of the batch."""
-        imputation = None
-        if correction is not None and correction_mode == "imputed":  # with weight 1 and bias 0
-            imputation = torch.tensor([[0.0], [0.5 + 1 / math.pi]], device=device, dtype=dtype)
-            imputation = imputation.repeat(1, num_features)
-        self.register_buffer("imputation", imputation)
+        imputes = correction is not None and correction_mode == "imputed"
+        self.register_buffer("imputation", self.first_imputation() if imputes else None)
 
+        self.batchnorm_eps = 1e-5
+        """eps of a BatchNorm whose state dict is loaded: torch.nn's, or that of the layer that this one replaced."""
+
+        self.group_size = 0
+        """Channels of a group that is normalised behind this layer (BatchlessChannelNorm), 0 for none."""
         self.account = Account()
         begin_balance([self], None)
         self.first_moment: Tensor | None = None
@@ -134,6 +138,26 @@ class _BatchlessNorm(nn.Module):
         """The layer's part in the probe's forward after a step."""
         self.old_moments: tuple[Tensor, Tensor] | None = None
         """Of the probe's images, under the weights before the step."""
+
+    def first_imputation(self) -> Tensor:
+        """`imputation` before any data, (2, C), for a weight of 1 and a bias of 0."""
+        mean = self.mean
+        rows = torch.tensor([[0.0], [0.5 + 1 / math.pi]], device=mean.device, dtype=mean.dtype)
+        return rows.repeat(1, self.num_features)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any, errors: Any
+    ) -> None:  # fmt: skip
+        """Takes the state dict of a BatchNorm too (norm/batchnorm_state.py)."""
+        if holds_batchnorm(state_dict, prefix):
+            problem = take_batchnorm(self, state_dict, prefix)
+            if problem:
+                errors.append(
+                    f"'{prefix}' is a batchless layer: {problem}. Load into the BatchNorm, then convert_batchnorm."
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )  # fmt: skip
 
     @property
     def std(self) -> Tensor:
@@ -148,8 +172,9 @@ class _BatchlessNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *spatial) to the same shape and dtype; see the class."""
-        self._check_input(x)
-        if self.training and torch.is_grad_enabled():
+        trains = self.training and torch.is_grad_enabled()
+        self._check_input(x, trains=trains)
+        if trains:
             return self._train_forward(x)
         shape = (-1, *([1] * (x.dim() - 2)))
         following = self.take_following()
@@ -186,16 +211,28 @@ class _BatchlessNorm(nn.Module):
 
     def count(self, num_images: int, num_positions: int) -> None:
         """Note the `num_images` of a training forward, and the `num_positions` of each."""
+        self._check_groups(num_positions)
+        check_forward(self)
         self.account.add(num_images, num_positions)
         if self.account.num_uses > 1 and not self.is_reused:
             self.is_reused = True
             begin_balance([self], None)
 
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() not in self._dims or x.shape[1] != self.num_features or x.numel() == 0:
+    def _check_input(self, x: Tensor, *, trains: bool) -> None:
+        fits = x.dim() in self._dims and x.shape[1] == self.num_features
+        if not fits or (x.numel() == 0 and (trains or len(x))):
             dims = " or ".join(f"{d}-dimensional" for d in self._dims)
             raise ValueError(f"{type(self).__name__}({self.num_features}) takes {dims} input, not empty, with {self.num_features} "
                              f"channels on axis 1, got shape {tuple(x.shape)}")  # fmt: skip
+        if len(x):
+            self._check_groups(x.numel() // (x.shape[0] * x.shape[1]))
+
+    def _check_groups(self, num_positions: int) -> None:
+        if self.group_size == num_positions == 1:
+            raise ValueError(
+                "the groups of channels behind this norm have one value each here, which normalisation makes a constant: "
+                "take fewer groups, or larger images"
+            )
 
     def _train_forward(self, x: Tensor) -> Tensor:
         result = batchless_norm(
@@ -261,10 +298,20 @@ class _BatchlessNorm(nn.Module):
             return natural
         return [*natural, self.weight, self.bias]
 
+    @property
+    def weight_version(self) -> int:
+        """Changes whenever an optimizer moves the layer's weight; see `Account`."""
+        return (self.mean if self.weight is None else self.weight)._version
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(f"nn.DataParallel cannot share the statistics of {type(self).__name__}: {USE_PROCESSES}")
+
     def take_following(self) -> Following | None:
         """Its part in the probe's forward, where this is its first use there."""
         if self.following is not None and self.following.found is not None:
             settle_following([self])
+        elif self.following is not None:
+            self.following.begins()
         return self.following
 
     def extra_repr(self) -> str:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bln_train.norm.batchless import BatchlessNorm, BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d, _BatchlessNorm
+from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
+from bln_train.norm.dropout import keep_masks
+from bln_train.norm.replace import replace
 
 _TO_BATCHLESS: dict[type[_BatchNorm], type[_BatchlessNorm]] = {
     nn.BatchNorm1d: BatchlessNorm1d,
@@ -31,6 +34,14 @@ class NormAct(nn.Sequential):
 
     def __init__(self, norm: nn.Module, drop: nn.Module, act: nn.Module) -> None:
         super().__init__(OrderedDict(norm=norm, drop=drop, act=act))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Takes the state dict of what it replaced too, whose entries are the norm's."""
+        if holds_batchnorm(state_dict, prefix):
+            for key in BATCHNORM_KEYS:
+                if prefix + key in state_dict:
+                    state_dict[f"{prefix}norm.{key}"] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 def is_batchnorm(module: nn.Module) -> bool:
@@ -95,6 +106,7 @@ def to_batchless(norm: nn.Module, **settings: Any) -> nn.Module:
     settings.setdefault("eps", min(_LARGEST_EPS, float(std.min())))
     target = next((new for old, new in _TO_BATCHLESS.items() if isinstance(norm, old)), BatchlessNorm2d)
     layer = target(len(mean), affine=affine, device=mean.device, dtype=mean.dtype, **settings)
+    layer.batchnorm_eps = float(norm.eps)  # type: ignore[arg-type]
     copy_batchnorm(norm, layer)
     layer.train(norm.training)
     return with_activation_of(norm, layer)
@@ -185,6 +197,9 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
 
         mean = running_mean,   std = sqrt(running_var + eps),   the same weight and bias
 
+    A state dict with BatchNorm that is loaded later is converted in the same way. Dropout and stochastic depth become those of
+    norm/dropout.py, see `keep_masks`.
+
     Args:
         model: torch.nn's BatchNorms and SyncBatchNorm, torchvision's and timm's frozen ones, and timm's with an activation.
         settings: further arguments of the new layers, see `BatchlessNorm` and `to_batchless`.
@@ -194,7 +209,7 @@ def convert_batchnorm(model: nn.Module, **settings: Any) -> nn.Module:
     Raises:
         ValueError: names every layer that cannot be converted; the model is unchanged then.
     """
-    return _replace_all(model, is_batchnorm, lambda norm: to_batchless(norm, **settings))
+    return keep_masks(_replace_all(model, is_batchnorm, lambda norm: to_batchless(norm, **settings)))
 
 
 def convert_to_batchnorm(model: nn.Module, *, eps: float = 1e-5) -> nn.Module:
@@ -231,28 +246,9 @@ def _replace_all(
                 problems.append(f"{name}: {error}" if name else str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return _replace(model, new.__contains__, new.__getitem__)
-
-
-def replace_modules(model: nn.Module, kind: type[nn.Module], convert: Any) -> nn.Module:
-    """Replace every module of a kind inside `model` by `convert(module)`, in place; one used in two places stays one."""
-    return _replace(model, lambda module: isinstance(module, kind), convert)
+    return replace(model, new.__contains__, new.__getitem__)
 
 
 def replace_batchnorms(model: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Replace every BatchNorm inside `model` by `convert(norm)`, in place, or none; raises ValueError, naming the layers."""
     return _replace_all(model, is_batchnorm, convert)
-
-
-def _replace(model: nn.Module, matches: Callable[[nn.Module], bool], convert: Any) -> nn.Module:
-    done: dict[nn.Module, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if module not in done:
-            done[module] = module if not matches(module) else convert(module)
-            for name, child in list(module._modules.items()) if done[module] is module else []:
-                if child is not None:
-                    setattr(module, name, visit(child))
-        return done[module]
-
-    return visit(model)

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.convert import replace_modules
 from bln_train.norm.fuse import unfuse
+from bln_train.norm.replace import replace_modules
 from bln_train.norm.standardize import StandardizedConv2d, conv_like, standardize_weight
 from bln_train.norm.trace import calls, module_before, trace
 

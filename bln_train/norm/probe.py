@@ -15,7 +15,7 @@ Everything that needs no image is worked out before and after, layers of one kin
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,10 @@ class Following:
         self.table, self.eps, self.shared = table, eps, shared
         self.found: Tensor | None = None
         """(2, C), the change of the mean and the new standard deviation."""
+        self.num = 0
+        """Positions of the images that were followed."""
+        self.begins: Callable[[], object] = lambda: None
+        """Called before the layer follows."""
 
     def normalize_(
         self, y: Tensor, residual: Tensor | None, unit: Tensor | None, activation: Activation, slope: float
@@ -70,6 +74,7 @@ class Following:
             unit: (C,), None for 1.
             slope: of a leaky relu.
         """
+        self.num = y.numel() // y.shape[1]
         kernels = kernels_for(y, self.table.dtype)
         if kernels is None:
             map_(y, residual, self.read(sums_of(y, self.table.dtype), y.numel() // y.shape[1], unit), activation, slope)
@@ -88,6 +93,7 @@ class Following:
     def read(self, sums: Tensor, num: int, unit: Tensor | None) -> Tensor:
         """Follow moments given by the sums of y and y^2 over `num` positions, (2, C): scale and shift of y, (2, C)."""
         std, old_variance, drift, gamma, beta = self.table.unbind(0)
+        self.num = num
         shift, square = sums / num
         mean, variance = moments(torch.zeros_like(shift), shift, square, unit, shared=self.shared)
         guard = (1e-4 + 1 / num) * std * std

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from bln_train.norm.accounts import Account
 from bln_train.norm.balance import begin_balance
 from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.dropout import InstanceDropout, begin_masks, first_masks_again, go_on_with_masks
+from bln_train.norm.loop_checks import USE_PROCESSES, LoopChecks
 from bln_train.norm.probe import prepare_following, settle_following
 from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.update import update_layers
@@ -18,21 +20,37 @@ from bln_train.norm.update import update_layers
 class BatchlessStatistics:
     """The batchless layers of a network, and what a training loop does with them.
 
+    net.train()
     for each effective batch of N images:
         statistics.begin(N, p)                         # the first p images are the probe
-        for each micro-batch:                          # of any size
-            loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
-            (loss / N).backward()
+        with fold_once(folded_layers(net)):            # of a fused network
+            for each micro-batch:                      # of any size
+                loss = cross_entropy(net(x), y, reduction="sum") + statistics.nll()
+                (loss / N).backward()
         statistics.update(N)                           # correction and natural step
         optimizer.step()                               # over everything but statistics.natural_parameters
+        optimizer.zero_grad()
         statistics.follow(lambda: net(first p))        # with p > 0: the statistics follow the weights
+
+    Each call tells what was forgotten before it, see `LoopChecks`: as a RuntimeError, or once as a warning. Masks of the dropout
+    layers that `convert_batchnorm` puts in belong to the images' places in the effective batch: any split has the same, and so has
+    `follow`. With a GradScaler the gradients of `natural_parameters` are to be divided by its scale before `update`, as
+    `unscale_` does with the optimizer's. Several processes share a step in `Trainer` only; DistributedDataParallel is refused.
 
     Args:
         model: any module; one without batchless layers makes every method a no-op.
+
+    Raises:
+        ValueError: the model is or has a DistributedDataParallel or DataParallel.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+                raise ValueError(f"{type(module).__name__} cannot share batchless statistics: {USE_PROCESSES}")
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchlessNorm)}
+        self._dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
+        self._checks = LoopChecks(self.layers)
 
     @property
     def natural_parameters(self) -> list[nn.Parameter]:
@@ -45,7 +63,11 @@ class BatchlessStatistics:
         return [p for m in self.layers.values() if m.statistics == "gradient" for p in (m.mean, m.raw_std)]
 
     def nll(self) -> Tensor | float:
-        """Sum of the layers' negative log likelihoods of the last forward's images; to be added to a summed loss."""
+        """Sum of the layers' negative log likelihoods of the last forward's images, (); to be added to a summed loss.
+
+        Raises:
+            RuntimeError: the forward before had no backward yet, or weights moved without `update`; in backward, a second one.
+        """
         pending = []
         for layer in self.layers.values():
             account = layer.account
@@ -54,7 +76,12 @@ class BatchlessStatistics:
                 account.nll = None
             account.is_open = account.num_to_watch > 0
             account.num_uses = 0
-        return torch.stack(pending).sum() if pending else 0.0
+        if not pending:
+            return 0.0
+        likelihood = torch.stack(pending).sum()
+        self._checks.take(likelihood)
+        go_on_with_masks(self._dropouts)
+        return likelihood
 
     def update(self, num_images: int, run: Run = at_once) -> Tensor | None:
         """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each, None if L = 0.
@@ -62,7 +89,8 @@ class BatchlessStatistics:
         `run` does it (norm/replay.py).
 
         Raises:
-            RuntimeError: a forward's likelihood was never taken by `nll`, so the statistics would not follow the data.
+            RuntimeError: a forward's likelihood was never taken by `nll`, so the statistics would not follow the data; or `begin`,
+                the number of images, a backward or the weight 1/N of an image is missing. The effective batch is forgotten then.
         """
         for name, layer in self.layers.items():
             if layer.account.nll is not None:
@@ -71,18 +99,33 @@ class BatchlessStatistics:
                     f"the likelihood of layer '{name}' was not added to the loss: call nll() after each training forward. "
                     "Activation checkpointing runs forwards again during backward and cannot be used with this layer."
                 )
+        try:
+            self._checks.update(num_images)
+        except RuntimeError:
+            self.discard()
+            raise
+        self._checks.reset()
         return update_layers(list(self.layers.values()), num_images, run) if self.layers else None
 
     def discard(self) -> None:
         """Forget a half-done effective batch."""
+        self._checks.reset()
+        begin_masks(self._dropouts, None)
         for layer in self.layers.values():
             layer.discard()
 
     def begin(self, num_images: int | None, num_watched: int = 0) -> None:
         """Begin an effective batch of `num_images`: the first `num_watched` are noted for `follow`.
 
-        Without it, or where the number is None, the correction of all images is that of the batches before.
+        Where the number is None, the correction of all images is that of the batches before, until `begin_part`.
+
+        Raises:
+            RuntimeError: `update` was not called for the batch before.
         """
+        self._checks.begin(num_images, num_watched)
+        # From PyTorch's generator, so that its seed is the run's; none is drawn where nobody needs one.
+        drawn = self._dropouts and num_images is not None
+        begin_masks(self._dropouts, int(torch.randint(2**62, ())) if drawn else None)
         for layer in self.layers.values():
             layer.account = Account(num_watched)
         self.begin_part(num_images)
@@ -95,7 +138,11 @@ class BatchlessStatistics:
         """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.
 
         Layer after layer, statistics move by what the step did to those images. `run` does it (norm/replay.py).
+
+        Raises:
+            RuntimeError: `update` was not called, the network is in eval mode, or the images are not as many as were watched.
         """
+        self._checks.follow()
         layers = list(self.layers.values())
 
         def kind() -> tuple[Hashable, ...]:
@@ -112,7 +159,8 @@ class BatchlessStatistics:
         layers = list(self.layers.values())
         try:
             prepare_following(layers)
-            forward()
+            with first_masks_again(self._dropouts), self._checks.following():
+                forward()
             settle_following(layers)
         finally:
             for layer in layers:

@@ -194,6 +194,12 @@ def _moments_of(layers: Sequence[_BatchlessNorm], num_images: int) -> tuple[Tens
     return m1, stack(layer.raw_std.grad for layer in layers) * std / (scale * slope) if has_std else unknown
 
 
+def likelihood_moments(layer: _BatchlessNorm, num_images: int) -> tuple[Tensor, Tensor]:
+    """Means of xhat and of xhat^2 of an effective batch, (C,) or (1,) each, off the gradients of the likelihood."""
+    m1, excess = _moments_of([layer], num_images)
+    return m1[0], excess[0] + 1
+
+
 def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict[_BatchlessNorm, _Moments]:
     """Read m1 and m2 off the gradients of the likelihood, and take the natural step if it is ours."""
     first = layers[0]

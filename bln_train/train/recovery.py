@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bln_train.data import ImageSet
 from bln_train.errors import DoesNotFitError
-from bln_train.models.layers import set_instance_seeds
+from bln_train.norm.dropout import set_instance_seeds
 from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.train.step import AccumulationStep, StepTotals
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bln_train.augment import Preprocess
 from bln_train.data import ImageSet
 from bln_train.errors import DivergedError
-from bln_train.models.layers import InstanceDropout, set_instance_seeds
+from bln_train.norm.dropout import InstanceDropout, set_instance_seeds
 from bln_train.norm.fuse import folded_layers
 from bln_train.norm.fused import fold_once
 from bln_train.norm.replay import Run, at_once

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bln_train.build import build_experiment
-from bln_train.norm.convert import replace_modules
+from bln_train.norm.replace import replace_modules
 from bln_train.recipe_file import load_recipe
 from bln_train.records import EpochRecord
 

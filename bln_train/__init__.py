@@ -1,4 +1,4 @@
-"""bln-train: train convolutional networks one image at a time, with the result of the whole batch.
+"""bln-train: train convolutional networks one image at a time; any split of the effective batch gives the same result.
 
 The names in `__all__` are what a program may rely on; they are imported when they are first used, so that neither
 `import bln_train` nor `bln-train --help` loads torch.

@@ -52,12 +52,14 @@ class StepTotals(NamedTuple):
 
 
 class AccumulationStep:
-    """Gradient accumulation that gives the whole effective batch's gradient, whatever the split.
+    """Gradient accumulation whose result is the same for every split of the effective batch.
 
         gradient = 1/N * sum over micro-batches of d/dw [ sum of task losses + sum of likelihoods ]
 
-    The sums are divided by the true number of images N, so ragged micro-batches and a short last batch are exact. The
-    order is: accumulate; add up over the processes; update statistics, which read the gradients; clip; step; drop gradients;
+    The sums are divided by the true number of images N, so ragged micro-batches and a short last batch count right. With a
+    correction (norm/balance.py) d/dw approximates BatchNorm's gradient, and depends on the order of the images.
+
+    The order is: accumulate; add up over the processes; update statistics, which read the gradients; clip; step; drop gradients;
     let the statistics follow the new weights on the batch's first images, the probe. Where loss or gradient is not finite nothing
     follows the sums; see `give_up`.
 

@@ -5,21 +5,21 @@ time the batch's is not known before its last image. What is known is what earli
 this one have left over; that is spread over those to come:
 
     (A, B) of image k  =  d * (prior + (left over by images 0 to k-1) / (N - k + HORIZON))
-    left over by an image  =  d * (its means of g and g*xhat  -  M (A, B)),   M = [[1, m1], [m1, m2]]    m1, m2: its means of xhat, xhat^2
-    d  =  min(1, sqrt(LARGEST_SQUARE / (1 + m2)))
+    left over by an image  =  d * (its means of g and g*xhat  -  [[1, m1], [m1, m2]] (A, B))
+    d  =  min(1, sqrt(LARGEST_SQUARE / (1 + m2)))                              m1, m2: its means of xhat and xhat^2
 
 so that of independent images the variance of N * HORIZON / (N + HORIZON) of them is left at the end, and not that of N. What is
 left is counted as it is: where statistics lag behind, m2 is not 1, and taking out B * xhat as if it were would leave (1 - m2) * B,
 layer after layer. Where xhat is imputed (norm/fused_function.py) what stands in for it counts as xhat.
 
-d bounds the correction whatever the inputs. Without it an image multiplies what is left by 1 - M / (N - k + HORIZON), which grows
-geometrically where a channel is many deviations wide. With it the image's regressors, d * (1, xhat), have a mean square of at most
-c = LARGEST_SQUARE, and one step is that of a least-mean-squares filter with a step size of 1 / (N - k + HORIZON) below 1 / c. Its
-energy balance (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996) gives, with w = (N - k + HORIZON) / (N + HORIZON)
-and h = g - prior's part - what is left's part:
+d bounds the correction whatever the inputs. Without it an image multiplies what is left by 1 - [[1, m1], [m1, m2]] / (N-k+HORIZON),
+which grows geometrically where a channel is many deviations wide. With it the regressors of an image, d * (1, xhat), have a mean
+square of at most c = LARGEST_SQUARE. Each image is then one step of a least-mean-squares filter whose step size is below 1 / c.
+Its energy balance (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996) gives, where g' is g without the prior's
+part, h is g' without the part of what is left, and w = (N - k + HORIZON) / (N + HORIZON):
 
-    sum of w * mean h^2  <=  sum of w * mean (g - prior's part)^2 / (1 - c / HORIZON)          sums over images, means over positions
-    mean (prior's part)^2  <=  c * |prior|^2,   |prior|^2  <=  (4 + 10) * mean g^2 of earlier batches
+    sum of w * mean h^2  <=  sum of w * mean g'^2 / (1 - c / HORIZON)           sums over images, means over positions
+    mean (prior's part)^2  <=  c * |prior|^2,    |prior|^2  <=  (4 + 10) * mean g^2 of earlier batches
 
 No image sees a later one, so any split into micro-batches gives the same; the order of the images counts.
 

@@ -252,9 +252,10 @@ def backward(
     and of g * q.
 
     q is `given` or, where that is None, read off z, less the residual; (A, B) is the image's row of `taken`, (N, 2, C), or that of
-    the one image from prior, state and sums, (2, C), of its forward. grad or grad_y may be grad_out itself: each entry is read before it is written. None: z with
-    the identity, which then needs `given`; given; residual; grad; grad_y, then nothing is written but sums; partials, then there
-    are none; taken; state, then A and B are 0. PER_IMAGE: taken is (N, 3, C): grad_y = third row * g + first + second * q.
+    the one image from prior, state and sums, (2, C), of its forward. grad or grad_y may be grad_out: each entry is read before
+    it is written. None: z with the identity, which then needs `given`; given; residual; grad; grad_y, then nothing is written but
+    sums; partials, then there are none; taken; state, then A and B are 0. PER_IMAGE: taken is (N, 3, C):
+    grad_y = third row * g + first + second * q.
     """
     channels = tl.expand_dims(tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS), AXIS)
     is_channel = channels < num_channels

@@ -144,11 +144,11 @@ def _note_watched(layers: Sequence[_BatchlessNorm]) -> dict[_BatchlessNorm, tupl
     if first.imputation is not None and first.account.shows_relu:
         in_units = torch.ones_like(shift) if unit is None else unit
         covariance = (product - shown * shift) * in_units
-        variance = (square - shift * shift).clamp(min=0) * in_units.square()
+        variance = (square - shift * shift) * in_units.square()
         gamma = stack(layer.weight for layer in layers)
         std = std_from_raw(stack(layer.raw_std for layer in layers), first.parametrization, first.eps)
-        # A nearly dead channel shows nothing of xhat: at most tenfold is read into what it shows.
-        slope = (covariance * std / (gamma * variance)).nan_to_num(0, 0, 0).clamp(min=0.1)
+        # A nearly dead channel shows nothing of xhat: at most tenfold is read into it; one that does not vary says nothing.
+        slope = (covariance * std / (gamma * variance.maximum(1e-4 * std * std))).nan_to_num(0, 0, 0).clamp(min=0.1)
         seen = torch.stack((shown - stack(layer.bias for layer in layers), slope), 1)
         torch._foreach_lerp_(
             [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), IMPUTATION_RATE

@@ -128,8 +128,8 @@ def _add_partials(
 @triton.jit
 def correction_of(prior_shift, prior_slope, left_shift, left_slope, to_come, second):
     """(A, B) of the image that comes next, whose mean of xhat^2 is `second`, and by how much its regressors are scaled down."""
-    rest, scaled = tl.maximum(to_come, HORIZON), LARGEST_SQUARE / (1 + second)
-    damping = tl.sqrt(tl.where(scaled > 1, 1.0, scaled))  # in this order a NaN stays one
+    rest, excess = tl.maximum(to_come, HORIZON), (1 + second) / LARGEST_SQUARE
+    damping = 1 / tl.sqrt(tl.where(excess < 1, 1.0, excess))  # in this order a NaN stays one
     return damping * (prior_shift + left_shift / rest), damping * (prior_slope + left_slope / rest), damping
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.rng import keep_mask
 
 
@@ -27,8 +26,6 @@ def init_he(model: nn.Module) -> None:
             nn.init.kaiming_uniform_(module.weight, a=1.0)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, StandardizedConv2d):  # as training will keep them, folded or not
-            centre_filters(module.weight)
 
 
 class InstanceDropout(nn.Module):

@@ -20,6 +20,7 @@ from bln_train.models.names import is_foreign
 from bln_train.models.trained import build_trained_model
 from bln_train.norm.compiled import why_not_compiled
 from bln_train.norm.fuse import fuse
+from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.norm.triton_launch import why_not_triton
 from bln_train.optim import Schedule, build_optimizer, parameter_groups
@@ -28,6 +29,7 @@ from bln_train.recipe import Recipe
 from bln_train.recipe_norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe_sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
+from bln_train.resolve import resolve
 from bln_train.train.graph import MOST_PIXELS, GraphedSteps
 from bln_train.train.step import AccumulationStep
 from bln_train.train.trainer import Trainer
@@ -37,6 +39,8 @@ from bln_train.train.trainer import Trainer
 class Experiment:
     """A recipe, ready to run."""
 
+    recipe: Recipe
+    """With numbers in the place of each `auto` of its model and norm."""
     trainer: Trainer
     """Takes the steps."""
     model: nn.Module
@@ -134,7 +138,8 @@ def assemble(
     """What trains a network that is there: folded layers, optimizer, step and trainer."""
     notices = list(notices)
     preprocess.prepare(device, *data.train.images.shape[-2:])  # which is no part of a step
-    probe_images = build_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
+    num_probe = build_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
+    recipe = resolve(recipe, probe_images=num_probe, num_processes=world.size)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model)
         why = _why_not_compiled(device)
@@ -149,7 +154,7 @@ def assemble(
         preprocess,
         device=device,
         micro_batch_size=recipe.first_micro_batch_size,
-        probe_images=probe_images,
+        probe_images=num_probe,
         balanced_parts=_balanced_parts(recipe, world),
         label_smoothing=recipe.train.label_smoothing,
         clip_norm=None if recipe.accumulates_into_momentum else recipe.optimizer.clip_norm,
@@ -171,7 +176,7 @@ def assemble(
         detail_every_steps=recipe.runtime.log_every_steps,
         on_nonfinite=recipe.train.on_nonfinite,
     )
-    return Experiment(trainer, model, data, device, images, tuple(notices))
+    return Experiment(recipe, trainer, model, data, device, images, tuple(notices))
 
 
 def _balanced_parts(recipe: Recipe, world: World) -> int:
@@ -278,7 +283,13 @@ def build_network(
             )
     except ValueError as error:
         raise UsageError(f"model {recipe.model.name} with norm {recipe.norm.name}: {error}") from error
-    return model.to(dtype), notices
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(
+            module, StandardizedConv2d
+        ):  # as training keeps them, folded or not; in the precision of training
+            centre_filters(module.weight)
+    return model, notices
 
 
 def _why_not_compiled(device: torch.device) -> str:

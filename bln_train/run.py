@@ -16,6 +16,7 @@ import torch
 
 from bln_train import runtime
 from bln_train.build import Experiment, build_experiment
+from bln_train.build_data import eval_batch_size
 from bln_train.checkpoint_list import has_checkpoint, settle
 from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
 from bln_train.micro_batch import planned_advice, settle_micro_batch
@@ -28,6 +29,7 @@ from bln_train.recipe_norms import BatchlessNormSection
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.report.board import open_board, require_tensorboard
 from bln_train.report.runlog import METRICS, RECIPE, RunFolder
+from bln_train.resolve import as_begun, resolve_batch_sizes
 from bln_train.run_lock import locked
 from bln_train.signals import StopRequested, never, stop_requests, write_now
 from bln_train.train.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
@@ -85,9 +87,11 @@ def _run(
     writes = world.rank == 0
     world.wait()  # a folder that rank 0 refuses is not read
     found = find_checkpoint(folder.path) if resume and has_checkpoint(folder.path) else None
+    if resume and folder.holds_run:
+        recipe = as_begun(recipe, folder.recipe())
     with explained_failures(recipe):
         experiment = build_experiment(recipe, initialize=found is None, world=world)
-    trainer = experiment.trainer
+    recipe, trainer = experiment.recipe, experiment.trainer
     news: list[str] = []
     if found is not None:
         trainer.load_state_dict(found.state)
@@ -98,6 +102,8 @@ def _run(
             return summary  # it was finished: nothing to compute, nothing to overwrite
     with explained_failures(recipe):
         notices = [*experiment.notices, *_settle(recipe, experiment, None if found is None else found.state)]
+    micro = trainer.take_step.micro_batch_size
+    recipe = resolve_batch_sizes(recipe, micro_batch_size=micro, eval_batch_size=eval_batch_size(recipe, micro))
     begin_together(world, recipe, experiment)
     if found is None and recipe.model.init is not None:
         with explained_failures(recipe):
@@ -200,9 +206,6 @@ def _settle(recipe: Recipe, experiment: Experiment, state: dict[str, Any] | None
         (None, None) if state is None else (state.get("micro_batch_size"), state.get("asked_micro_batch_size"))
     )
     is_auto = recipe.train.micro_batch_size == "auto"
-    if is_auto and used is not None and recipe.norm.name == "batch":  # another one would be another result
-        experiment.trainer.take_step.micro_batch_size = int(used)
-        return [f"micro-batch {used}, as before: BatchNorm's result depends on it."]
     ran_out = used is not None and asked is not None and used < asked
     text = settle_micro_batch(
         recipe, experiment, at_most=int(used) if is_auto and used is not None and ran_out else None

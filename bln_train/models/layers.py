@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bln_train.norm.standardize import StandardizedConv2d, centre_filters
-
 
 class NormFactory(Protocol):
     """How a network asks for a norm of `num_features` channels over inputs with `num_axes` spatial axes (0 or 2)."""
@@ -26,8 +24,6 @@ def init_he(model: nn.Module) -> None:
             nn.init.kaiming_uniform_(module.weight, a=1.0)
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, StandardizedConv2d):  # as training will keep them, folded or not
-            centre_filters(module.weight)
 
 
 class ShortcutA(nn.Module):

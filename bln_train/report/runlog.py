@@ -1,6 +1,6 @@
 """A run folder: what a run leaves on disk, and how to read it back. No torch here.
 
-recipe.yaml       the resolved recipe, every default written out
+recipe.yaml       the resolved recipe: every default, and the number that each `auto` stood for
 environment.json  versions, device, threads
 metrics.jsonl     one record per line (records.py), each with its `kind`
 checkpoint.pt     the latest state (train/checkpoint.py); those before it and checkpoints.json: checkpoint_list.py
@@ -28,6 +28,7 @@ from bln_train.errors import RunFolderError
 from bln_train.recipe import Recipe
 from bln_train.recipe_file import dump_recipe, load_any_recipe, load_recipe
 from bln_train.records import EpochRecord, MemoryRecord, Record, record_from_dict, record_to_dict
+from bln_train.resolve import as_begun
 from bln_train.run_lock import LOCK
 from bln_train.synthetic_recipe import SyntheticRecipe
 
@@ -52,7 +53,7 @@ def _finite(data: Any) -> Any:
 
 
 def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe) -> bool:
-    """Whether two recipes compute the same run, apart from how it is sliced, logged and how long it may go on."""
+    """Whether `new` goes on with the run of `old`, apart from how it is sliced, logged and how long it may go on."""
     if isinstance(old, SyntheticRecipe) or isinstance(new, SyntheticRecipe):
         return type(old) is type(new) and old.model_dump(exclude={"runtime"}) == new.model_dump(exclude={"runtime"})
 
@@ -66,7 +67,7 @@ def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe
             data["optimizer"].pop("accumulate_into", None)
         return data
 
-    return essence(old) == essence(new)
+    return essence(old) == essence(as_begun(new, old))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from bln_train.norm.foldable import is_plain, what_is_around
 class _Tracer(fx.Tracer):
     """Stops at torch.nn's layers, at every module without children, ours among them, and where something is around a forward."""
 
+    proxy_buffer_attributes = True  # what is made of a buffer is made again in each forward
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None:
             return True

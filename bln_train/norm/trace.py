@@ -67,6 +67,6 @@ def calls(graph: fx.Graph, modules: dict[str, nn.Module], kind: type | tuple[typ
 def module_before(norm: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.Module] | None:
     """The call whose output a norm takes, and its module; None where something other than a module gave it."""
     source = norm.args[0] if norm.args else None
-    if not isinstance(source, fx.Node) or source.op != "call_module":
-        return None
+    if not isinstance(source, fx.Node) or source.op != "call_module" or str(source.target) not in modules:
+        return None  # of no module, or of a folded layer by now
     return source, modules[str(source.target)]

@@ -141,7 +141,7 @@ def assemble(
     num_probe = build_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
     recipe = resolve(recipe, probe_images=num_probe, num_processes=world.size)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
-        notices += _fuse(model)
+        notices += _fuse(model, images.image_size if is_foreign(recipe.model.name) else None)
         why = _why_not_compiled(device)
         if why:
             notices.append(f"Folded norms run PyTorch's operators, which is slower than compiled kernels: {why}.")
@@ -209,9 +209,12 @@ def _graphs(recipe: Recipe, step: AccumulationStep, image_size: int) -> GraphedS
     return None
 
 
-def _fuse(model: nn.Module) -> Iterator[str]:
-    """Fold norms into convolutions; notes those that stay, by reason."""
-    report = fuse(model)
+def _fuse(model: nn.Module, checked_size: int | None) -> Iterator[str]:
+    """Fold norms into convolutions, checked on a random image of a size where one is given; notes those that stay, by reason."""
+    example = None
+    if checked_size is not None:  # a network that others wrote
+        example = torch.randn(1, 3, checked_size, checked_size, generator=torch.Generator().manual_seed(0))
+    report = fuse(model, check=example)
     by_reason: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         by_reason.setdefault(reason, []).append(name)

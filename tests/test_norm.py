@@ -246,7 +246,6 @@ def test_probe_follows_an_affine_change_of_the_input(share):
     norm = BatchlessNorm2d(4, share=share, statistics="gradient", init_mean=0.3, init_std=2.0, dtype=torch.float64)
     x = torch.randn(6, 4, 5, 5, dtype=torch.float64)
     statistics = BatchlessStatistics(norm)
-    norm.requires_grad_(False)
     watch(statistics, lambda part: norm(part), x)
     statistics.follow(lambda: norm(3 * x + 2))
     axes = (0, 2, 3) if share == "channel" else (0, 1, 2, 3)
@@ -264,7 +263,6 @@ def test_probe_of_two_values_that_all_but_agree_moves_the_deviation_little():
     """A dense layer has two values of two images. By chance they agree, and their ratio would be 100 a step, each step."""
     norm = BatchlessNorm1d(1, statistics="gradient", dtype=torch.float64)
     statistics = BatchlessStatistics(norm)
-    norm.requires_grad_(False)
     watch(statistics, lambda part: norm(part), torch.tensor([[0.5], [0.51]], dtype=torch.float64))
     statistics.follow(lambda: norm(torch.tensor([[0.0], [1.0]], dtype=torch.float64)))
     assert 1 < float(norm.std.detach()) < 1.3  # sqrt((0.25 + 0.5) / 0.5)
@@ -279,7 +277,6 @@ def test_probe_without_change_is_the_identity_also_for_a_layer_used_twice():
         return norm(5 * norm(part) + 1)
 
     statistics = BatchlessStatistics(norm)
-    norm.requires_grad_(False)
     watch(statistics, net, x)
     before = copy.deepcopy(norm.state_dict())
     statistics.follow(lambda: net(x))

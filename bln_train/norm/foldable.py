@@ -106,3 +106,15 @@ def fits_residual(shape: tuple[int, ...], residual: Sequence[int]) -> bool:
         return torch.broadcast_shapes(shape, tuple(residual)) == shape
     except RuntimeError:
         return False
+
+
+def keeps_shape(linear: Any) -> bool:
+    """Whether the output has the input's shape."""
+    if isinstance(linear, nn.Linear):
+        return bool(linear.in_features == linear.out_features)
+    return linear.in_channels == linear.out_channels and all(
+        stride == 1 and 2 * padding == dilation * (kernel - 1)
+        for stride, padding, dilation, kernel in zip(
+            linear.stride, linear.padding, linear.dilation, linear.kernel_size, strict=True
+        )
+    )

@@ -16,7 +16,7 @@ from bln_train.norm.compiled import TYPES, library
 from bln_train.norm.constants import measure, measure_once, must_recompute
 from bln_train.norm.convolution import DirectConvolution, direct_convolution
 from bln_train.norm.epilogue import Activation, activate_, map_
-from bln_train.norm.foldable import fits_residual, shape_after, why_not_foldable
+from bln_train.norm.foldable import fits_residual, keeps_shape, shape_after, why_not_foldable
 from bln_train.norm.fused_function import (
     Constants,
     Plan,
@@ -216,7 +216,7 @@ class FoldedConvNorm:
 
     def _linear_(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The linear operation; into x's own memory where nothing else wants x and the shape stays, a quarter at a time."""
-        if self.input_is_free and self.in_parts and autocast_dtype(x) is None and _keeps_shape(self.linear):
+        if self.input_is_free and self.in_parts and autocast_dtype(x) is None and keeps_shape(self.linear):
             for part in x.split(max(2, x.shape[0] // 4)):  # of single images PyTorch makes slower convolutions
                 part.copy_(self.apply_linear(part, weight, bias))
             return x
@@ -308,18 +308,6 @@ class FoldedChain:
 
     def __repr__(self) -> str:
         return f"FoldedChain({', '.join(repr(step.layer) for step in self.plan.steps)})"
-
-
-def _keeps_shape(linear: Any) -> bool:
-    """Whether the output has the input's shape."""
-    if isinstance(linear, nn.Linear):
-        return bool(linear.in_features == linear.out_features)
-    return linear.in_channels == linear.out_channels and all(
-        stride == 1 and 2 * padding == dilation * (kernel - 1)
-        for stride, padding, dilation, kernel in zip(
-            linear.stride, linear.padding, linear.dilation, linear.kernel_size, strict=True
-        )
-    )
 
 
 class _Begun(NamedTuple):

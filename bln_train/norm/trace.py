@@ -13,6 +13,8 @@ from bln_train.norm.foldable import is_plain, what_is_around
 class _Tracer(fx.Tracer):
     """Stops at torch.nn's layers, at every module without children, ours among them, and where something is around a forward."""
 
+    proxy_buffer_attributes = True  # what is made of a buffer is made again in each forward
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if super().is_leaf_module(m, module_qualified_name) or next(m.children(), None) is None:
             return True
@@ -65,6 +67,6 @@ def calls(graph: fx.Graph, modules: dict[str, nn.Module], kind: type | tuple[typ
 def module_before(norm: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.Module] | None:
     """The call whose output a norm takes, and its module; None where something other than a module gave it."""
     source = norm.args[0] if norm.args else None
-    if not isinstance(source, fx.Node) or source.op != "call_module":
-        return None
+    if not isinstance(source, fx.Node) or source.op != "call_module" or str(source.target) not in modules:
+        return None  # of no module, or of a folded layer by now
     return source, modules[str(source.target)]

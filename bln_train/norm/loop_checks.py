@@ -43,7 +43,7 @@ def check_forward(layer: _BatchlessNorm) -> None:
     """
     account = layer.account
     if not account.num_images:
-        if nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+        if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(f"DistributedDataParallel cannot share batchless statistics: {USE_PROCESSES}")
         account.weight_version = layer.weight_version
     elif account.nll is not None and account.weight_version != layer.weight_version and layer.mean.requires_grad:
@@ -83,6 +83,7 @@ class LoopChecks:
         self.num_begun: int | None = None
         self.num_to_watch = self.num_taken = self.num_backward = 0
         self._weight: Tensor | None = None
+        self._versions: list[int] = []
 
     @property
     def is_balanced(self) -> bool:
@@ -105,10 +106,13 @@ class LoopChecks:
     def take(self, likelihood: Tensor) -> None:
         """A loss takes the likelihood, (), of a forward."""
         if self.num_begun is None:
-            if not self.has_begun and self._has_stepped():
-                self._fail(
-                    "weights moved since the training forwards before: call update(N) before the optimizer's step"
-                )
+            if not self.has_begun:
+                versions = [layer.weight_version for layer in self.layers.values()]
+                if self._versions not in ([], versions):
+                    self._fail(
+                        "weights moved since the training forwards before: call update(N) before the optimizer's step"
+                    )
+                self._versions = versions
             return
         if self.num_taken > self.num_backward and self.is_balanced:
             self._fail(
@@ -142,15 +146,16 @@ class LoopChecks:
             self._fail(
                 f"update({num_images}) after begin({self.num_begun}): both take the images of the effective batch"
             )
-        seen = [layer.account.num_forwarded for layer in self.layers.values()]
-        if seen and num_images not in seen:
+        counts = [layer.account.num_forwarded for layer in self.layers.values()]
+        if counts and num_images not in counts:
             self._fail(
-                f"the training forwards between begin({num_images}) and update({num_images}) had {max(seen)} images: give both the "
-                "number of images that there are"
+                f"the training forwards between begin({num_images}) and update({num_images}) had {max(counts)} images: give both "
+                "the number of images that there are"
             )
         if self.num_backward < self.num_taken:
             self._fail(f"{self.num_taken} forwards and {self.num_backward} backwards: call backward() before update()")
-        if self._has_stepped():
+        seen = [layer for layer in self.layers.values() if layer.account.num_images]
+        if any(layer.account.weight_version != layer.weight_version for layer in seen):
             self._fail("weights moved since the forwards: call update(N) before the optimizer's step")
         for name, layer in self.layers.items():
             if layer.account.num_images and layer.mean.requires_grad and layer.mean.grad is None:
@@ -240,12 +245,6 @@ class LoopChecks:
                 )
         self.num_watched, self._positions = 0, {}
         self.is_told = self.is_told or bool(counted)
-
-    def _has_stepped(self) -> bool:
-        return any(
-            layer.account.num_images and layer.account.weight_version != layer.weight_version
-            for layer in self.layers.values()
-        )
 
     def _fail(self, text: str) -> None:
         raise RuntimeError(text)

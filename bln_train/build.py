@@ -313,6 +313,8 @@ def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
         )
     if recipe.train.effective_batch_size > len(data.train):
         yield f"The effective batch is the whole data set: {len(data.train)} images, not {recipe.train.effective_batch_size}."
+    if recipe.model.init is not None:
+        yield from _notices_of_trained_weights(recipe)
     if recipe.model.init is not None and getattr(recipe.norm, "init_images", None) == DEFAULT_INIT_IMAGES:
         yield "norm.init_images is not used: with model.init the statistics are the trained ones."
     optimizer = recipe.optimizer
@@ -321,6 +323,21 @@ def _notices(recipe: Recipe, data: DataSet, world: World) -> Iterator[str]:
             "The update is clipped, not the gradient: gradients gather in the momentum, whose norm is bounded by "
             f"optimizer.clip_norm / (1 - momentum) = {optimizer.clip_norm:g} / (1 - {optimizer.momentum:g})."
         )
+
+
+def _notices_of_trained_weights(recipe: Recipe) -> Iterator[str]:
+    bound = recipe.optimizer.clip_norm
+    text = (
+        "no bound on the gradient norm"
+        if bound is None
+        else f"a gradient norm of at most {bound:g} (optimizer.clip_norm)"
+    )
+    if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.statistics == "natural":
+        text = (
+            f"statistics that keep to the trained ones (norm.statistics_rate {recipe.norm.statistics_rate:g}) and follow the "
+            f"weights by the probe, {text}"
+        )
+    yield f"Trained weights of model.init: no standardised weights, {text}."
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:

@@ -5,6 +5,8 @@ Reading files, `--set` and error places are in `recipe_file.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from bln_train.errors import UsageError
@@ -30,6 +32,10 @@ from bln_train.recipe_sections import (
 )
 
 _OURS = ("batchless", "batchless-plain")  # the presets that are not the paper's
+TRAINED_STATISTICS_RATE = 1e-3
+"""norm.statistics_rate with model.init: statistics that came with the weights follow these by the probe, and hardly the images."""
+TRAINED_CLIP_NORM = 20.0
+"""optimizer.clip_norm with model.init, for every norm: without standardised weights gradients are that much longer."""
 
 
 class Recipe(Section):
@@ -52,6 +58,19 @@ class Recipe(Section):
     logging: Logging = Logging()
     """Where figures go besides `metrics.jsonl`."""
     _of_trained_weights: bool = PrivateAttr(default=False)  # see `untrained`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_for_trained_weights(cls, data: Any) -> Any:
+        """Other defaults with model.init: `TRAINED_STATISTICS_RATE`, `TRAINED_CLIP_NORM`."""
+        if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or data["model"].get("init") is None:
+            return data
+        norm, optimizer = data.get("norm"), data.get("optimizer")
+        if isinstance(norm, dict) and norm.get("name") in _OURS and norm.get("statistics", "natural") == "natural":
+            data = {**data, "norm": {"statistics_rate": TRAINED_STATISTICS_RATE, **norm}}
+        if isinstance(optimizer, dict):
+            data = {**data, "optimizer": {"clip_norm": TRAINED_CLIP_NORM, **optimizer}}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -3,6 +3,8 @@
 import json
 import re
 
+from helpers import tiny_recipe
+
 from bln_train.migrate import migrate
 from bln_train.recipe_file import load_recipe
 from bln_train.report.runlog import RunFolder
@@ -36,4 +38,32 @@ def test_a_fine_tuning_run_begins_with_what_its_weights_are_worth(tmp_path):
         assert len(said) == 1
         loss, accuracy, num = re.search(r"test loss ([\d.]+), accuracy ([\d.]+) % over (\d+) images", said[0]).groups()
         assert (loss, accuracy, num) == (f"{found.loss:.4f}", f"{100 * found.accuracy:.2f}", "30")
-        assert said[0] in [getattr(record, "text", "") for record in records]
+        texts = [getattr(record, "text", "") for record in records]
+        assert said[0] in texts
+        (told,) = [text for text in texts if text.startswith("Trained weights of model.init")]
+        assert ("norm.statistics_rate 0.001" in told) == (norm == "batchless")
+        assert "a gradient norm of at most 20" in told
+
+
+def test_trained_weights_have_defaults_of_their_own():
+    """The statistics keep to the trained ones and the bound is that of unstandardised weights, unless the recipe says otherwise."""
+    for name, rate in (("batchless", 1e-3), ("batchless-plain", 1e-3), ("batch", None), ("batchless-paper", None)):
+        recipe = tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, norm={"name": name})
+        assert recipe.optimizer.clip_norm == 20
+        assert getattr(recipe.norm, "statistics_rate", None) == rate
+        untrained = tiny_recipe(model={"name": "resnet8"}, norm={"name": name})
+        assert untrained.optimizer.clip_norm == 1
+        assert getattr(untrained.norm, "statistics_rate", None) == (0.1 if rate else None)
+    stated = {
+        "norm": {"name": "batchless", "statistics_rate": 0.05},
+        "optimizer": {"name": "sgd", "lr": 0.1, "clip_norm": None},
+    }
+    recipe = tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, **stated)
+    assert (recipe.norm.statistics_rate, recipe.optimizer.clip_norm) == (0.05, None)
+    assert recipe.with_norm("batchless-plain").norm.statistics_rate == 1e-3
+    assert (
+        tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, norm={"name": "batch"})
+        .with_norm("batchless")
+        .norm.statistics_rate
+        == 1e-3
+    )

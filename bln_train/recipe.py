@@ -32,7 +32,7 @@ from bln_train.recipe_sections import (
 )
 
 _OURS = ("batchless", "batchless-plain")  # the presets that are not the paper's
-TRAINED_STATISTICS_RATE = 1e-3
+TRAINED_STATISTICS_RATE = 1e-2
 """norm.statistics_rate with model.init: statistics that came with the weights follow these by the probe, and hardly the images."""
 TRAINED_CLIP_NORM = 20.0
 """optimizer.clip_norm with model.init, for every norm: without standardised weights gradients are that much longer."""

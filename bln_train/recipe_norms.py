@@ -45,7 +45,7 @@ class BatchlessNormSection(Section):
     """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the
     paper."""
     statistics_rate: PositiveFloat | None = None
-    """natural: rate of the moving averages, at most 1, outside the schedule, default 0.1, and 0.001 with model.init, whose
+    """natural: rate of the moving averages, at most 1, outside the schedule, default 0.1, and 0.01 with model.init, whose
     statistics follow the weights by the probe; gradient: learning rate of the statistics (under the schedule), default that of the
     weights."""
     nll_weight: PositiveFloat = 1.0

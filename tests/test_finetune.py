@@ -41,13 +41,13 @@ def test_a_fine_tuning_run_begins_with_what_its_weights_are_worth(tmp_path):
         texts = [getattr(record, "text", "") for record in records]
         assert said[0] in texts
         (told,) = [text for text in texts if text.startswith("Trained weights of model.init")]
-        assert ("norm.statistics_rate 0.001" in told) == (norm == "batchless")
+        assert ("norm.statistics_rate 0.01" in told) == (norm == "batchless")
         assert "a gradient norm of at most 20" in told
 
 
 def test_trained_weights_have_defaults_of_their_own():
     """The statistics keep to the trained ones and the bound is that of unstandardised weights, unless the recipe says otherwise."""
-    for name, rate in (("batchless", 1e-3), ("batchless-plain", 1e-3), ("batch", None), ("batchless-paper", None)):
+    for name, rate in (("batchless", 1e-2), ("batchless-plain", 1e-2), ("batch", None), ("batchless-paper", None)):
         recipe = tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, norm={"name": name})
         assert recipe.optimizer.clip_norm == 20
         assert getattr(recipe.norm, "statistics_rate", None) == rate
@@ -60,10 +60,10 @@ def test_trained_weights_have_defaults_of_their_own():
     }
     recipe = tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, **stated)
     assert (recipe.norm.statistics_rate, recipe.optimizer.clip_norm) == (0.05, None)
-    assert recipe.with_norm("batchless-plain").norm.statistics_rate == 1e-3
+    assert recipe.with_norm("batchless-plain").norm.statistics_rate == 1e-2
     assert (
         tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, norm={"name": "batch"})
         .with_norm("batchless")
         .norm.statistics_rate
-        == 1e-3
+        == 1e-2
     )

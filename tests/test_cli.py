@@ -17,7 +17,7 @@ from PIL import Image
 import bln_train
 from bln_train.recipe_file import load_recipe, shipped_recipes
 from bln_train.records import EpochRecord, MemoryRecord, StepRecord
-from bln_train.report.runlog import RunFolder
+from bln_train.report.runlog import RunFolder, same_trajectory
 
 
 def tensors_of(checkpoint):
@@ -41,7 +41,11 @@ def tensors_of(checkpoint):
 def test_run_folder_holds_everything(finished):
     """A run folder holds the recipe as it was resolved, every record, the environment, weights and summary."""
     recipe, folder, _, _ = finished
-    assert load_recipe(folder / "recipe.yaml") == load_recipe(recipe)
+    written = load_recipe(folder / "recipe.yaml")
+    assert same_trajectory(written, load_recipe(recipe))
+    assert written.train.effective_batch_size == 16
+    for section in (written.model, written.norm, written.train):
+        assert "auto" not in section.model_dump().values()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == len(list(RunFolder(folder).records()))
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]

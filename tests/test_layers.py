@@ -22,6 +22,7 @@ LAYERS = [
         "recipe_file",
         "recipe_new",
         "recipe_schema",
+        "resolve",
         "synthetic_recipe",
         "models.names",
         "shapes",

@@ -34,8 +34,9 @@ from bln_train.recipe_sections import (
 _OURS = ("batchless", "batchless-plain")  # the presets that are not the paper's
 TRAINED_STATISTICS_RATE = 1e-2
 """norm.statistics_rate with model.init: statistics that came with the weights follow these by the probe, and hardly the images."""
-TRAINED_CLIP_NORM = 20.0
-"""optimizer.clip_norm with model.init, for every norm: without standardised weights gradients are that much longer."""
+TRAINED_CLIP_STEP = 0.1
+"""optimizer.clip_norm * optimizer.lr with model.init, for every norm: without standardised weights gradients are long, and what harms
+is a long step."""
 
 
 class Recipe(Section):
@@ -62,14 +63,14 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_for_trained_weights(cls, data: Any) -> Any:
-        """Other defaults with model.init: `TRAINED_STATISTICS_RATE`, `TRAINED_CLIP_NORM`."""
+        """Other defaults with model.init: `TRAINED_STATISTICS_RATE`, `TRAINED_CLIP_STEP`."""
         if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or data["model"].get("init") is None:
             return data
         norm, optimizer = data.get("norm"), data.get("optimizer")
         if isinstance(norm, dict) and norm.get("name") in _OURS and norm.get("statistics", "natural") == "natural":
             data = {**data, "norm": {"statistics_rate": TRAINED_STATISTICS_RATE, **norm}}
-        if isinstance(optimizer, dict):
-            data = {**data, "optimizer": {"clip_norm": TRAINED_CLIP_NORM, **optimizer}}
+        if isinstance(optimizer, dict) and isinstance(optimizer.get("lr"), int | float) and optimizer["lr"] > 0:
+            data = {**data, "optimizer": {"clip_norm": TRAINED_CLIP_STEP / optimizer["lr"], **optimizer}}
         return data
 
     @model_validator(mode="after")

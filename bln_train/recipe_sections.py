@@ -125,8 +125,8 @@ class _Optimizer(Section):
     weight_decay: NonNegative = 5e-4
     """Factor of the weights in their gradient; on convolution and linear weights only, not on biases, norms and statistics."""
     clip_norm: PositiveFloat | None = 1.0
-    """Bound on the global norm of the effective batch's mean gradient; null for none; default 1, and 20 with model.init. A
-    comparison bounds every norm alike."""
+    """Bound on the global norm of the effective batch's mean gradient; null for none; default 1, and with model.init
+    0.1 / lr, whatever the norm: a step is then at most 0.1 long before momentum."""
 
 
 class SgdSection(_Optimizer):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from helpers import tiny_recipe
 
 from bln_train.migrate import migrate
@@ -42,14 +43,14 @@ def test_a_fine_tuning_run_begins_with_what_its_weights_are_worth(tmp_path):
         assert said[0] in texts
         (told,) = [text for text in texts if text.startswith("Trained weights of model.init")]
         assert ("norm.statistics_rate 0.01" in told) == (norm == "batchless")
-        assert "a gradient norm of at most 20" in told
+        assert "a gradient norm of at most 1 (optimizer.clip_norm)" in told  # 0.1 / 0.1
 
 
 def test_trained_weights_have_defaults_of_their_own():
     """The statistics keep to the trained ones and the bound is that of unstandardised weights, unless the recipe says otherwise."""
     for name, rate in (("batchless", 1e-2), ("batchless-plain", 1e-2), ("batch", None), ("batchless-paper", None)):
         recipe = tiny_recipe(model={"name": "resnet8", "init": "a.pt"}, norm={"name": name})
-        assert recipe.optimizer.clip_norm == 20
+        assert recipe.optimizer.clip_norm == pytest.approx(0.1 / recipe.optimizer.lr)
         assert getattr(recipe.norm, "statistics_rate", None) == rate
         untrained = tiny_recipe(model={"name": "resnet8"}, norm={"name": name})
         assert untrained.optimizer.clip_norm == 1

@@ -35,8 +35,8 @@ _OURS = ("batchless", "batchless-plain")  # the presets that are not the paper's
 TRAINED_STATISTICS_RATE = 1e-2
 """norm.statistics_rate with model.init: statistics that came with the weights follow these by the probe, and hardly the images."""
 TRAINED_CLIP_STEP = 0.1
-"""optimizer.clip_norm * optimizer.lr with model.init, for every norm: without standardised weights gradients are long, and what harms
-is a long step."""
+"""optimizer.clip_norm * optimizer.lr with model.init, for every norm: gradients of weights that are not standardised are long, and
+what harms is a long step."""
 
 
 class Recipe(Section):

@@ -270,7 +270,7 @@ def test_probe_of_two_values_that_all_but_agree_moves_the_deviation_little():
 
 def test_probe_without_change_is_the_identity_also_for_a_layer_used_twice():
     """With the same weights on both sides nothing moves, however often the network uses the layer."""
-    norm = BatchlessNorm1d(3, statistics="gradient", dtype=torch.float64)
+    norm = BatchlessNorm1d(3, statistics="gradient", correction_rate=0.0, dtype=torch.float64)
     x = torch.randn(6, 3, dtype=torch.float64)
 
     def net(part):

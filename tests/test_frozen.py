@@ -234,12 +234,12 @@ def test_a_norm_that_is_frozen_during_a_step_stays_from_there_on(fused, when):
         statistics.begin(len(IMAGES), 4)
         ((net(IMAGES).square().sum() + statistics.nll()) / len(IMAGES)).backward()
         if when == "before the update":
-            how(net)
+            how(net.first)
             before = copy.deepcopy(net.state_dict())
             statistics.update(len(IMAGES))
         else:
             statistics.update(len(IMAGES))
-            how(net)
+            how(net.first)
             before = copy.deepcopy(net.state_dict())
         with torch.no_grad():
             net.first.conv.weight += 0.1
@@ -247,7 +247,7 @@ def test_a_norm_that_is_frozen_during_a_step_stays_from_there_on(fused, when):
         statistics.follow(lambda net=net: net(IMAGES[:4]))
         after = net.state_dict()
         kinds = ("mean", "raw_std") if how is statistics_frozen else ("mean", "raw_std", "correction", "imputation")
-        names = [name for name in after if name.rpartition(".")[2] in kinds]
+        names = [name for name in after if name.startswith("first.") and name.rpartition(".")[2] in kinds]
         assert names
         for name in names:
             assert torch.equal(before[name], after[name]), name

@@ -13,6 +13,7 @@ from bln_train.build import build_experiment
 from bln_train.memory.sweep import measure_saved_bytes
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics, convert_batchnorm
+from bln_train.norm.dropout import InstanceDropout
 from bln_train.norm.fuse import folded_layers, fuse, unfuse
 from bln_train.norm.fused import FoldedConvNorm, fold_once
 from bln_train.norm.standardize import StandardizedConv2d
@@ -173,7 +174,7 @@ def test_fuse_changes_nothing_but_what_is_kept(make, num_folded, num_kept):
     torch.manual_seed(0)
     model = make()
     for m in model.modules():
-        if isinstance(m, nn.Dropout):
+        if isinstance(m, InstanceDropout):
             m.p = 0.0
         if isinstance(m, BatchlessNorm2d):
             m.correction.normal_(0, 0.1)

@@ -193,6 +193,7 @@ def test_natural_step_is_an_exact_moving_average(parametrization, share):
     assert norm.mean.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:the statistics of")  # they are far off
 def test_natural_step_counts_a_layer_used_twice_once():
     """A layer that a network calls twice gets the mean of both inputs' statistics, not their sum."""
     norm = BatchlessNorm1d(3, statistics_rate=1.0, dtype=torch.float64)
@@ -232,7 +233,7 @@ def test_constant_input_cannot_blow_up():
 
 def watch(statistics, net, x):
     """Training forwards of a batch that begins with x, in ragged micro-batches, and the update after them."""
-    statistics.begin(2 * len(x), len(x))
+    statistics.begin(None, len(x))  # without backwards
     batch = torch.cat((x, torch.randn_like(x)))
     for part in batch.split(4):
         net(part)
@@ -270,7 +271,7 @@ def test_probe_of_two_values_that_all_but_agree_moves_the_deviation_little():
 
 def test_probe_without_change_is_the_identity_also_for_a_layer_used_twice():
     """With the same weights on both sides nothing moves, however often the network uses the layer."""
-    norm = BatchlessNorm1d(3, statistics="gradient", correction_rate=0.0, dtype=torch.float64)
+    norm = BatchlessNorm1d(3, statistics="gradient", dtype=torch.float64)
     x = torch.randn(6, 3, dtype=torch.float64)
 
     def net(part):

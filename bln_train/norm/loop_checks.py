@@ -146,7 +146,7 @@ class LoopChecks:
             self._fail(
                 f"update({num_images}) after begin({self.num_begun}): both take the images of the effective batch"
             )
-        counts = [layer.account.num_forwarded for layer in self.layers.values()]
+        counts = [layer.account.num_forwarded for layer in self.layers.values() if layer.training]
         if counts and num_images not in counts:
             self._fail(
                 f"the training forwards between begin({num_images}) and update({num_images}) had {max(counts)} images: give both "

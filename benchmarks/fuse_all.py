@@ -115,9 +115,9 @@ def give_statistics(model: nn.Module, x: Tensor) -> None:
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Outputs and gradients of one training step's forward and backward."""
+    torch.manual_seed(1)  # of dropout, whose masks may be drawn by begin or by the forward
     statistics = BatchlessStatistics(model)
     statistics.begin(len(x))
-    torch.manual_seed(1)
     with fold_once(folded_layers(model)):
         outputs = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
         generator = torch.Generator().manual_seed(2)

@@ -127,10 +127,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _run(twin: nn.Module, fused: FusedForward | None, x: Tensor) -> Found:
     """Outputs and gradients of one training forward and backward; fused as in a training step."""
+    torch.manual_seed(0)  # of dropout, whose masks may be drawn by begin or by the forward
     statistics = BatchlessStatistics(twin)
     statistics.begin(len(x))
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
-    torch.manual_seed(0)
     try:
         with fold_once(() if fused is None else fused.layers):
             leaves = tree_leaves(twin(x) if fused is None else fused(x))

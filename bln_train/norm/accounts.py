@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
 
 class Account:
-    """What the forwards of one effective batch leave in a layer; a new one begins each."""
+    """What the forwards of one effective batch leave in a layer; a new one begins each. A copy of the layer gets an empty one.
 
-    def __init__(self, num_to_watch: int = 0) -> None:
+    Args:
+        num_to_watch: images of the probe.
+        has_begun: whether the number of images is known, and their correction balanced.
+    """
+
+    def __init__(self, num_to_watch: int = 0, *, has_begun: bool = False) -> None:
+        self.has_begun = has_begun
         self.nll: Tensor | None = None
         """() likelihood of the last forward's images, until the loss takes it."""
         self.num_images = self.num_positions = 0
@@ -36,6 +42,9 @@ class Account:
         """(4, C), see `watch`."""
         self.unit: Tensor | None = None
         self.shows_relu = False
+
+    def __reduce__(self) -> tuple[type[Account], tuple[()]]:
+        return Account, ()  # tensors of a graph cannot be copied, and a copy has no effective batch under way
 
     def add(self, num_images: int, num_positions: int) -> None:
         """Count a training forward's images, and the positions of each."""

@@ -214,7 +214,7 @@ class _BatchlessNorm(nn.Module):
         self._check_groups(num_positions)
         check_forward(self)
         self.account.add(num_images, num_positions)
-        if self.account.num_uses > 1 and not self.is_reused:
+        if self.account.has_begun and self.account.num_uses > 1 and not self.is_reused:
             self.is_reused = True
             begin_balance([self], None)
 

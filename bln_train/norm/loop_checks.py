@@ -25,8 +25,6 @@ USE_PROCESSES = (
 _GIVE_UP = "call discard() to give an effective batch up"
 _FAR_OFF = math.log(2)
 """Of a channel's log of the mean of xhat^2."""
-_SMALLEST_LOSS_SCALE = 2048
-"""A GradScaler begins with 65536; a smaller power of two is taken for a loss that was divided by another number of images."""
 
 _NOISE = (
     "the forward of follow() drew random numbers before a norm, and not those that training drew for these images: statistics then "
@@ -147,7 +145,7 @@ class LoopChecks:
                 f"update({num_images}) after begin({self.num_begun}): both take the images of the effective batch"
             )
         counts = [layer.account.num_forwarded for layer in self.layers.values() if layer.training]
-        if counts and num_images not in counts:
+        if len(set(counts)) == 1 and num_images not in counts:  # in a branch there may be fewer
             self._fail(
                 f"the training forwards between begin({num_images}) and update({num_images}) had {max(counts)} images: give both "
                 "the number of images that there are"
@@ -180,7 +178,8 @@ class LoopChecks:
         if abs(ratio - 1) < 1e-2 or not (natural or self.is_balanced):
             return
         exponent = math.log2(ratio) if ratio > 0 else 0.5
-        if abs(exponent - round(exponent)) > 1e-3 or ratio < _SMALLEST_LOSS_SCALE:
+        # A loss that was not divided has a ratio of num_images, one that was divided by a micro-batch a smaller one.
+        if abs(exponent - round(exponent)) > 1e-3 or ratio <= num_images:
             self._fail(
                 f"an image has a weight of {ratio / num_images:.3g} in the loss, not of 1/{num_images}: with N the images of the "
                 "effective batch, ((loss summed over images + nll()) / N).backward()"
@@ -236,13 +235,17 @@ class LoopChecks:
         yield
         if before is not None and after is not None and not all(map(torch.equal, before, after)):
             self._warn(_NOISE)
-        for layer, watched in counted.items():
-            following = layer.following
-            if following is not None and following.num not in (0, watched):
-                self._fail(
-                    f"follow() ran on {following.num * self.num_watched / watched:g} images, and begin() watched "
-                    f"{self.num_watched}: give follow the first {self.num_watched} images of the effective batch, in one forward"
-                )
+        nums = {layer: layer.following.num for layer in counted if layer.following is not None and layer.following.num}
+        others = [layer for layer, num in nums.items() if num != counted[layer]]
+        if others and len(others) == len(nums):
+            num = nums[others[0]] * self.num_watched / counted[others[0]]
+            self._fail(
+                f"follow() ran on {num:g} images, and begin() watched {self.num_watched}: give follow the first "
+                f"{self.num_watched} images of the effective batch, in one forward"
+            )
+        for layer in others:  # images took another branch than in training: there is nothing to compare
+            assert layer.following is not None
+            layer.following.found = None
         self.num_watched, self._positions = 0, {}
         self.is_told = self.is_told or bool(counted)
 

@@ -26,7 +26,7 @@ from bln_train.norm.compiled import address
 from bln_train.norm.epilogue import Activation, code, kernels_for, map_, num_threads, sums_of
 from bln_train.norm.functional import raw_from_std, std_from_raw
 from bln_train.norm.layout import in_order_of
-from bln_train.norm.update import by_kind, may_follow, moments, stack
+from bln_train.norm.update import by_kind, finite_or, may_follow, moments, stack
 
 if TYPE_CHECKING:
     from bln_train.norm.batchless import _BatchlessNorm
@@ -136,7 +136,10 @@ def settle_following(layers: Sequence[_BatchlessNorm]) -> None:
         first = group[0]
         changes, stds = stack(found[layer] for layer in group)[..., : first.mean.numel()].unbind(1)
         raws = raw_from_std(stds, first.parametrization, first.eps)
-        torch._foreach_add_([layer.mean for layer in group], list(changes.unbind(0)))
+        raws = finite_or(raws, stack(layer.raw_std for layer in group))
+        torch._foreach_add_(
+            [layer.mean for layer in group], list(finite_or(changes, torch.zeros_like(changes)).unbind(0))
+        )
         torch._foreach_copy_([layer.raw_std for layer in group], list(raws.unbind(0)))
     for layer in layers:
         if layer.following is not None:

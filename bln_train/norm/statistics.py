@@ -76,12 +76,11 @@ class BatchlessStatistics:
                 account.nll = None
             account.is_open = account.num_to_watch > 0
             account.num_uses = 0
-        if not pending:
-            return 0.0
-        likelihood = torch.stack(pending).sum()
-        self._checks.take(likelihood)
+        likelihood = torch.stack(pending).sum() if pending else None
+        if likelihood is not None:
+            self._checks.take(likelihood)
         go_on_with_masks(self._dropouts)
-        return likelihood
+        return 0.0 if likelihood is None else likelihood
 
     def update(self, num_images: int, run: Run = at_once) -> Tensor | None:
         """Update each layer from the gradients of an effective batch of `num_images`; (L,) nll of each, None if L = 0.
@@ -127,7 +126,7 @@ class BatchlessStatistics:
         drawn = self._dropouts and num_images is not None
         begin_masks(self._dropouts, int(torch.randint(2**62, ())) if drawn else None)
         for layer in self.layers.values():
-            layer.account = Account(num_watched)
+            layer.account = Account(num_watched, has_begun=True)
         self.begin_part(num_images)
 
     def begin_part(self, num_images: int | None) -> None:

@@ -40,6 +40,11 @@ def stack(vectors: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([vector.detach() for vector in vectors if vector is not None])
 
 
+def finite_or(new: Tensor, old: Tensor) -> Tensor:
+    """The new values, and the old ones where those are not finite: of a step that a gradient scaler will skip."""
+    return torch.where(new.isfinite(), new, old)
+
+
 class _Moments(NamedTuple):
     """What the gradients of the likelihood say of a layer's last effective batch."""
 
@@ -175,10 +180,12 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
     # Statistics of a whole layer say nothing of its channels' own moments.
     knows = first.share == "channel" and all(_learns(first))
     m1, excess = _moments_of(layers, num_images) if knows else (torch.zeros_like(of_bias),) * 2
-    found = regression(seen, (m1, excess + 1))
-    torch._foreach_lerp_(
-        [x.correction for x in layers if x.correction is not None], list(found.unbind(1)), first.correction_rate
-    )
+    found = regression(seen, (m1, excess + 1)).transpose(0, 1)
+    corrections = [layer.correction for layer in layers if layer.correction is not None]
+    found = torch.where(
+        found.isfinite().all(1, keepdim=True), found, stack(corrections)
+    )  # a step that a scaler will skip
+    torch._foreach_lerp_(corrections, list(found.unbind(0)), first.correction_rate)
 
 
 def _moments_of(layers: Sequence[_BatchlessNorm], num_images: int) -> tuple[Tensor, Tensor]:
@@ -212,10 +219,10 @@ def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict
         new_raw = raw_from_std((std * growth).clamp(min=first.eps), first.parametrization, first.eps)
         has_mean, has_std = _learns(first)
         if has_mean:
-            new_mean = torch.addcmul(mean, std, m1, value=rate)
+            new_mean = finite_or(torch.addcmul(mean, std, m1, value=rate), mean)
             torch._foreach_copy_([layer.mean for layer in layers], list(new_mean.unbind(0)))
         if has_std:
-            torch._foreach_copy_([layer.raw_std for layer in layers], list(new_raw.unbind(0)))
+            torch._foreach_copy_([layer.raw_std for layer in layers], list(finite_or(new_raw, raw).unbind(0)))
     nll = excess.mean(1) / 2
     nll = nll if first.gauge else nll + 0.5 + std.log().mean(1)
     parts = zip(m1.unbind(0), (excess + 1).unbind(0), nll.unbind(0), strict=True)

@@ -65,7 +65,9 @@ def test_verdict_of_a_comparison_comes_first(folders, tmp_path):
     share = f"{100 * peak / (12 * 2**20):.1f} % of the memory budget of 12.00 MiB"
     assert f"Fits: batchless, micro-batch 4 of 16 takes {share}: a peak of {format_bytes(peak)}" in text
     differing = text[text.index("Settings that differ") :].split("\n\n")[1].splitlines()
-    assert cells(differing[2])[:3] == ["norm.name", "batch", "batchless"]
+    rows = {cells(line)[0]: cells(line)[1:3] for line in differing[2:]}
+    assert rows["norm.name"] == ["batch", "batchless"]
+    assert rows["model.weight\\_standardization"] == ["false", "true"]
     assert not any("seed" in line for line in differing)
 
 

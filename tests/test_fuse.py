@@ -3,9 +3,12 @@
 import contextlib
 import copy
 import io
+import operator
 import pickle
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import largest_difference
@@ -334,6 +337,25 @@ def overwrites_the_output(net, x):
     return net.last(y) + x
 
 
+def other_name_is_overwritten(net, x):
+    """A list holds the first addend, too."""
+    maps = [x]
+    x += net.norm(net.conv(F.relu(x)))
+    return net.last(maps[0] * 2 + x)
+
+
+def other_name_is_overwritten_by_a_method(net, x):
+    half = x[:1]
+    x.add_(net.norm(net.conv(F.relu(x))))
+    return half * 2 + x
+
+
+def residual_is_overwritten_before_the_activation(net, x):
+    y = net.norm(net.conv(F.relu(x))) + x
+    more = x.mul_(2)
+    return F.relu(y) + more
+
+
 CALLS = {
     "by keyword": lambda net, x: net.norm(net.conv(input=x)),
     "norm by keyword": lambda net, x: net.norm(x=net.conv(x)),
@@ -343,6 +365,11 @@ CALLS = {
     "overwritten": overwritten,
     "overwritten before the norm": overwritten_before_the_norm,
     "overwrites the output": overwrites_the_output,
+    "written into the norm's": lambda net, x: operator.iadd(net.norm(net.conv(x)), x),
+    "other name": other_name_is_overwritten,
+    "other name, method": other_name_is_overwritten_by_a_method,
+    "residual overwritten": residual_is_overwritten_before_the_activation,
+    "a number with two names": lambda net, x: (lambda n: net.norm(net.conv(x)) * (operator.iadd(n, 1) * n))(x.shape[0]),
     "inplace silu": lambda net, x: net.last(F.silu(net.norm(net.conv(x)), inplace=True)),
 }
 
@@ -376,6 +403,129 @@ def test_a_forward_that_makes_constants_is_not_traced():
     report = fuse(model)
     assert "makes a tensor that depends on no input" in report.kept["norm"]
     assert set(vars(model)) | set(dict(model.named_buffers())) == names
+
+
+def switched(switch):
+    def features(net, x):
+        with switch():
+            x = F.relu(net.norm(net.conv(x)))
+        return net.last(x)
+
+    return features
+
+
+def counts(net, x):
+    net.num_calls = getattr(net, "num_calls", 0) + 1
+    return net.norm(net.conv(x)) * min(1.0, net.num_calls / 10)
+
+
+def remembers(net, x):
+    net.seen.append(x)
+    net.last.aux = x.mean()
+    return net.norm(net.conv(x))
+
+
+def draws(number):
+    return lambda net, x: net.norm(net.conv(x)) if number() < 0.5 else net.last(net.norm(net.conv(x)))
+
+
+NOT_IN_A_GRAPH = {
+    "no_grad": (switched(torch.no_grad), "its forward switches gradients off in places"),
+    "inference_mode": (switched(torch.inference_mode), "its forward switches gradients off in places"),
+    "autocast": (
+        switched(lambda: torch.autocast("cpu", enabled=False)),
+        "its forward switches autocast on or off in places",
+    ),
+    "counter": (counts, "its forward changes the attribute 'num_calls' of Calls"),
+    "attribute of a part": (remembers, "its forward changes the attribute 'aux' of Conv2d"),
+    "list": (lambda net, x: net.seen.append(x) or net.norm(net.conv(x)), "its forward changes attributes of modules"),
+    "torch's random": (draws(lambda: torch.rand(())), "its forward draws random numbers in Python"),
+    "Python's random": (draws(random.random), "its forward draws random numbers in Python"),
+    "numpy's random": (draws(np.random.rand), "its forward draws random numbers in Python"),
+}
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu")])
+@pytest.mark.parametrize("how", NOT_IN_A_GRAPH)
+def test_a_network_that_does_more_than_a_graph_knows_is_left_alone(how, around):
+    """Attributes and random states are those before fusing, wherever fuse is called."""
+    forward, reason = NOT_IN_A_GRAPH[how]
+    model = Calls(forward)
+    model.seen = []
+    before = {module: dict(vars(module)) for module in model.modules()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    with around():
+        assert fuse(model).kept == {"norm": reason}
+    assert not folded_layers(model)
+    assert {module: dict(vars(module)) for module in model.modules()} == before
+    assert not model.seen
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert str(np.random.get_state()) == str(states[2])
+
+
+def test_a_network_that_switches_nothing_is_fused_under_no_grad_and_autocast():
+    for around in (torch.no_grad(), torch.autocast("cpu")):
+        with around:
+            assert fuse(Calls(lambda net, x: net.norm(net.conv(x)))).folded == ("norm",)
+
+
+class Masked(nn.Module):
+    """conv + norm, with arguments that have defaults."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), BatchlessNorm2d(3)
+
+    def forward(self, x, mask=None, *more, double=False, **names):
+        if isinstance(x, torch.Tensor):
+            x = x - 0.5
+        out = F.relu(self.norm(self.conv(x)))
+        out = out if mask is None else out * mask
+        return sum(more, out * 2 if double else out) + len(names)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "is_folded"),
+    [
+        ((1,), {}, True),
+        ((), {"x": 1}, True),
+        ((1, None), {"double": False}, True),
+        ((1, 2), {}, False),
+        ((1,), {"mask": 2}, False),
+        ((1,), {"double": True}, False),
+        ((1, None, 3), {}, False),
+        ((1,), {"other": 3}, False),
+    ],
+)
+def test_arguments_other_than_the_traced_ones_run_the_networks_own_forward(monkeypatch, args, kwargs, is_folded):
+    """Arguments with defaults are traced with these; numbers here are factors of an image."""
+    x = torch.randn(2, 3, 5, 5)
+    args = [x * value if isinstance(value, int) else value for value in args]
+    kwargs = {name: x * value if type(value) is int else value for name, value in kwargs.items()}
+    model = drawn(Masked())
+    wanted = model(*args, **kwargs)
+    assert fuse(model).folded == ("norm",)
+    runs = []
+    plain = FoldedConvNorm.apply_linear
+    monkeypatch.setattr(FoldedConvNorm, "apply_linear", lambda self, *a: runs.append(1) or plain(self, *a))
+    torch.testing.assert_close(model(*args, **kwargs), wanted, rtol=1e-9, atol=1e-9)
+    assert bool(runs) == is_folded
+
+
+def test_what_is_no_tensor_and_what_is_missing_are_the_networks_own_business():
+    class First(OnAxes):
+        def forward(self, x):
+            return super().forward(x[0] if isinstance(x, tuple) else x)
+
+    model = drawn(First(nn.Linear(4, 6), 6))
+    x = torch.randn(3, 4)
+    wanted = model(x)
+    assert fuse(model).folded == ("norm",)
+    for argument in (x, (x, "label")):
+        torch.testing.assert_close(model(argument), wanted, rtol=1e-9, atol=1e-9)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        model()
 
 
 def test_a_part_in_eval_mode_does_what_it_does_unfused():

@@ -28,8 +28,12 @@ def fuse(model: nn.Module, *, check: Tensor | None = None) -> FuseReport:
 
     Parameters, buffers, modules, state dict and the forward in eval mode stay what they are; a copy, and what is loaded from a
     pickle, is fused over its own parts. Only layers of known types are folded, to which nobody has added hooks, parametrisations or
-    a forward. A network that torch.fx cannot trace, or whose forward depends on data, is left alone. Replace layers (conversion,
-    a new head), and add hooks, before.
+    a forward. A network that torch.fx cannot trace, or whose forward depends on data, is left alone. So is one whose forward draws
+    random numbers in Python, changes attributes of modules, or switches gradients or autocast in places. Traced is the forward of
+    tensors, with the defaults of other arguments; called with others, the network runs unfused.
+
+    Replace layers (conversion, a new head), add hooks, and set attributes that the forward asks for, before. After such a change
+    call `unfuse`, then `fuse` again. What a forward asks of the type of an inner value, only `check` sees.
 
     Args:
         check: an example input, one image (1, C, *spatial) say, that goes forward and backward through both forms, in float64 and

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.foldable import what_is_around
 from bln_train.norm.fuse_graph import chain_layers, fold_norms
 from bln_train.norm.fused import FoldedChain, FoldedConvNorm
-from bln_train.norm.trace import trace
+from bln_train.norm.trace import inputs_of, trace
 
 
 class _Built(NamedTuple):
     """What a forward was built from a network."""
 
     function: Callable[..., Any] | None
-    """Takes the network's arguments; None where nothing is folded."""
+    """Takes the inputs that were traced; None where nothing is folded."""
     layers: tuple[FoldedConvNorm, ...]
     folded: tuple[str, ...]
     kept: dict[str, str]
     asking: tuple[nn.Module, ...]
     """Modules whose eval mode the traced forward may know nothing of."""
+    signature: inspect.Signature = inspect.Signature()
+    """Of the network's forward."""
+    inputs: tuple[str, ...] = ()
+    """Names of the arguments that were traced."""
 
 
 class FusedForward:
     """A network's forward that runs folded layers in training mode and the network's own in eval mode.
+
+    The network's own runs, too, where an argument with a default has another value, or one without is no tensor.
 
     Copies and pickles hold the network and no layer: they are built again, over the parts of the copy, when they are first used.
 
@@ -44,9 +52,24 @@ class FusedForward:
         """The network's."""
         model, built = self.model, self._built
         # Traced in training mode; what eval mode does is the original's business.
-        if built.function is None or not model.training or not all(module.training for module in built.asking):
-            return type(model).forward(model, *args, **kwargs)
-        return built.function(*args, **kwargs)
+        if built.function is not None and model.training and all(module.training for module in built.asking):
+            inputs = self._inputs(args, kwargs)
+            if inputs is not None:
+                return built.function(*inputs)
+        return type(model).forward(model, *args, **kwargs)
+
+    def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
+        """The traced inputs among a call's arguments; None where one is no tensor, or another argument is not its default."""
+        signature, names = self._built.signature, self._built.inputs
+        if kwargs or len(args) != len(names):
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                return None  # the network says so itself
+            if any(given[name] is not signature.parameters[name].default for name in given if name not in names):
+                return None
+            args = [given[name] for name in names]
+        return args if all(isinstance(value, Tensor) for value in args) else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_own": None}
@@ -99,7 +122,8 @@ def _build(model: nn.Module, skipped: Mapping[str, str]) -> _Built:
     graph.lint()
     folded = tuple(name for name in norms if name not in kept)
     function = _function(graph, _Scope(model, chains)) if layers else None
-    return _Built(function, tuple(layers.values()), folded, kept, asking)
+    signature = inspect.signature(functools.partial(type(model).forward, model))
+    return _Built(function, tuple(layers.values()), folded, kept, asking, signature, tuple(inputs_of(signature)))
 
 
 def _function(graph: fx.Graph, scope: _Scope) -> Callable[..., Any]:

@@ -15,18 +15,14 @@ from bln_train.norm.epilogue import Activation
 from bln_train.norm.foldable import is_plain, what_is_added, why_not_foldable
 from bln_train.norm.fused import FoldedChain, FoldedConvNorm
 from bln_train.norm.fused_function import Plan, Step
-from bln_train.norm.trace import calls, module_before
+from bln_train.norm.trace import IN_PLACE, calls, module_before
 
-_ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+_ADDS: tuple[Any, ...] = (operator.add, IN_PLACE["iadd"], torch.add)
 _RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_)
 _LEAKY_RELUS: tuple[Any, ...] = (F.leaky_relu, F.leaky_relu_)
 # What keeps its input for backward, whatever we do; the activations unless they overwrite it.
 _KEEPS_INPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.MaxPool2d, nn.GroupNorm)
 _KEEPS_INPUT_UNLESS_INPLACE = (nn.SiLU, nn.GELU, nn.Hardswish)
-
-_INPLACE_OPERATORS: tuple[Any, ...] = (
-    *(getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem")),
-)
 
 Layers = dict[fx.Node, FoldedConvNorm]
 """The folded layers, by the node that calls each."""
@@ -63,7 +59,7 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
         return "it is called with more than its input, or the convolution is"
     if len(source.users) > 1:
         return "the convolution's output is used elsewhere too"
-    if _is_overwritten_after(source, modules):
+    if _is_overwritten_after(source, source.args[0], modules):
         return "the convolution's input is overwritten later"
     assert isinstance(layer, _BatchlessNorm)
 
@@ -71,15 +67,16 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
     groups, channel = _groups(norm, layer, modules)
     normed = last = norm if groups is None else groups
     add = _only_user(normed)
-    if add is None or not _is_add(add):
-        add = None
+    if add is None or not _is_add(add) or (add.args[0] is not normed and _overwrites(add, add.args[0], modules)):
+        add = None  # an addend that is written into may have other names
     else:
         other = next((a for a in add.args if a is not normed), None)
-        if isinstance(other, fx.Node):  # not x + x, which has one argument
+        # Not x + x, which has one argument.
+        if isinstance(other, fx.Node) and not _is_overwritten_after(add, other, modules):
             last, residual = add, other
             module = modules.get(str(other.target)) if other.op == "call_module" and len(other.users) == 1 else None
             start = other.args[0] if _is_shortcut(module) and _takes_one(other) else None
-            if isinstance(start, fx.Node):
+            if isinstance(start, fx.Node) and not _is_overwritten_after(other, start, modules):
                 residual, passed, shortcut = start, other, module
     activation: Activation = "identity"
     slope = 0.0
@@ -159,12 +156,11 @@ def _takes_one(node: fx.Node) -> bool:
     return len(node.args) == 1 and not node.kwargs
 
 
-def _is_overwritten_after(source: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether what a call reads is overwritten after it: a folded layer reads it later, and keeps it for backward."""
-    value = source.args[0]
-    order = {node: n for n, node in enumerate(source.graph.nodes)}
+def _is_overwritten_after(reader: fx.Node, value: Any, modules: dict[str, nn.Module]) -> bool:
+    """Whether what a call reads is overwritten after it: a folded layer reads it later, and may keep it for backward."""
+    order = {node: n for n, node in enumerate(reader.graph.nodes)}
     users = value.users if isinstance(value, fx.Node) else ()
-    return any(order[user] > order[source] and _overwrites(user, value, modules) for user in users)
+    return any(order[user] > order[reader] and _overwrites(user, value, modules) for user in users)
 
 
 def _overwrites(node: fx.Node, value: Any, modules: dict[str, nn.Module]) -> bool:
@@ -175,7 +171,7 @@ def _overwrites(node: fx.Node, value: Any, modules: dict[str, nn.Module]) -> boo
         return bool(getattr(modules.get(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     is_inplace = name.endswith("_") and not name.endswith("__")
-    return is_inplace or bool(node.kwargs.get("inplace")) or node.target in _INPLACE_OPERATORS
+    return is_inplace or bool(node.kwargs.get("inplace")) or node.target in IN_PLACE.values()
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -325,7 +325,9 @@ def fold_once(layers: Iterable[FoldedConvNorm], run: Run = at_once) -> Iterator[
     then enter the convolution, their scale goes into the norm's map, and gradients gather in `weight.grad` as if the scale
     were constant, to be projected together at the end: no copy of a weight or of a gradient is ever made. What `weight.grad`
     held on entry passes through untouched. Gradients of the norms' parameters gather apart and are added to theirs at the end. No
-    gradient of these layers' parameters passes through autograd: hooks on them are not called.
+    gradient of these layers' parameters passes through autograd: hooks on them are not called. The loss may depend on a
+    standardised convolution's weight through these layers alone. What else enters its gradient inside, of a penalty on the weight
+    or another layer that shares it, is projected and scaled with the rest, and wrong. Add such a term's gradient after.
 
     Args:
         run: does what is to be done before and after (norm/replay.py).

@@ -55,6 +55,7 @@ LAYERS = [
         "norm.fuse_check",
         "norm.fuse_forward",
         "norm.fuse_graph",
+        "norm.side_effects",
         "norm.trace",
         "norm.triton_groups",
         "norm.triton_kernels",

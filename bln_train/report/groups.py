@@ -114,5 +114,7 @@ def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
 
 def _task(group: Group) -> tuple[object, ...]:
     recipe = group.first.recipe
-    model = recipe.model.model_copy(update={"weight_standardization": "auto"})  # an aid of the norm, on its own line of the report
+    model = recipe.model.model_copy(
+        update={"weight_standardization": "auto"}
+    )  # an aid of the norm, on its own line of the report
     return recipe.data, model, recipe.train.epochs, recipe.train.max_steps

@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics, convert_batchnorm, fold_once, folded_layers, fuse
-from bln_train.norm.fuse_check import TOLERANCE, largest_difference
+from bln_train.norm.fused.check import TOLERANCE, largest_difference
 
 NUM_IMAGES = 2
 FAMILIES_OF_A_FILE = 4

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bln_train.build import Experiment, build_experiment
+    from bln_train.build.experiment import Experiment, build_experiment
     from bln_train.errors import BlnError
-    from bln_train.export import ImageClassifier, export_run, load_merged
+    from bln_train.export.export import ImageClassifier, export_run, load_merged
     from bln_train.norm import (
         BatchlessChannelNorm,
         BatchlessNorm,
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
         standardize_once,
         unfuse,
     )
-    from bln_train.recipe import Recipe
-    from bln_train.recipe_file import load_recipe
+    from bln_train.recipe.load import load_recipe
+    from bln_train.recipe.recipe import Recipe
     from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
     from bln_train.train.trainer import Trainer
 
@@ -90,14 +90,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Experiment": "build",
-    "build_experiment": "build",
+    "Experiment": "build.experiment",
+    "build_experiment": "build.experiment",
     "BlnError": "errors",
-    "ImageClassifier": "export",
-    "export_run": "export",
-    "load_merged": "export",
-    "Recipe": "recipe",
-    "load_recipe": "recipe_file",
+    "ImageClassifier": "export.export",
+    "export_run": "export.export",
+    "load_merged": "export.export",
+    "Recipe": "recipe.recipe",
+    "load_recipe": "recipe.load",
     "EpochRecord": "records",
     "MemoryRecord": "records",
     "NoticeRecord": "records",

@@ -1,6 +1,6 @@
 """`python -m bln_train`, also under torchrun."""
 
-from bln_train.cli import main
+from bln_train.cli.app import main
 
 if __name__ == "__main__":
     main()

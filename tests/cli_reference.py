@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from bln_train.cli import app
+from bln_train.cli.app import app
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- commands: written by `python tests/cli_reference.py` -->\n"

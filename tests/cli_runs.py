@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from bln_train import cli
+from bln_train.cli import app as cli
 
 RECIPE = {
     "data": {"name": "shapes", "num_train": 48, "num_test": 20},

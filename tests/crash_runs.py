@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers import tiny_recipe
 
-from bln_train.build import build_experiment
-from bln_train.checkpoint_list import checkpoint_files
+from bln_train.build.experiment import build_experiment
+from bln_train.experiments.run import run
 from bln_train.records import EpochRecord, StepRecord, record_to_dict
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
-from bln_train.run_lock import LOCK
-from bln_train.train.checkpoint import find_checkpoint, load_checkpoint
+from bln_train.runs.checkpoint import find_checkpoint, load_checkpoint
+from bln_train.runs.checkpoint_list import checkpoint_files
+from bln_train.runs.folder import RunFolder
+from bln_train.system.lock import LOCK
 
 NUM_STEPS = 24
 RECIPE = tiny_recipe(

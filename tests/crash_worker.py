@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from bln_train.errors import BlnError
-from bln_train.recipe import Recipe
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
+from bln_train.experiments.run import run
+from bln_train.recipe.recipe import Recipe
+from bln_train.runs.folder import RunFolder
 
 
 def break_disk(fault, at):

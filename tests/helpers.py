@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
-from bln_train.recipe import Recipe
+from bln_train.build.experiment import build_experiment
+from bln_train.recipe.recipe import Recipe
 from bln_train.train.trainer import Trainer
 
 ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}

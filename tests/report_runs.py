@@ -6,9 +6,9 @@ import shutil
 import pytest
 from helpers import tiny_recipe
 
-from bln_train.recipe_file import dump_recipe
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
+from bln_train.experiments.run import run
+from bln_train.recipe.load import dump_recipe
+from bln_train.runs.folder import RunFolder
 
 HOSTILE = "<script>document.title='run'</script><img src=http://example.org/x>'\"&|`" + "W" * 120
 

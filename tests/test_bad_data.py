@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from torchvision import datasets
 
-from bln_train.data import load_dataset
+from bln_train.data.datasets import load_dataset
+from bln_train.data.image_folder import decode
 from bln_train.errors import DataError
-from bln_train.image_folder import decode
 
 
 def write_folder(root: Path, classes: tuple[str, ...] = ("ant", "bee"), num: int = 2) -> Path:

@@ -5,12 +5,12 @@ import torch
 from helpers import largest_difference, tiny_recipe
 from torch import nn
 
-from bln_train.build import build_experiment
-from bln_train.data import ImageSet
+from bln_train.build.experiment import build_experiment
+from bln_train.data.datasets import ImageSet
 from bln_train.errors import UsageError
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, regression
-from bln_train.parallel import World
+from bln_train.train.distributed import World
 
 
 def drawn(num_images=40, std=1.0, dtype=torch.float64):

@@ -10,11 +10,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import ENVIRONMENT
 
-from bln_train import cli
-from bln_train.recipe import Recipe
+from bln_train.cli import app as cli
+from bln_train.experiments.run import run
+from bln_train.recipe.recipe import Recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
+from bln_train.runs.folder import RunFolder
 
 TINY = {
     "data": {"name": "shapes", "num_train": 48, "num_test": 20},
@@ -158,7 +158,7 @@ def test_nothing_is_imported_where_it_is_off(tmp_path):
     data = {**TINY, "train": {**TINY["train"], "max_steps": 1}, "logging": {"tensorboard": False}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
     program = (
-        "import sys; from bln_train.cli import app; app(['run', 'r.yaml', '--out', 'run', '--json'], standalone_mode=False);"
+        "import sys; from bln_train.cli.app import app; app(['run', 'r.yaml', '--out', 'run', '--json'], standalone_mode=False);"
         "assert not [name for name in sys.modules if 'tensorboard' in name]"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)

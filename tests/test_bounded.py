@@ -15,7 +15,7 @@ from torch import nn
 
 from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d, BatchlessStatistics, fold_once, folded_layers, fuse
 from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, balance_images, regression
-from bln_train.norm.compiled import use_compiled
+from bln_train.norm.kernels.compiled import use_compiled
 
 N, C = 16, 16  # channels that the compiled kernels take
 KINDS = ["normal", "zero", "one value", "a value for each channel", "far off", "wide, narrow, in turn"]

@@ -10,18 +10,13 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
-from bln_train.norm import (
-    BatchlessNorm1d,
-    BatchlessNorm2d,
-    fuse,
-    initialize_statistics,
-)
-from bln_train.norm.moments import Moments
-from bln_train.norm.paused import PausedForward
-from bln_train.norm.strata import find_strata
-from bln_train.recipe import Recipe
+from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, fuse, initialize_statistics
+from bln_train.norm.calibrate.moments import Moments
+from bln_train.norm.calibrate.paused import PausedForward
+from bln_train.norm.calibrate.strata import find_strata
+from bln_train.recipe.recipe import Recipe
 
 WAYS = [(1, False), (2, False), (1, True), (2, True)]
 
@@ -225,7 +220,7 @@ def test_micro_batches_that_part_ways_are_refused_with_cache():
 def test_more_waiting_forwards_than_threads_are_refused(monkeypatch):
     """A thread for each micro-batch and OpenMP helper, up to a bound; beyond it ValueError, and none is left."""
     threads = threading.enumerate()
-    monkeypatch.setattr("bln_train.norm.calibrate.MAX_THREADS", 3)
+    monkeypatch.setattr("bln_train.norm.calibrate.initialize.MAX_THREADS", 3)
     with pytest.raises(ValueError, match="use larger micro-batches"):
         initialize_statistics(double(Branches()), lambda: sample(4).split(1), cache=True)
     assert threading.enumerate() == threads

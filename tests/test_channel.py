@@ -9,9 +9,9 @@ from helpers import ACTIVATIONS, advance, largest_difference, tiny_recipe
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import BlnError
-from bln_train.memory.sweep import measure_saved_bytes
+from bln_train.experiments.sweep import measure_saved_bytes
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm import (
     BatchlessChannelNorm,
@@ -26,8 +26,8 @@ from bln_train.norm import (
     unfuse,
 )
 from bln_train.norm.balance import regression
-from bln_train.norm.compiled import use_compiled
-from bln_train.recipe_file import load_recipe
+from bln_train.norm.kernels.compiled import use_compiled
+from bln_train.recipe.load import load_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from cli_runs import ENVIRONMENT, fingerprint, finish, start, wait_for, write_re
 from PIL import Image
 
 import bln_train
-from bln_train.recipe_file import load_recipe, shipped_recipes
+from bln_train.recipe.load import load_recipe, shipped_recipes
 from bln_train.records import EpochRecord, MemoryRecord, StepRecord
-from bln_train.report.runlog import RunFolder, same_trajectory
+from bln_train.runs.folder import RunFolder, same_trajectory
 
 
 def tensors_of(checkpoint):

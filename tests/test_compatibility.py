@@ -5,13 +5,13 @@ import yaml
 from helpers import tiny_recipe
 
 from bln_train.errors import RecipeError
-from bln_train.export import export_run, load_merged
-from bln_train.migrate import migrate
-from bln_train.recipe_file import dump_recipe, load_recipe
-from bln_train.report.runlog import RECIPE, RunFolder
+from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.export.export import export_run, load_merged
+from bln_train.export.migrate import migrate
+from bln_train.recipe.load import dump_recipe, load_recipe
 from bln_train.report.source import read_sources
-from bln_train.run import evaluate_checkpoint, run
-from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.folder import RECIPE, RunFolder
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from bln_train.cli_complete import complete_norms, complete_recipe, complete_setting
-from bln_train.recipe import Recipe
-from bln_train.recipe_file import shipped_recipes
+from bln_train.cli.complete import complete_norms, complete_recipe, complete_setting
+from bln_train.recipe.load import shipped_recipes
+from bln_train.recipe.recipe import Recipe
 
 PROGRAM = """#!{python}
 import atexit, pathlib, sys
@@ -53,7 +53,7 @@ offer bln-train run ./elsewhere/my_rec
         found.stderr
     )  # bash adds files itself
     imported = (home / "imports").read_text().split()
-    assert "bln_train.recipe_file" in imported
+    assert "bln_train.recipe.load" in imported
     assert not {"torch", "torchvision", "matplotlib", "rich.console"} & set(imported)
 
 

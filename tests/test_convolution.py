@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bln_train.norm import BatchlessNorm2d
-from bln_train.norm.compiled import library, use_compiled, uses_compiled
-from bln_train.norm.convolution import direct_convolution
-from bln_train.norm.fused import FoldedConvNorm
+from bln_train.norm.fused.layer import FoldedConvNorm
+from bln_train.norm.kernels.compiled import library, use_compiled, uses_compiled
+from bln_train.norm.kernels.convolution import direct_convolution
 
 pytestmark = pytest.mark.skipif(not uses_compiled(), reason="no C compiler")
 LAST = torch.channels_last

@@ -16,15 +16,15 @@ import torch
 from crash_runs import NUM_STEPS, RECIPE, check_end, check_killed, check_stopped, equal, figures
 from helpers import state, tiny_recipe, trained
 
-from bln_train.build import build_experiment
-from bln_train.checkpoint_list import checkpoint_files
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import InterruptedRunError, RunFolderError
+from bln_train.experiments.run import evaluate_checkpoint, run
 from bln_train.records import EpochRecord, StepRecord
-from bln_train.report.runlog import RunFolder
-from bln_train.run import evaluate_checkpoint, run
-from bln_train.run_lock import LOCK, locked
-from bln_train.signals import StopRequested
-from bln_train.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from bln_train.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from bln_train.runs.checkpoint_list import checkpoint_files
+from bln_train.runs.folder import RunFolder
+from bln_train.system.lock import LOCK, locked
+from bln_train.system.signals import StopRequested
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_kill_at_each_disk_operation(worker, straight, tmp_path):
 @pytest.mark.slow
 def test_the_command_survives_sigkill(straight, tmp_path):
     """The real command, killed twice with its whole process, goes on with --resume to the very bits of the undisturbed run."""
-    from bln_train.recipe_file import dump_recipe
+    from bln_train.recipe.load import dump_recipe
 
     (tmp_path / "crash.yaml").write_text(dump_recipe(RECIPE))
     folder = tmp_path / "run"
@@ -291,7 +291,7 @@ def test_a_stop_saves_the_step_it_stopped_after(straight, tmp_path, monkeypatch)
     def noted(name, own):
         return lambda *args: [calls.append(name), own(*args)][1]
 
-    for owner, name in ((RunFolder, "sync"), (importlib.import_module("bln_train.run"), "keep_checkpoint")):
+    for owner, name in ((RunFolder, "sync"), (importlib.import_module("bln_train.experiments.run"), "keep_checkpoint")):
         monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
 
     def stop_after_two(record):

@@ -11,14 +11,14 @@ from crash_runs import NUM_STEPS, RECIPE, check_end, equal
 from damage import cut, flip, flip_in_pickle, in_file_mutations, in_model, resaved, zeros
 from helpers import state
 
-from bln_train import checkpoint_list
-from bln_train.build import build_experiment
-from bln_train.checkpoint_list import checkpoint_files, read_list, settle
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import CheckpointError
+from bln_train.experiments.run import evaluate_checkpoint, run
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
-from bln_train.report.runlog import RunFolder
-from bln_train.run import evaluate_checkpoint, run
-from bln_train.train.checkpoint import find_checkpoint, keep_checkpoint, load_checkpoint
+from bln_train.runs import checkpoint_list
+from bln_train.runs.checkpoint import find_checkpoint, keep_checkpoint, load_checkpoint
+from bln_train.runs.checkpoint_list import checkpoint_files, read_list, settle
+from bln_train.runs.folder import RunFolder
 
 
 @pytest.fixture

@@ -18,17 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from bln_train.augment import CUTOUT, FLIP_AND_CROP, Preprocess
-from bln_train.data import (
-    balanced_subset,
-    channel_moments,
-    default_root,
-    epoch_order,
-    load_dataset,
-)
+from bln_train.data.augment import CUTOUT, FLIP_AND_CROP, Preprocess
+from bln_train.data.datasets import balanced_subset, channel_moments, default_root, epoch_order, load_dataset
+from bln_train.data.shapes import CLASS_NAMES, draw_shapes
 from bln_train.errors import DataError
-from bln_train.rng import draw_integers, instance_seeds
-from bln_train.shapes import CLASS_NAMES, draw_shapes
+from bln_train.system.rng import draw_integers, instance_seeds
 
 MEAN = torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64)
 STD = torch.tensor([0.2, 0.25, 0.3], dtype=torch.float64)

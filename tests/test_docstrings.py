@@ -11,7 +11,8 @@ import typer
 from pydantic import BaseModel
 
 import bln_train
-from bln_train import cli, norm
+from bln_train import norm
+from bln_train.cli import app as cli
 
 PUBLIC = {name: getattr(home, name) for home in (norm, bln_train) for name in home.__all__ if not name.startswith("__")}
 # (N, C, *spatial), (C,), (1,), (2, C), () ...

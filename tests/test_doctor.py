@@ -14,9 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bln_train import doctor
-from bln_train.cli import app
+from bln_train.cli.app import app
 from bln_train.errors import EXIT_FAILED
+from bln_train.experiments import doctor
 
 
 @pytest.fixture
@@ -125,14 +125,14 @@ def test_a_narrow_terminal_loses_nothing(monkeypatch, capfd, columns):
     """Whatever the width, every character of every finding and its advice is printed."""
     from rich.console import Console
 
-    from bln_train import console_tables
+    from bln_train.console import tables
 
     findings = [
         {"name": "a name", "value": f"[bold]{'x' * 70}", "status": "warning", "advice": "do:this " * 9 + "now"},
         {"name": "b", "value": "-", "status": "ok", "advice": ""},
     ]
-    monkeypatch.setattr(console_tables, "out", Console(width=int(columns), highlight=False, emoji=False))
-    console_tables.print_findings(findings)
+    monkeypatch.setattr(tables, "out", Console(width=int(columns), highlight=False, emoji=False))
+    tables.print_findings(findings)
     printed = "".join(capfd.readouterr().out.split())
     assert printed.count("x") == 70
     assert printed.count("do:this") == 9

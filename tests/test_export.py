@@ -10,16 +10,16 @@ import torch
 from helpers import tiny_recipe
 from torch import nn
 
-from bln_train import cli
-from bln_train import export as export_module
-from bln_train.build import build_network
+from bln_train.build.experiment import build_network
+from bln_train.cli import app as cli
 from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError
-from bln_train.export import export_run, load_merged
-from bln_train.norm.merge import merge_norms
-from bln_train.recipe_file import load_recipe
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
-from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.experiments.run import run
+from bln_train.export import export as export_module
+from bln_train.export.export import export_run, load_merged
+from bln_train.norm.convert.merge import merge_norms
+from bln_train.recipe.load import load_recipe
+from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.folder import RunFolder
 
 PLAIN = {"name": "batchless-plain", "probe_images": 6}
 
@@ -70,7 +70,7 @@ def content(path):
 
 def outputs_of_the_run(folder, num=8):
     """Logits of the run on its first test images by way of `evaluate`'s parts, and the images in [0, 1]."""
-    from bln_train.build import build_experiment
+    from bln_train.build.experiment import build_experiment
 
     experiment = build_experiment(load_recipe(folder / "recipe.yaml"), initialize=False)
     experiment.trainer.load_state_dict(load_checkpoint(folder / "checkpoint.pt"))

@@ -6,10 +6,10 @@ import re
 import pytest
 from helpers import tiny_recipe
 
-from bln_train.migrate import migrate
-from bln_train.recipe_file import load_recipe
-from bln_train.report.runlog import RunFolder
-from bln_train.run import evaluate_checkpoint, run
+from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.export.migrate import migrate
+from bln_train.recipe.load import load_recipe
+from bln_train.runs.folder import RunFolder
 
 SMALL = [
     "data={name: shapes, num_train: 40, num_test: 30}",

@@ -8,15 +8,8 @@ import torch
 from helpers import largest_difference
 from torch import nn
 
-from bln_train.norm import (
-    BatchlessNorm2d,
-    BatchlessStatistics,
-    StandardizedConv2d,
-    fold_once,
-    folded_layers,
-    fuse,
-)
-from bln_train.norm.convert import to_batch
+from bln_train.norm import BatchlessNorm2d, BatchlessStatistics, StandardizedConv2d, fold_once, folded_layers, fuse
+from bln_train.norm.convert.layers import to_batch
 
 
 @pytest.fixture(autouse=True)

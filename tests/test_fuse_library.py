@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_recipe
 from torch import nn
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.norm import FoldedConvNorm, convert_batchnorm, folded_layers, fuse
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -87,6 +87,8 @@ def test_a_recipes_foreign_network_is_checked_and_ours_is_not(monkeypatch):
     assert "1 of 34 norms are not folded into a convolution and keep a tensor of their own: features.0.1" in notice
     assert "of its norm" in notice
     checked = []
-    monkeypatch.setattr(sys.modules["bln_train.norm.fuse"], "why_different", lambda *args: checked.append(args) or {})
+    monkeypatch.setattr(
+        sys.modules["bln_train.norm.fused.network"], "why_different", lambda *args: checked.append(args) or {}
+    )
     assert len(folded_layers(build_experiment(tiny_recipe()).model)) == 7
     assert not checked

@@ -9,13 +9,13 @@ from helpers import ACTIVATIONS, largest_difference, tiny_recipe
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
-from bln_train.memory.sweep import measure_saved_bytes
+from bln_train.build.experiment import build_experiment
+from bln_train.experiments.sweep import measure_saved_bytes
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics, convert_batchnorm
 from bln_train.norm.dropout import InstanceDropout
-from bln_train.norm.fuse import folded_layers, fuse, unfuse
-from bln_train.norm.fused import FoldedConvNorm, fold_once
+from bln_train.norm.fused.layer import FoldedConvNorm, fold_once
+from bln_train.norm.fused.network import folded_layers, fuse, unfuse
 from bln_train.norm.standardize import StandardizedConv2d
 
 

@@ -7,11 +7,11 @@ import torch
 from helpers import tiny_recipe
 from recorder import OperatorRecorder
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
-from bln_train.norm.compiled import use_compiled
+from bln_train.norm.kernels.compiled import use_compiled
 from bln_train.records import NoticeRecord
-from bln_train.train.graph import NUM_STEPS_TO_RECORD, GraphedSteps
+from bln_train.train.cuda_graphs import NUM_STEPS_TO_RECORD, GraphedSteps
 from bln_train.train.recovery import Snapshot
 
 CASES = {

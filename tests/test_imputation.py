@@ -9,8 +9,8 @@ from torch import nn
 
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.balance import LARGEST_SQUARE
-from bln_train.norm.epilogue import cut_off
-from bln_train.norm.fused import FoldedConvNorm, fold_once
+from bln_train.norm.fused.layer import FoldedConvNorm, fold_once
+from bln_train.norm.kernels.epilogue import cut_off
 from bln_train.norm.update import IMPUTATION_RATE
 
 

@@ -10,13 +10,13 @@ import torch
 from helpers import advance, largest_difference, state, tiny_recipe, trained
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
-from bln_train.data import epoch_order
+from bln_train.build.experiment import build_experiment
+from bln_train.data.datasets import epoch_order
 from bln_train.norm import BatchlessNorm2d
 from bln_train.norm.balance import HORIZON, LARGEST_SQUARE
-from bln_train.norm.fuse import folded_layers, unfuse
+from bln_train.norm.fused.network import folded_layers, unfuse
 from bln_train.records import StepRecord
-from bln_train.rng import instance_seeds
+from bln_train.system.rng import instance_seeds
 
 EVERY_NORM = ["batchless-plain", "batchless", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv", "group",
               "layer", "instance", "none", "batch-frozen"]  # fmt: skip
@@ -297,7 +297,7 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
 )
 def test_law_4_resume_is_bitwise(stop, changes, tmp_path):
     """Law 4: stopping after any step, mid-epoch included, and going on in a new process state changes no bit."""
-    from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+    from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
 
     recipe = tiny_recipe(**changes, train__precision="fp32", model__name="paper_cnn")
     straight = build_experiment(recipe).trainer
@@ -324,7 +324,7 @@ def test_law_4_resume_is_bitwise(stop, changes, tmp_path):
 def test_law_8_help_needs_no_torch():
     """Law 8: `--help` and `check` import no torch."""
     code = (
-        "import sys; from typer.testing import CliRunner; from bln_train.cli import app; r = CliRunner();"
+        "import sys; from typer.testing import CliRunner; from bln_train.cli.app import app; r = CliRunner();"
         "assert r.invoke(app, ['--help']).exit_code == 0; assert r.invoke(app, ['check', 'quickstart']).exit_code == 0;"
         "assert r.invoke(app, ['recipes', 'list']).exit_code == 0; assert 'torch' not in sys.modules"
     )

@@ -72,7 +72,7 @@ def test_public_names_are_imported_on_first_use():
 def test_help_loads_no_torch():
     code = (
         "import sys; sys.argv = ['bln-train', '--help']\n"
-        "from bln_train.cli import app\n"
+        "from bln_train.cli.app import app\n"
         "try: app()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules, 'torch'\n"

@@ -8,10 +8,10 @@ from helpers import advance, state, tiny_recipe
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from bln_train.build import build_experiment
-from bln_train.build_statistics import probe_images
+from bln_train.build.experiment import build_experiment
+from bln_train.build.first_statistics import probe_images
+from bln_train.experiments.sweep import measure_floor
 from bln_train.memory.peak import PeakMeter
-from bln_train.memory.sweep import measure_floor
 from bln_train.memory.tracker import StorageTracker, storage_bytes
 from bln_train.norm import BatchlessNorm2d
 

@@ -8,10 +8,10 @@ from helpers import tiny_recipe, trained
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bln_train.build import build_network
+from bln_train.build.experiment import build_network
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, StandardizedConv2d
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.merge import ChannelMap, merge_norms
+from bln_train.norm.convert.merge import ChannelMap, merge_norms
 
 PLAIN = {"name": "batchless-plain", "probe_images": 6}
 NOT_FROM_CONV = "its input does not come from a convolution or linear layer"

@@ -7,18 +7,19 @@ import pytest
 import torch
 from failing_allocator import FailingAllocator
 
-from bln_train import micro_batch, runtime
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import DoesNotFitError, UsageError
-from bln_train.memory.planner import Remedy, remedies
-from bln_train.memory.predict import plan_memory
-from bln_train.micro_batch import settle_micro_batch
-from bln_train.recipe_file import load_recipe
+from bln_train.experiments.run import run
+from bln_train.plan import micro_batch
+from bln_train.plan.micro_batch import settle_micro_batch
+from bln_train.plan.planner import Remedy, remedies
+from bln_train.plan.predict import plan_memory
+from bln_train.recipe.load import load_recipe
 from bln_train.records import NoticeRecord
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
-from bln_train.runtime import limit_memory, may_spill, memory_limit, memory_notices, others_notice, spill_notice
-from bln_train.train.checkpoint import load_checkpoint
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.runs.folder import RunFolder
+from bln_train.system import machine
+from bln_train.system.machine import limit_memory, may_spill, memory_limit, memory_notices, others_notice, spill_notice
 from bln_train.train.step import AccumulationStep
 
 SMALL = [
@@ -28,7 +29,7 @@ SMALL = [
     "train.epochs=1",
     "train.precision=fp64",
     "schedule={name: constant}",
-    "runtime.device=cpu",
+    "machine.device=cpu",
 ]
 
 
@@ -98,10 +99,10 @@ def test_the_fastest_of_the_largest_is_taken(monkeypatch):
 
 def test_the_budget_bounds_the_choice():
     """With a budget between two predictions the smaller micro-batch is the largest tried."""
-    of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
+    of = recipe("train.micro_batch_size=auto", "machine.compiled=false")
     of_data = of.with_images(32, 10)
     totals = [row.total_bytes for row in plan_memory(of_data, [1, 2, 4, 8], cuda=False)]
-    bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "runtime.compiled=false")
+    bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "machine.compiled=false")
     experiment = build_experiment(bounded)
     said = settle_micro_batch(bounded, experiment)
     assert experiment.trainer.take_step.micro_batch_size <= 4
@@ -110,7 +111,7 @@ def test_the_budget_bounds_the_choice():
 
 def test_what_runs_out_of_memory_is_not_taken():
     """A candidate at which memory runs out when it is tried is dropped, and the state is still what it was."""
-    of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
+    of = recipe("train.micro_batch_size=auto", "machine.compiled=false")
     experiment = build_experiment(of)
     step = experiment.trainer.take_step
     with FailingAllocator([*step.model.parameters(), *step.model.buffers()]) as allocator:
@@ -162,10 +163,10 @@ def test_a_budget_is_a_size(budget):
 
 def test_free_memory_leaves_a_headroom(monkeypatch):
     """A tenth, and at least 256 MiB."""
-    monkeypatch.setattr(runtime, "_available_memory", lambda: 10 * 2**30)
-    assert runtime.free_budget(torch.device("cpu")).num_bytes == 9 * 2**30
-    monkeypatch.setattr(runtime, "_available_memory", lambda: 2**30)
-    assert runtime.free_budget(torch.device("cpu")).num_bytes == 3 * 2**28
+    monkeypatch.setattr(machine, "_available_memory", lambda: 10 * 2**30)
+    assert machine.free_budget(torch.device("cpu")).num_bytes == 9 * 2**30
+    monkeypatch.setattr(machine, "_available_memory", lambda: 2**30)
+    assert machine.free_budget(torch.device("cpu")).num_bytes == 3 * 2**28
 
 
 def test_a_run_that_ends_for_want_of_memory_has_the_plans_advice(tmp_path, monkeypatch):
@@ -174,7 +175,7 @@ def test_a_run_that_ends_for_want_of_memory_has_the_plans_advice(tmp_path, monke
     def accumulate(self, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    of = recipe("train.micro_batch_size=1", "runtime.compiled=false", "train.precision=fp32")
+    of = recipe("train.micro_batch_size=1", "machine.compiled=false", "train.precision=fp32")
     proposed = [Remedy("train.precision=bf16", "", 3 * 2**20)]
     with monkeypatch.context() as patch:
         patch.setattr(AccumulationStep, "accumulate", accumulate)
@@ -212,15 +213,15 @@ def test_matrix_products_keep_little_of_a_card(monkeypatch):
     monkeypatch.setenv(names[1], "")  # so that it is put back
     monkeypatch.delenv(names[1])
     switches = {"num_threads": None, "compiled": True, "deterministic": False, "cudnn_benchmark": False, "tf32": False}
-    runtime.set_up(torch.device("cpu"), **switches)
+    machine.set_up(torch.device("cpu"), **switches)
     assert names[1] not in os.environ
-    runtime.set_up(torch.device("cuda"), **switches)
+    machine.set_up(torch.device("cuda"), **switches)
     assert os.environ[names[0]] == ":4096:2"
-    assert 1024 * int(os.environ[names[1]]) == runtime.WORKSPACE_BYTES
+    assert 1024 * int(os.environ[names[1]]) == machine.WORKSPACE_BYTES
     monkeypatch.delenv(names[0])
-    runtime.set_up(torch.device("cuda"), **switches)
+    machine.set_up(torch.device("cuda"), **switches)
     _, size, count = os.environ[names[0]].split(":")
-    assert 1024 * int(size) * int(count) == runtime.WORKSPACE_BYTES
+    assert 1024 * int(size) * int(count) == machine.WORKSPACE_BYTES
 
 
 @pytest.mark.gpu

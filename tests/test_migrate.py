@@ -13,26 +13,26 @@ from test_laws import gradients, perturb
 from torch import nn
 from typer.testing import CliRunner
 
-from bln_train.build import build_experiment
-from bln_train.build_statistics import calibration_sample
-from bln_train.cli import app, main
+from bln_train.build.experiment import build_experiment
+from bln_train.build.first_statistics import calibration_sample
+from bln_train.cli.app import app, main
 from bln_train.errors import CheckpointError, UsageError
-from bln_train.migrate import migrate
+from bln_train.experiments.run import run
+from bln_train.export.migrate import migrate
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.trained import read_weights, write_state
 from bln_train.norm import BatchlessNorm, BatchlessNorm3d, BatchlessStatistics, convert_batchnorm, convert_to_batchnorm
-from bln_train.norm.convert import NormAct, is_batchnorm
-from bln_train.norm.convert_state import (
+from bln_train.norm.convert.layers import NormAct, is_batchnorm
+from bln_train.norm.convert.state_dicts import (
     batchless_layers,
     groups_as_one_layer,
     layers_with_groups,
     state_to_batch,
     state_to_batchless,
 )
-from bln_train.recipe_file import load_recipe
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
-from bln_train.train.checkpoint import load_checkpoint
+from bln_train.recipe.load import load_recipe
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.runs.folder import RunFolder
 
 timm = pytest.importorskip("timm")
 

@@ -9,18 +9,18 @@ from helpers import advance, largest_difference, state, tiny_recipe, trained
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
-from bln_train.data import epoch_order
+from bln_train.build.experiment import build_experiment
+from bln_train.data.datasets import epoch_order
 from bln_train.errors import CheckpointError, DivergedError, RecipeError
+from bln_train.experiments.run import run
 from bln_train.memory.peak import PeakMeter
 from bln_train.memory.tracker import storage_bytes
-from bln_train.optim import MomentumAccumulatingSGD
-from bln_train.recipe import Recipe
-from bln_train.recipe_file import dump_recipe, parse_recipe
+from bln_train.recipe.load import dump_recipe, parse_recipe
+from bln_train.recipe.recipe import Recipe
 from bln_train.records import StepRecord, record_from_dict, record_to_dict
-from bln_train.report.runlog import RunFolder, same_trajectory
-from bln_train.run import run
-from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.folder import RunFolder, same_trajectory
+from bln_train.train.optim import MomentumAccumulatingSGD
 
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
 PLAIN = {**SGD, "clip_norm": None}

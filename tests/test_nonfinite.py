@@ -10,15 +10,15 @@ import torch
 from helpers import advance, state, tiny_recipe, trained
 from torch import nn
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import DivergedError
+from bln_train.experiments.run import run
 from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d
-from bln_train.recipe_file import parse_recipe
+from bln_train.recipe.load import parse_recipe
 from bln_train.records import EpochRecord, NoticeRecord, StepRecord
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.runs.folder import RunFolder
 from bln_train.train import trainer as trainer_module
-from bln_train.train.checkpoint import load_checkpoint
 from bln_train.train.health import HealthWatch, layer_health
 from bln_train.train.trainer import MAX_SKIPPED_IN_A_ROW
 

@@ -11,10 +11,10 @@ import torch
 from helpers import tiny_recipe
 from torch.testing import assert_close
 
-from bln_train.recipe_file import load_recipe
-from bln_train.report.runlog import RECIPE, RunFolder
-from bln_train.run import run
-from bln_train.train.checkpoint import load_checkpoint
+from bln_train.experiments.run import run
+from bln_train.recipe.load import load_recipe
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.runs.folder import RECIPE, RunFolder
 
 PATHS = {
     "default": {},
@@ -104,7 +104,7 @@ def test_auto_stands_for_the_numbers_that_a_run_began_with(tmp_path, monkeypatch
     run(tiny_recipe(**changes, train__max_steps=2), folder, name="run")
     begun = load_recipe(folder.path / RECIPE)
     assert begun.norm.probe_images == 4
-    monkeypatch.setattr("bln_train.build_statistics._LEAST_PROBE", 7)
+    monkeypatch.setattr("bln_train.build.first_statistics._LEAST_PROBE", 7)
     run(tiny_recipe(**changes, train__max_steps=3), folder, name="run", resume=True)
     after = load_recipe(folder.path / RECIPE)
     assert (after.norm, after.model) == (begun.norm, begun.model)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import advance, largest_difference, state, tiny_recipe
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
+from bln_train.experiments.run import _check_same_batchnorm, begin_together
 from bln_train.norm import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
-from bln_train.parallel import ALONE, PIECE_BYTES, World, _pieces, reduce_step
 from bln_train.records import EpochRecord, StepRecord
-from bln_train.run import _check_same_batchnorm, begin_together
+from bln_train.train.distributed import ALONE, PIECE_BYTES, World, _pieces, reduce_step
 
 ROOT = Path(__file__).parent.parent
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bln_train import cli
+from bln_train.cli import app as cli
 from bln_train.errors import DoesNotFitError, UsageError
-from bln_train.memory import sweep
-from bln_train.memory.allocator import BLOCK_BYTES, MIB, CachingAllocator
-from bln_train.memory.planner import largest_fit, plan_sizes
-from bln_train.memory.predict import CONTEXT_BYTES, plan_memory
-from bln_train.memory.trace import HollowTracker
-from bln_train.recipe_file import load_recipe
-from bln_train.train.graph import MOST_PIXELS
-from bln_train.units import parse_bytes
+from bln_train.experiments import sweep
+from bln_train.plan.allocator import BLOCK_BYTES, MIB, CachingAllocator
+from bln_train.plan.planner import largest_fit, plan_sizes
+from bln_train.plan.predict import CONTEXT_BYTES, plan_memory
+from bln_train.plan.trace import HollowTracker
+from bln_train.recipe.load import load_recipe
+from bln_train.system.units import parse_bytes
+from bln_train.train.cuda_graphs import MOST_PIXELS
 
 SMALL = ["--set", "model.name=resnet8", "--set", "data={name: folder, root: nowhere, image_size: 16}"]
 
@@ -104,7 +104,7 @@ def test_a_plan_computes_nothing():
 
 def test_a_hollow_step_leaves_kernels_and_settings_as_they_were():
     """After a plan, training runs compiled kernels as before, and its results are what they were."""
-    from bln_train.norm.compiled import compiled_is_wanted, library
+    from bln_train.norm.kernels.compiled import compiled_is_wanted, library
 
     before, wanted = library("float"), compiled_is_wanted()
     plan_memory(recipe(), [1], cuda=True)

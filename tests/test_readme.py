@@ -10,7 +10,7 @@ import pytest
 import typer
 
 import bln_train
-from bln_train.cli import app
+from bln_train.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

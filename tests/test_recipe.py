@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from bln_train.errors import EXIT_USAGE, RecipeError
-from bln_train.recipe import Recipe
-from bln_train.recipe_file import (
+from bln_train.recipe.load import (
     dump_recipe,
     load_any_recipe,
     load_recipe,
@@ -19,8 +18,9 @@ from bln_train.recipe_file import (
     parse_recipe,
     shipped_recipes,
 )
-from bln_train.recipe_norms import NORM_NAMES, BatchlessNormSection, BatchNormSection
-from bln_train.recipe_sections import AdamSection
+from bln_train.recipe.norms import NORM_NAMES, BatchlessNormSection, BatchNormSection
+from bln_train.recipe.recipe import Recipe
+from bln_train.recipe.sections import AdamSection
 
 VALID = {
     "data": "data: {name: shapes}",
@@ -376,5 +376,5 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_recipes_imports_no_torch() -> None:
-    code = "import sys, bln_train.recipe_file as r; r.shipped_recipes(); assert 'torch' not in sys.modules"
+    code = "import sys, bln_train.recipe.load as r; r.shipped_recipes(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -20,11 +20,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bln_train import cli
+from bln_train.cli import app as cli
 from bln_train.errors import EXIT_USAGE, RecipeError
-from bln_train.recipe import Recipe
-from bln_train.recipe_file import MAX_BYTES, dump_recipe, load_recipe, parse_any_recipe, shipped_recipes
-from bln_train.synthetic_recipe import SyntheticRecipe
+from bln_train.recipe.load import MAX_BYTES, dump_recipe, load_recipe, parse_any_recipe, shipped_recipes
+from bln_train.recipe.recipe import Recipe
+from bln_train.recipe.synthetic import SyntheticRecipe
 
 VALID = """\
 data: {name: shapes, augment: {flip: true}}

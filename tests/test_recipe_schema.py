@@ -9,11 +9,11 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from bln_train import cli
-from bln_train.recipe_file import dump_recipe, load_any_recipe, shipped_recipes
-from bln_train.recipe_norms import NORM_NAMES
-from bln_train.recipe_schema import MODELINE, SCHEMA_NAME, editor_schema, schema_file
-from bln_train.recipe_sections import Section
+from bln_train.cli import app as cli
+from bln_train.recipe.editor_schema import MODELINE, SCHEMA_NAME, editor_schema, schema_file
+from bln_train.recipe.load import dump_recipe, load_any_recipe, shipped_recipes
+from bln_train.recipe.norms import NORM_NAMES
+from bln_train.recipe.sections import Section
 
 SCHEMA = editor_schema()
 VALIDATOR = Draft7Validator(SCHEMA)

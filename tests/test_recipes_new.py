@@ -10,10 +10,10 @@ import yaml
 from jsonschema import Draft7Validator
 from typer.testing import CliRunner
 
-from bln_train.cli import app
+from bln_train.cli.app import app
 from bln_train.errors import BlnError, RecipeError, UsageError
-from bln_train.recipe_file import load_recipe
-from bln_train.recipe_schema import editor_schema
+from bln_train.recipe.editor_schema import editor_schema
+from bln_train.recipe.load import load_recipe
 
 VALIDATOR = Draft7Validator(editor_schema())
 

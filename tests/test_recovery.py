@@ -11,17 +11,17 @@ from failing_allocator import FailingAllocator
 from helpers import advance, largest_difference, state, tiny_recipe
 from typer.testing import CliRunner
 
-from bln_train import cli
-from bln_train.build import build_experiment
-from bln_train.data import DataSet, ImageSet
+from bln_train.build.experiment import build_experiment
+from bln_train.cli import app as cli
+from bln_train.data.datasets import DataSet, ImageSet
 from bln_train.errors import DoesNotFitError
+from bln_train.experiments.run import run
 from bln_train.norm.statistics import BatchlessStatistics
-from bln_train.optim import MomentumAccumulatingSGD
 from bln_train.records import MemoryRecord, NoticeRecord
-from bln_train.report.runlog import RunFolder
-from bln_train.run import run
-from bln_train.train.checkpoint import load_checkpoint
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.runs.folder import RunFolder
 from bln_train.train.evaluate import Evaluation, evaluate
+from bln_train.train.optim import MomentumAccumulatingSGD
 from bln_train.train.recovery import Snapshot, is_out_of_memory
 from bln_train.train.step import AccumulationStep
 

@@ -8,7 +8,7 @@ from helpers import tiny_recipe
 from test_calibrate import Shared, conv, double, inputs_of, sample
 from torch import nn
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import (
     BatchlessNorm1d,

@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner
 
-from bln_train.cli import app
+from bln_train.cli.app import app
 from bln_train.errors import RunFolderError, UsageError
 from bln_train.report.document import write_report
 from bln_train.report.source import read_sources
 from bln_train.report.svg import Bar, Series, band_chart, bar_chart, line_chart
-from bln_train.units import format_bytes
+from bln_train.system.units import format_bytes
 
 
 def markdown_of(*paths, out):
@@ -184,7 +184,7 @@ def test_a_folder_named_twice_counts_once(single, folders, tmp_path):
 def test_report_needs_no_torch(single, tmp_path):
     """It reads files alone, in a process that never imports torch."""
     code = (
-        "import sys; from bln_train.cli import app; sys.argv = ['bln-train', 'report', sys.argv[1], '--json']\n"
+        "import sys; from bln_train.cli.app import app; sys.argv = ['bln-train', 'report', sys.argv[1], '--json']\n"
         "try: app()\nexcept SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code, str(single)], capture_output=True, text=True, check=True)

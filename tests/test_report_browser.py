@@ -6,7 +6,7 @@ import pytest
 from browser import CHROMIUM, Browser
 
 from bln_train.report.document import write_report
-from bln_train.units import format_bytes
+from bln_train.system.units import format_bytes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.layers import ShortcutA
 from bln_train.norm import BatchlessStatistics
-from bln_train.norm.fuse import folded_layers, fuse
+from bln_train.norm.fused.network import folded_layers, fuse
 
 
 def test_a_shortcut_without_parameters_is_run_again_instead_of_a_convolution():

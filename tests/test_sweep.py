@@ -12,12 +12,12 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from bln_train import cli
-from bln_train.augment import Preprocess
-from bln_train.build import build_experiment
-from bln_train.data import ImageSet
+from bln_train.build.experiment import build_experiment
+from bln_train.cli import app as cli
+from bln_train.data.augment import Preprocess
+from bln_train.data.datasets import ImageSet
 from bln_train.errors import BlnError, RunFolderError, UsageError
-from bln_train.memory import sweep
+from bln_train.experiments import sweep
 from bln_train.norm.batchless import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.train.step import AccumulationStep
@@ -217,7 +217,7 @@ def test_interrupt_leaves_no_files(tmp_path, monkeypatch):
     arguments = (*SMALL, "--norm", "none", "--micro-batch", "1", "--effective-batch", "1", "--out", tmp_path)
     for name, value in (("memory.json", "old"), ("memory.csv", "old")):
         (tmp_path / name).write_text(value)
-    for target in ("bln_train.memory.sweep._measure_speed", "bln_train.report.runlog.os.fsync"):
+    for target in ("bln_train.experiments.sweep._measure_speed", "bln_train.runs.folder.os.fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(target, interrupt)
             assert invoke(*arguments).exit_code == 130

@@ -11,11 +11,20 @@ import yaml
 from torch import nn
 
 from bln_train.errors import RecipeError
+from bln_train.experiments.synthetic import (
+    Cell,
+    Truth,
+    draw_stream,
+    errors_of,
+    estimate,
+    measure,
+    record_points,
+    truth_of,
+)
 from bln_train.norm import BatchlessNorm1d, BatchlessStatistics
-from bln_train.recipe_file import dump_recipe, load_any_recipe, load_recipe, parse_any_recipe
-from bln_train.recipe_words import recipe_schema
-from bln_train.synthetic import Cell, Truth, draw_stream, errors_of, estimate, measure, record_points, truth_of
-from bln_train.synthetic_recipe import SyntheticRecipe
+from bln_train.recipe.load import dump_recipe, load_any_recipe, load_recipe, parse_any_recipe
+from bln_train.recipe.messages import recipe_schema
+from bln_train.recipe.synthetic import SyntheticRecipe
 
 TINY = {
     "experiment": "synthetic",

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from terminal import ENVIRONMENT, Terminal
 
-from bln_train.console_live import Figures, History, Pace, RunView
+from bln_train.console.live import Figures, History, Pace, RunView
 from bln_train.records import MemoryRecord, StepRecord
-from bln_train.report.runlog import RunFolder
+from bln_train.runs.folder import RunFolder
 
 TINY = {
     "data": {"name": "shapes", "num_train": 80, "num_test": 20},

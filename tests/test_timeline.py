@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import advance, tiny_recipe
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.memory.timeline import TimelineTracker
 from bln_train.memory.tracker import storage_bytes
 from bln_train.records import MemoryRecord, TimelineRecord, record_from_dict, record_to_dict

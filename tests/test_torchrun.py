@@ -13,9 +13,9 @@ from cli_runs import wait_for
 from helpers import largest_difference, tiny_recipe
 from test_parallel import RAGGED, trained
 
-from bln_train.launch import Launch, launch
-from bln_train.recipe_file import dump_recipe
-from bln_train.train.checkpoint import load_checkpoint
+from bln_train.recipe.load import dump_recipe
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.system.launch import Launch, launch
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,15 +9,15 @@ import torch
 from helpers import advance, largest_difference, state, tiny_recipe, trained
 from torch import nn
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import DivergedError, UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm.dropout import InstanceDropout
 from bln_train.norm.statistics import BatchlessStatistics
-from bln_train.optim import Schedule, parameter_groups
-from bln_train.recipe_file import load_recipe
+from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord, MemoryRecord, StepRecord, TimelineRecord, record_from_dict, record_to_dict
-from bln_train.rng import draw_integers, draw_uniform, instance_seeds, keep_mask
+from bln_train.system.rng import draw_integers, draw_uniform, instance_seeds, keep_mask
+from bln_train.train.optim import Schedule, parameter_groups
 
 
 def rates(schedule, num_steps):

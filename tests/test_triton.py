@@ -12,12 +12,13 @@ import pytest
 import torch
 from helpers import tiny_recipe
 
-from bln_train import build, runtime
-from bln_train.memory.predict import plan_memory
+from bln_train.build import experiment as build
 from bln_train.memory.tracker import StorageTracker
-from bln_train.norm import channel, compiled, triton_launch
 from bln_train.norm.balance import BalanceRow
-from bln_train.norm.epilogue import Row, backward, forward_, map_, sums_of
+from bln_train.norm.kernels import channel, compiled, triton_launch
+from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_of
+from bln_train.plan.predict import plan_memory
+from bln_train.system import machine
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 ACTIVATIONS = ["identity", "relu", "leaky_relu"]
@@ -49,7 +50,7 @@ def test_both_paths(device):
 
 
 class Launches:
-    """In the place of norm/triton_kernels.py: writes calls down and launches nothing."""
+    """In the place of norm/kernels/triton_kernels.py: writes calls down and launches nothing."""
 
     def __init__(self):
         self.calls = []
@@ -189,7 +190,7 @@ def compile_for(capability, name, args, options, folder):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bln_train.norm import triton_groups, triton_kernels
+    from bln_train.norm.kernels import triton_groups, triton_kernels
 
     kernel = getattr(triton_groups if "groups" in name else triton_kernels, name)
     types = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -304,7 +305,8 @@ def test_a_device_without_triton_gets_a_notice(monkeypatch):
 @pytest.mark.slow
 def test_nobody_imports_triton_before_it_is_needed():
     """Neither the program's help nor building a network on the CPU."""
-    code = "import sys, bln_train.build, bln_train.cli; sys.exit('bln_train.norm.triton_kernels' in sys.modules)"
+    code = "import sys, bln_train.build.experiment, bln_train.cli.app; sys.exit('{}' in sys.modules)"
+    code = code.format("bln_train.norm.kernels.triton_kernels")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -316,7 +318,7 @@ def test_whole_runs_agree_and_say_which_path_they_took():
         experiment = build.build_experiment(
             tiny_recipe(runtime={"device": "cuda", "compiled": wanted, "deterministic": True})
         )
-        assert runtime.environment(experiment.device)["compiled"] is wanted
+        assert machine.environment(experiment.device)["compiled"] is wanted
         assert triton_launch.why_not_triton(experiment.device) == ""
         # Filters are centred in float32 when a network is made, which kernels and operators round otherwise.
         start = start or copy.deepcopy(experiment.model.state_dict())

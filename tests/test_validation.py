@@ -11,18 +11,19 @@ import pytest
 import torch
 from helpers import advance, state, tiny_recipe, trained
 
-from bln_train import compare, console_tables
-from bln_train.build import build_experiment
-from bln_train.build_data import load
-from bln_train.data import DataSet, ImageSet, hold_out, load_dataset
+from bln_train.build.data import load
+from bln_train.build.experiment import build_experiment
+from bln_train.cli.sizes import expand_dots
+from bln_train.console import tables
+from bln_train.data.datasets import DataSet, ImageSet, hold_out, load_dataset
 from bln_train.errors import DataError, UsageError
-from bln_train.recipe_file import load_recipe
+from bln_train.experiments import compare
+from bln_train.experiments.run import explained_failures, run
+from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord, best_validation
 from bln_train.report.plots import plot_comparison
-from bln_train.report.runlog import RunFolder
-from bln_train.run import explained_failures, run
-from bln_train.sizes import expand_dots
-from bln_train.train.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
+from bln_train.runs.folder import RunFolder
 
 SPLIT = {"data__num_train": 60, "data__validation_fraction": 1 / 3}  # 4 of the 6 images of each class are trained on
 
@@ -185,7 +186,7 @@ def test_the_summary_reports_the_best_epochs(tmp_path, capsys):
     assert summary["best_validation_loss"] == min(r.validation_loss for r in epochs)
     assert summary["best_validation_accuracy"] == max(r.validation_accuracy for r in epochs)
     assert summary["test_loss"] == epochs[-1].test_loss is not None
-    console_tables.print_summary(summary, "run")
+    tables.print_summary(summary, "run")
     printed = capsys.readouterr().out
     assert f"best validation loss (epoch {summary['best_validation_loss_epoch']} of 3)" in printed
 
@@ -227,7 +228,7 @@ def test_comparison_shows_the_best_epochs(cells, tmp_path, capsys):
     lines = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert float(lines[0]["best_validation_accuracy_std"]) == pytest.approx(0.01)
     assert not any(key.endswith("by_run") for key in lines[0])
-    console_tables.print_comparison(rows, "cpu")
+    tables.print_comparison(rows, "cpu")
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "1.100 ± 0.100" in printed
@@ -246,7 +247,7 @@ def test_without_a_split_a_comparison_is_as_before(cells, tmp_path, capsys):
     rows = compare.rows(cells)
     assert rows[0]["best_validation_loss_mean"] is None
     assert rows[0]["best_validation_loss_by_run"] == []
-    console_tables.print_comparison(rows, "cpu")
+    tables.print_comparison(rows, "cpu")
     assert "alidation" not in capsys.readouterr().out
     assert [path.stem for path in plot_comparison(tmp_path, rows, "cpu")] == ["accuracy", "peak_memory"]
 

@@ -13,19 +13,19 @@ from PIL import Image
 from test_laws import gradients, perturb
 from torch import nn
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, RecipeError, UsageError
+from bln_train.experiments.run import evaluate_checkpoint, run
 from bln_train.models.build import norm_factory
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
-from bln_train.norm.convert import to_batchless
+from bln_train.norm.convert.layers import to_batchless
 from bln_train.norm.dropout import InstanceDropout, InstanceStochasticDepth, set_instance_seeds
 from bln_train.norm.standardize import StandardizedConv2d
-from bln_train.recipe import Recipe
-from bln_train.recipe_file import load_recipe, parse_recipe
-from bln_train.report.runlog import RunFolder
-from bln_train.run import evaluate_checkpoint, run
-from bln_train.train.checkpoint import load_checkpoint
+from bln_train.recipe.load import load_recipe, parse_recipe
+from bln_train.recipe.recipe import Recipe
+from bln_train.runs.checkpoint import load_checkpoint
+from bln_train.runs.folder import RunFolder
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bln_train.memory.timeline import Timeline, TrackedStep
 from bln_train.memory.tracker import storage_bytes
 from bln_train.records import MemoryRecord, TimelineRecord
-from bln_train.runtime import device_name
+from bln_train.system.machine import device_name
 
 
 class PeakMeter:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bln_train.atomic import replacing
+from bln_train.system.atomic import replacing
 
 _MAX_EVENTS = 200_000
 

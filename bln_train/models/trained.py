@@ -19,7 +19,7 @@ from bln_train.models.build import build_model, norm_factory
 from bln_train.models.layers import NormFactory
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.batchless_channel import BatchlessChannelNorm
-from bln_train.norm.convert import (
+from bln_train.norm.convert.layers import (
     copy_batchnorm,
     copy_batchnorm_statistics,
     has_activation,
@@ -28,10 +28,10 @@ from bln_train.norm.convert import (
     variance_from_std,
     with_activation_of,
 )
-from bln_train.norm.convert_state import NUM_GROUPS, batchless_layers, layers_with_groups, state_to_batch
+from bln_train.norm.convert.state_dicts import NUM_GROUPS, batchless_layers, layers_with_groups, state_to_batch
 
 _MAX_LISTED = 5
-_OF_A_RUN = "bln_train_format"  # the key of train/checkpoint.py
+_OF_A_RUN = "bln_train_format"  # the key of runs/checkpoint.py
 
 
 def build_trained_model(
@@ -172,7 +172,7 @@ def copy_weights(given: dict[str, Tensor], own: dict[str, Tensor], file: Path) -
 
 
 def plain_names(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a run under the keys of the original network, which has no NormAct; see norm/convert.py."""
+    """The state dict of a run under the keys of the original network, which has no NormAct; see norm/convert/layers.py."""
     layers = [key for key, module in model.named_modules() if has_activation(module)]
     inside = {f"{key}.norm.": f"{key}." for key in layers}
     # With groups of channels the norm is itself of two parts.

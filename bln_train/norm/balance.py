@@ -10,7 +10,7 @@ this one have left over; that is spread over those to come:
 
 so that of independent images the variance of N * HORIZON / (N + HORIZON) of them is left at the end, and not that of N. What is
 left is counted as it is: where statistics lag behind, m2 is not 1, and taking out B * xhat as if it were would leave (1 - m2) * B,
-layer after layer. Where xhat is imputed (norm/fused_function.py) what stands in for it counts as xhat.
+layer after layer. Where xhat is imputed (fused/function.py) what stands in for it counts as xhat.
 
 d bounds the correction whatever the inputs. Without it an image multiplies what is left by 1 - [[1, m1], [m1, m2]] / (N-k+HORIZON),
 which grows geometrically where a channel is many deviations wide. With it the regressors of an image, d * (1, xhat), have a mean

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from bln_train.norm.accounts import Account
 from bln_train.norm.balance import BalanceRow, begin_balance
 from bln_train.norm.batchnorm_state import holds_batchnorm, take_batchnorm
-from bln_train.norm.functional import (
-    Parametrization,
-    batchless_norm,
-    raw_from_std,
-    std_from_raw,
-    sums_about,
-)
+from bln_train.norm.functional import Parametrization, batchless_norm, raw_from_std, std_from_raw, sums_about
 from bln_train.norm.loop_checks import USE_PROCESSES, check_forward
 from bln_train.norm.probe import Following, settle_following
 from bln_train.norm.update import update_layers
@@ -46,7 +40,7 @@ class _BatchlessNorm(nn.Module):
         statistics_rate: step of the natural update, in (0, 1].
         nll_weight, nll_reduction, gauge: see `functional.batchless_norm`.
         correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
-        correction_mode: where the correction's xhat comes from in a folded layer (norm/fused.py): "exact" computes it again,
+        correction_mode: where the correction's xhat comes from in a folded layer (fused/layer.py): "exact" computes it again,
             "imputed" reads it off the output. By itself the layer keeps it, so that both are one.
 
     Attributes:
@@ -55,7 +49,7 @@ class _BatchlessNorm(nn.Module):
             position and for a summed loss.
         balance (3, C): buffer, not in the state dict: how the batch under way uses it (norm/balance.py).
         imputation (2, C): buffer of mode "imputed": where a relu follows, running means over the probe's images of the mean of
-            h (norm/fused_function.py), and of its slope against weight*xhat, at least 0.1. Both start as those of a standard
+            h (fused/function.py), and of its slope against weight*xhat, at least 0.1. Both start as those of a standard
             normal that nothing is added to.
 
     Raises:
@@ -198,7 +192,7 @@ class _BatchlessNorm(nn.Module):
         """How many of a training forward's `num_images` belong to the probe, and where their sums are to be added, (4, C).
 
         The sums, over `num_positions` of each, are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of q, what the
-        relu that follows shows of weight*xhat + bias (norm/epilogue.py), and of q*y.
+        relu that follows shows of weight*xhat + bias (kernels/epilogue.py), and of q*y.
         """
         account, self.account.is_open = self.account, False  # the first use counts where a network uses the layer twice
         number = min(num_images, account.num_to_watch)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bln_train.norm.replace import replace
-from bln_train.rng import instance_seeds, keep_mask
+from bln_train.system.rng import instance_seeds, keep_mask
 
 _FIRST_PURPOSE = 100  # below are those of augmentation
 

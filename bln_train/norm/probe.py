@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bln_train.norm.compiled import address
-from bln_train.norm.epilogue import Activation, code, kernels_for, map_, num_threads, sums_of
 from bln_train.norm.functional import raw_from_std, std_from_raw
-from bln_train.norm.layout import in_order_of
+from bln_train.norm.kernels.compiled import address
+from bln_train.norm.kernels.epilogue import Activation, code, kernels_for, map_, num_threads, sums_of
+from bln_train.norm.kernels.layout import in_order_of
 from bln_train.norm.update import by_kind, finite_or, may_follow, moments, stack
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bln_train.atomic import write_atomically
 from bln_train.errors import RunFolderError, UsageError
 from bln_train.report import html, markdown, sections
 from bln_train.report.blocks import Section
@@ -15,6 +14,7 @@ from bln_train.report.groups import group_runs
 from bln_train.report.memory_section import memory_of_runs, memory_of_sweep
 from bln_train.report.source import Sources, read_sources
 from bln_train.report.verdict import verdict
+from bln_train.system.atomic import write_atomically
 
 
 def write_report(paths: Sequence[Path], out: Path | None = None) -> dict[str, Any]:

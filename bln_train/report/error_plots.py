@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bln_train.atomic import write_atomically
+from bln_train.system.atomic import write_atomically
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("running averages", ("batchnorm", "natural")),

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from bln_train.records import EpochRecord
 from bln_train.report.source import Run
-from bln_train.units import parse_bytes
+from bln_train.system.units import parse_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from bln_train.report.blocks import Block, Figure, Section, Table, Text
 from bln_train.report.groups import Group
 from bln_train.report.source import Sweep, cell_name
 from bln_train.report.svg import NUM_COLORS, Bar, Series, area_chart, bar_chart, line_chart
-from bln_train.units import format_bytes, format_number
+from bln_train.system.units import format_bytes, format_number
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
 _KEYS = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "other_bytes")

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from bln_train.atomic import write_atomically
+from bln_train.system.atomic import write_atomically
 
 _MARKERS = "osD^vPX*<>"
 _FIGURES: tuple[tuple[str, str, str | None, float, str], ...] = (  # file, figure, its spread, scale, label

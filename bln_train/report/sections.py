@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bln_train.recipe_file import dump_recipe
+from bln_train.recipe.load import dump_recipe
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.report.blocks import Block, Figure, Listing, Section, Table, Text
 from bln_train.report.groups import Group
 from bln_train.report.source import Run, Sources
 from bln_train.report.svg import NUM_COLORS, Series, band_chart, line_chart
-from bln_train.units import format_number, format_percent
+from bln_train.system.units import format_number, format_percent
 
 _IN_ORDER = "layer, in order of the table below"
 _MAX_STEPS_DRAWN = 200

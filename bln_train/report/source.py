@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from bln_train.compare import BASE_RECIPE
 from bln_train.errors import BlnError, UsageError, first_line
-from bln_train.recipe import Recipe
-from bln_train.recipe_file import load_recipe_of_run
+from bln_train.experiments.compare import BASE_RECIPE
+from bln_train.recipe.load import load_recipe_of_run
+from bln_train.recipe.recipe import Recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, TimelineRecord
-from bln_train.report.runlog import ENVIRONMENT, MEMORY_TABLE, RECIPE, RunFolder
+from bln_train.runs.folder import ENVIRONMENT, MEMORY_TABLE, RECIPE, RunFolder
 
 
 @dataclass(frozen=True)

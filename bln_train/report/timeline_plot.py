@@ -8,9 +8,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bln_train.atomic import write_atomically
 from bln_train.records import TimelineRecord
 from bln_train.report.memory_section import PARTS, widened
+from bln_train.system.atomic import write_atomically
 
 _HATCHES = ("", "//", "xx", "..", "\\\\")
 

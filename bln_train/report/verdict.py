@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from bln_train.report.blocks import Block, Finding, Section, Table
 from bln_train.report.groups import Group, Mean, reference_of
 from bln_train.report.source import Sources, Sweep, cell_name
-from bln_train.units import CUDA_CONTEXT_BYTES, format_bytes, format_number, format_percent
+from bln_train.system.units import CUDA_CONTEXT_BYTES, format_bytes, format_number, format_percent
 
 _MAX_GROUPS = 6
 """Groups that get sentences of their own; the table has all."""

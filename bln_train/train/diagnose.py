@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bln_train.data import ImageSet
+from bln_train.data.datasets import ImageSet
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.fuse import unfuse
+from bln_train.norm.fused.network import unfuse
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.train.step import AccumulationStep
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.augment import Preprocess
-from bln_train.data import ImageSet
-from bln_train.parallel import ALONE, World
-from bln_train.signals import StopRequested, never
+from bln_train.data.augment import Preprocess
+from bln_train.data.datasets import ImageSet
+from bln_train.system.signals import StopRequested, never
+from bln_train.train.distributed import ALONE, World
 from bln_train.train.recovery import attempt, does_not_fit, free_memory
 
 

@@ -32,7 +32,7 @@ class Sums(NamedTuple):
 
 
 class Graphs(Protocol):
-    """What takes micro-steps in the place of AccumulationStep.micro_step; see train/graph.py."""
+    """What takes micro-steps in the place of AccumulationStep.micro_step; see train/cuda_graphs.py."""
 
     @property
     def run(self) -> Run:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bln_train.data import ImageSet
+from bln_train.data.datasets import ImageSet
 from bln_train.errors import DoesNotFitError
 from bln_train.norm.dropout import set_instance_seeds
-from bln_train.optim import MomentumAccumulatingSGD
+from bln_train.train.optim import MomentumAccumulatingSGD
 from bln_train.train.step import AccumulationStep, StepTotals
 
 T = TypeVar("T")

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bln_train.augment import Preprocess
-from bln_train.data import ImageSet
+from bln_train.data.augment import Preprocess
+from bln_train.data.datasets import ImageSet
 from bln_train.errors import DivergedError
 from bln_train.norm.dropout import InstanceDropout, set_instance_seeds
-from bln_train.norm.fuse import folded_layers
-from bln_train.norm.fused import fold_once
+from bln_train.norm.fused.layer import fold_once
+from bln_train.norm.fused.network import folded_layers
 from bln_train.norm.replay import Run, at_once
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters, standardize_once
 from bln_train.norm.statistics import BatchlessStatistics
-from bln_train.optim import MomentumAccumulatingSGD
-from bln_train.parallel import ALONE, World, part_of, reduce_step
-from bln_train.rng import instance_seeds
-from bln_train.signals import StopRequested, never
+from bln_train.system.rng import instance_seeds
+from bln_train.system.signals import StopRequested, never
+from bln_train.train.distributed import ALONE, World, part_of, reduce_step
 from bln_train.train.micro_step import Graphs, MicroBatch, Sums
+from bln_train.train.optim import MomentumAccumulatingSGD
 
 _BLOCK_IMAGES = 128
 SENT_BYTES = 2**18

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from bln_train.data import DataSet, ImageSet, epoch_order
+from bln_train.data.datasets import DataSet, ImageSet, epoch_order
 from bln_train.errors import CheckpointError, DivergedError, first_line
 from bln_train.memory.peak import PeakMeter
-from bln_train.optim import Schedule
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
-from bln_train.signals import never
+from bln_train.system.signals import never
 from bln_train.train.check_state import (
     check_counts,
     check_numbers,
@@ -27,6 +26,7 @@ from bln_train.train.check_state import (
 from bln_train.train.diagnose import find_fault
 from bln_train.train.evaluate import Evaluation
 from bln_train.train.health import HealthWatch, layer_records
+from bln_train.train.optim import Schedule
 from bln_train.train.recovery import RecoveringStep
 from bln_train.train.step import AccumulationStep, StepTotals
 

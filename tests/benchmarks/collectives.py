@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
+from bln_train.experiments.run import begin_together
 from bln_train.models.build import build_model, norm_factory
-from bln_train.parallel import joined
-from bln_train.recipe import Recipe
-from bln_train.run import begin_together
+from bln_train.recipe.recipe import Recipe
+from bln_train.train.distributed import joined
 
 BATCH, PROCESSES = 32, 2
 

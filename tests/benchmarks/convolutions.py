@@ -1,4 +1,4 @@
-"""Convolutions, forward and backward, by the compiled kernel and by PyTorch, over sizes around the bounds of norm/convolution.py.
+"""Convolutions, forward and backward, by the compiled kernel and by PyTorch, around the bounds of kernels/convolution.py.
 
     python tests/benchmarks/convolutions.py [--threads 2] [--repeats 30]
 
@@ -13,9 +13,9 @@ import time
 import torch
 from torch import nn
 
-from bln_train import runtime
-from bln_train.norm.compiled import library
-from bln_train.norm.convolution import _Shape, direct_convolution
+from bln_train.norm.kernels.compiled import library
+from bln_train.norm.kernels.convolution import _Shape, direct_convolution
+from bln_train.system import machine
 
 LAYERS = [  # channels in, out, side, stride, kernel
     (16, 16, 32, 1, 3),
@@ -78,7 +78,7 @@ def main():
             rule = "kernel" if direct_convolution(conv, x, weight) else "PyTorch"
             print(f"{num_images:6} {c_in:3} {c_out:4} {side:5} {stride:7} {kernel:7} {kernel_us:12.0f} {torch_us:11.0f} "
                   f"{kernel_us / torch_us:15.2f}  {rule}")  # fmt: skip
-    device = runtime.device_name(torch.device("cpu"))
+    device = machine.device_name(torch.device("cpu"))
     print(f"medians of {args.repeats}; {device}, torch {torch.__version__}")
 
 

@@ -27,10 +27,10 @@ import argparse
 import torch
 from torch import nn
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.norm import balance
 from bln_train.norm.balance import BalanceRow, balance_images, regression
-from bln_train.recipe_file import load_recipe
+from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord
 
 RATE, PROBE_IMAGES, INIT_IMAGES, EPS = 0.1, 8, 128, 1e-6

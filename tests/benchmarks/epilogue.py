@@ -14,11 +14,11 @@ import sys
 
 import torch
 
-from bln_train import runtime
 from bln_train.norm.balance import BalanceRow
-from bln_train.norm.compiled import use_compiled
-from bln_train.norm.epilogue import Row, backward, forward_
-from bln_train.norm.triton_launch import why_not_triton
+from bln_train.norm.kernels.compiled import use_compiled
+from bln_train.norm.kernels.epilogue import Row, backward, forward_
+from bln_train.norm.kernels.triton_launch import why_not_triton
+from bln_train.system import machine
 
 LAYERS = {  # channels, side, whether a residual comes in
     "resnet20": [(16, 32, False), (16, 32, True), (32, 16, True), (64, 8, True)],
@@ -125,7 +125,7 @@ def main():
                           f"{theirs:11.1f} {ours:10.1f} {theirs / ours:15.2f} {num_bytes / theirs / 1e3:13.0f} "
                           f"{num_bytes / ours / 1e3:12.0f}")  # fmt: skip
     how = "replayed" if args.graph else "launched"
-    print(f"{how}, {args.dtype}, medians of {args.repeats}; {runtime.device_name(device)}, torch {torch.__version__}")
+    print(f"{how}, {args.dtype}, medians of {args.repeats}; {machine.device_name(device)}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bln_train import runtime
-from bln_train.build import build_experiment
-from bln_train.memory.sweep import random_data
-from bln_train.recipe import Recipe
-from bln_train.train.graph import NUM_STEPS_TO_RECORD
+from bln_train.build.experiment import build_experiment
+from bln_train.experiments.sweep import random_data
+from bln_train.recipe.recipe import Recipe
+from bln_train.system import machine
+from bln_train.train.cuda_graphs import NUM_STEPS_TO_RECORD
 
 EFFECTIVE = 128
 NORMS = ("batch", "batchless-plain", "batchless")
@@ -106,7 +106,7 @@ def main():
         found = medians(whole, args.repeats)
         print(f"micro-batch {EFFECTIVE}, {'graphed' if graphs else 'eager'}: " + ", ".join(
               f"{norm} {1e3 * own:.2f} ms ({own / found['batch']:.3f})" for norm, own in found.items()))  # fmt: skip
-    for key, value in runtime.environment(torch.device(args.device)).items():
+    for key, value in machine.environment(torch.device(args.device)).items():
         print(f"{key}: {value}")
 
 

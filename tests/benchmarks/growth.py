@@ -12,10 +12,10 @@ import time
 
 import torch
 
-from bln_train import runtime
-from bln_train.build import build_experiment
-from bln_train.memory.sweep import random_data
-from bln_train.recipe import Recipe
+from bln_train.build.experiment import build_experiment
+from bln_train.experiments.sweep import random_data
+from bln_train.recipe.recipe import Recipe
+from bln_train.system import machine
 
 EFFECTIVE = (1, 4, 16, 64, 256, 1024, 4096)
 DEPTHS = (8, 20, 32, 56, 110)
@@ -100,7 +100,7 @@ def main():
             )
             before = s
     print(
-        f"medians of {args.repeats} steps in turns; {runtime.device_name(torch.device(args.device))}, torch {torch.__version__}"
+        f"medians of {args.repeats} steps in turns; {machine.device_name(torch.device(args.device))}, torch {torch.__version__}"
     )
 
 

@@ -22,9 +22,9 @@ from bln_train.models.build import build_model, norm_factory
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import initialize_statistics
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.strata import find_strata
-from bln_train.runtime import device_name
-from bln_train.units import format_bytes
+from bln_train.norm.calibrate.strata import find_strata
+from bln_train.system.machine import device_name
+from bln_train.system.units import format_bytes
 
 
 class Tracked(nn.Module):

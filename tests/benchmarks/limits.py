@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.norm.replace import replace_modules
-from bln_train.recipe_file import load_recipe
+from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord
 
 EPS, RIDGE, STEPS, RATE = 1e-5, 1e-3, 5, 0.1

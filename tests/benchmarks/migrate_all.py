@@ -16,7 +16,7 @@ import torch
 from torchvision import models
 
 from bln_train.norm import convert_batchnorm, convert_to_batchnorm
-from bln_train.norm.convert import is_batchnorm
+from bln_train.norm.convert.layers import is_batchnorm
 
 BOUND = 1e-10
 TIMM = ("resnet26d", "regnety_004", "efficientnet_b0", "mobilenetv3_small_100", "densenet121", "dla34", "hrnet_w18_small",

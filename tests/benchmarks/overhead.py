@@ -12,13 +12,13 @@ import time
 import torch
 from torch.nn import functional as F
 
-from bln_train import runtime
-from bln_train.build import build_experiment
-from bln_train.data import epoch_order
+from bln_train.build.experiment import build_experiment
+from bln_train.data.datasets import epoch_order
 from bln_train.norm import fold_once, standardize_once
-from bln_train.recipe import Recipe
+from bln_train.recipe.recipe import Recipe
 from bln_train.records import StepRecord
-from bln_train.rng import instance_seeds
+from bln_train.system import machine
+from bln_train.system.rng import instance_seeds
 
 
 def bare_steps(experiment, effective, micro):
@@ -97,7 +97,7 @@ def main():
         print(f"{name:10} {1000 * median:8.1f} ms per step, {args.effective_batch / median:7.1f} images/s")
     print(f"ratio trainer / bare loop: median {statistics.median(ratios):.4f} over {len(ratios)} pairs")
     print(f"{args.model}, norm {args.norm}, effective {args.effective_batch}, micro {args.micro_batch}; "
-          f"{runtime.device_name(ours.device)}, torch {torch.__version__}")  # fmt: skip
+          f"{machine.device_name(ours.device)}, torch {torch.__version__}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from bln_train import runtime
-from bln_train.build import build_experiment
+from bln_train.build.experiment import build_experiment
 from bln_train.models.build import build_model, norm_factory
-from bln_train.recipe import Recipe
+from bln_train.recipe.recipe import Recipe
 from bln_train.records import StepRecord
+from bln_train.system import machine
 
 NUM_CLASSES, SIDE = 10, 32
 
@@ -259,7 +259,7 @@ def main():
         ratio = statistics.median(a / b for a, b in zip(rates[first], found, strict=True))
         print(f"{name:38} {statistics.median(found):8.1f}  {ratio:6.2f}  ({min(found):.1f} to {max(found):.1f})")
     print(f"resnet20, effective batch {args.effective_batch}, {args.threads} threads, {args.rounds} rounds of {args.steps} steps; "
-          f"{runtime.device_name(device)}, torch {torch.__version__}")  # fmt: skip
+          f"{machine.device_name(device)}, torch {torch.__version__}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from bln_train.memory import sweep
-from bln_train.memory.predict import plan_memory
-from bln_train.recipe_file import load_recipe
-from bln_train.units import format_bytes
+from bln_train.experiments import sweep
+from bln_train.plan.predict import plan_memory
+from bln_train.recipe.load import load_recipe
+from bln_train.system.units import format_bytes
 
 MODELS = (
     "resnet8",

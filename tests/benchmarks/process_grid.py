@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from bln_train.build import build_experiment
-from bln_train.parallel import joined
-from bln_train.recipe import Recipe
-from bln_train.run import begin_together
+from bln_train.build.experiment import build_experiment
+from bln_train.experiments.run import begin_together
+from bln_train.recipe.recipe import Recipe
+from bln_train.train.distributed import joined
 
 PROCESSES, MICRO_BATCHES, NUM_STEPS, BOUND = (1, 2, 3, 4), (1, 3, 8), 20, 1e-10
 

@@ -1,0 +1,1 @@
+"""First statistics, measured from images."""

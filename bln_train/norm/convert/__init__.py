@@ -1,0 +1,1 @@
+"""BatchNorm to batchless norms and back; norms folded into convolutions for inference."""

@@ -13,7 +13,7 @@ from bln_train.recipe.recipe import Recipe
 PROGRAM = """#!{python}
 import atexit, pathlib, sys
 atexit.register(lambda: pathlib.Path({imports!r}).write_text(" ".join(sys.modules)))
-from bln_train.cli import main
+from bln_train.cli.app import main
 main()
 """
 

@@ -364,7 +364,7 @@ def test_one_process_sends_nothing():
     """Without torchrun there is no process group, and RANK and WORLD_SIZE of a cluster's own are not torchrun's."""
     code = """
 import torch.distributed, os
-from bln_train.parallel import joined
+from bln_train.train.distributed import joined
 with joined(torch.device("cpu"), 5) as world:
     world.wait()
     assert world.size == 1 and world.num_collectives == 0 and not torch.distributed.is_initialized()

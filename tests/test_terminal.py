@@ -25,7 +25,7 @@ BLN = [sys.executable, "-m", "bln_train"]
 # A run of which nothing is computed: its records come at once, or as the loop says.
 RECORDS = """
 import sys, time
-from bln_train.console_progress import show_cells, show_progress
+from bln_train.console.progress import show_cells, show_progress
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
 
 def step(n):

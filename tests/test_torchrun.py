@@ -45,7 +45,7 @@ def test_only_training_runs_take_several_processes(command, tmp_path):
 LEFT_AT_THE_END = """
 import os
 import torch
-from bln_train.parallel import joined
+from bln_train.train.distributed import joined
 with joined(torch.device("cpu"), 60) as world:
     torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)  # imports what would hold the group, see `joined`
     world.wait()

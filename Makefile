@@ -22,7 +22,7 @@ memory: $(READY)        ## the README's memory tables
 	  --repeats 3 --out memory/resnet50
 
 plan-accuracy: $(READY) ## predicted against measured peaks over networks, norms, micro-batches and precisions: some 20 minutes
-	$(BIN)/python tests/benchmarks/plan_accuracy.py --out memory/plan_accuracy.csv
+	$(BIN)/python benchmarks/plan_accuracy.py --out memory/plan_accuracy.csv
 
 test: $(READY)          ## all tests; those marked gpu skip without a CUDA device
 	$(BIN)/python -m pytest
@@ -37,12 +37,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 generated: $(READY)     ## what is written from the code: the README's list of commands, the schema for editors
-	$(BIN)/python tests/cli_reference.py
+	$(BIN)/python tests/support/cli_reference.py
 	$(BIN)/bln-train recipes schema > recipes/recipe.schema.json
 
 bench: $(READY)         ## trainer overhead over a bare loop; beside Lightning and Accelerate where the extra `bench` is installed
-	$(BIN)/python tests/benchmarks/overhead.py
-	$(BIN)/python tests/benchmarks/peers.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/peers.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

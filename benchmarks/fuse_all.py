@@ -209,7 +209,7 @@ def writer(path: Path | None) -> Callable[[str], None]:
     """Prints lines, and adds them to a file."""
 
     def write(line: str) -> None:
-        print(line, flush=True)  # noqa: T201
+        print(line, flush=True)
         if path is not None:
             with path.open("a") as file:
                 file.write(line + "\n")

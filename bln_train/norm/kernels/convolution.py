@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bln_train.norm.kernels.compiled import TYPES
 
-# Where the kernel was the faster, forward and backward together, on a processor with AVX2: tests/benchmarks/convolutions.py.
+# Where the kernel was the faster, forward and backward together, on a processor with AVX2: benchmarks/convolutions.py.
 _MOST_PRODUCTS = 2**26
 _MOST_WEIGHTS = 40_000
 _VECTORS_BYTES = 64  # of channels that the kernel takes at once

@@ -13,8 +13,8 @@ import time
 import torch
 from torch import nn
 
-from bln_train.norm.kernels.compiled import library
 from bln_train.norm.kernels.convolution import _Shape, direct_convolution
+from bln_train.norm.kernels.library import library
 from bln_train.system import machine
 
 LAYERS = [  # channels in, out, side, stride, kernel

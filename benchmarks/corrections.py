@@ -11,7 +11,7 @@ backward correction (A, B) comes from:
     average     running means of E[g] and E[g xhat] over earlier batches
     batch       those of the batch itself
     regression  the batch's own regression of g on 1 and xhat, which is BatchNorm's backward for any statistics in force
-    balanced    as in the product (norm/balance.py): running means of the regression's coefficients, and what the batch's images
+    balanced    as in the product (kernels/feedback.py): running means of the regression's coefficients, and what the batch's images
                 before left over
     settled     averages, and afterwards a pass without loss through the batch's first images, scaled up, which takes out what the
                 averages left; --apart one image at a time, else those images together
@@ -25,11 +25,11 @@ sums over batches.
 import argparse
 
 import torch
+from bln_train.norm.balance import BalanceRow, balance_images, regression
 from torch import nn
 
 from bln_train.build.experiment import build_experiment
 from bln_train.norm import balance
-from bln_train.norm.balance import BalanceRow, balance_images, regression
 from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord
 

@@ -13,11 +13,11 @@ import statistics
 import sys
 
 import torch
-
 from bln_train.norm.balance import BalanceRow
-from bln_train.norm.kernels.compiled import use_compiled
 from bln_train.norm.kernels.epilogue import Row, backward, forward_
-from bln_train.norm.kernels.triton_launch import why_not_triton
+
+from bln_train.norm.kernels.backend import why_not_triton
+from bln_train.norm.kernels.table import use_kernels
 from bln_train.system import machine
 
 LAYERS = {  # channels, side, whether a residual comes in
@@ -64,7 +64,7 @@ def prepared(work, wanted, graph):
     """The work on one of the paths, after what it does only the first time."""
 
     def run():
-        use_compiled(wanted)
+        use_kernels(wanted)
         work()
 
     stream = torch.cuda.Stream()

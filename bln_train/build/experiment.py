@@ -19,8 +19,8 @@ from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
 from bln_train.models.trained import build_trained_model
 from bln_train.norm.fused.network import fuse
-from bln_train.norm.kernels.compiled import why_not_compiled
-from bln_train.norm.kernels.triton_launch import why_not_triton
+from bln_train.norm.kernels.backend import why_not_triton
+from bln_train.norm.kernels.library import why_not_compiled
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection

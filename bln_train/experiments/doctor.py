@@ -17,8 +17,8 @@ import torch
 
 from bln_train.build.experiment import build_experiment
 from bln_train.data.datasets import default_root
-from bln_train.norm.kernels.compiled import why_not_compiled
-from bln_train.norm.kernels.triton_launch import why_not_triton
+from bln_train.norm.kernels.backend import why_not_triton
+from bln_train.norm.kernels.library import why_not_compiled
 from bln_train.recipe.recipe import Recipe
 from bln_train.system.machine import device_name
 from bln_train.system.units import format_bytes

@@ -1,15 +1,8 @@
-"""What the forwards of one effective batch leave in batchless layers, and the same as numbers that several processes can add up."""
+"""What the forwards of one effective batch leave in a batchless layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from bln_train.norm.batchless import _BatchlessNorm
 
 
 class Account:
@@ -39,9 +32,8 @@ class Account:
         self.num_watched = 0
         """Positions of those that came."""
         self.watched: Tensor | None = None
-        """(4, C), see `watch`."""
+        """(2, C), see `watch`."""
         self.unit: Tensor | None = None
-        self.shows_relu = False
 
     def __reduce__(self) -> tuple[type[Account], tuple[()]]:
         return Account, ()  # tensors of a graph cannot be copied, and a copy has no effective batch under way
@@ -56,39 +48,3 @@ class Account:
     def take(self, nll: Tensor) -> None:
         """Keep a likelihood, (), for the loss."""
         self.nll = nll if self.nll is None else self.nll + nll
-
-
-_NUM_COUNTS = 4
-
-
-def counts_of(layers: Sequence[_BatchlessNorm]) -> list[int]:
-    """Of each layer: images, positions of them, positions of the probe's images, and whether a relu follows."""
-    accounts = [layer.account for layer in layers]
-    return [n for a in accounts for n in (a.num_images, a.num_positions, a.num_watched, int(a.shows_relu))]
-
-
-def watched_sums(layers: Sequence[_BatchlessNorm]) -> list[Tensor]:
-    """Of each layer the sums over the probe's images, (4, C), in units of its input; zeros where it saw none of them.
-
-    To be added up in place. A layer whose account watched in another unit is converted: only who saw an image knows the unit.
-    """
-    for layer in layers:
-        account = layer.account
-        if account.watched is None:
-            account.watched = torch.zeros(4, layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device)
-        elif account.unit is not None:
-            account.watched[0] *= account.unit
-            account.watched[1] *= account.unit.square()
-            account.watched[3] *= account.unit
-        account.unit = None
-    return [layer.account.watched for layer in layers if layer.account.watched is not None]
-
-
-def set_counts(layers: Sequence[_BatchlessNorm], counts: Sequence[int]) -> None:
-    """Put the sums of `counts_of` in the place of each layer's own counts."""
-    for n, layer in enumerate(layers):
-        account, own = layer.account, counts[n * _NUM_COUNTS : (n + 1) * _NUM_COUNTS]
-        account.num_images, account.num_positions, account.num_watched = own[:3]
-        account.shows_relu = own[3] > 0
-        if not account.num_watched:
-            account.watched = None

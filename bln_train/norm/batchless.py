@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
-from bln_train.norm.balance import BalanceRow, begin_balance
-from bln_train.norm.batchnorm_state import holds_batchnorm, take_batchnorm
+from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
+from bln_train.norm.following import Following
 from bln_train.norm.functional import Parametrization, batchless_norm, raw_from_std, std_from_raw, sums_about
-from bln_train.norm.loop_checks import USE_PROCESSES, check_forward
-from bln_train.norm.probe import Following, settle_following
-from bln_train.norm.update import update_layers
+from bln_train.norm.kernels.feedback import begin_feedback
+from bln_train.norm.kernels.table import StateRow
+
+USE_PROCESSES = (
+    "train with `torchrun -m bln_train run`, or with Trainer, which share statistics, correction and probe themselves"
+)
 
 
 class _BatchlessNorm(nn.Module):
@@ -40,17 +43,12 @@ class _BatchlessNorm(nn.Module):
         statistics_rate: step of the natural update, in (0, 1].
         nll_weight, nll_reduction, gauge: see `functional.batchless_norm`.
         correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
-        correction_mode: where the correction's xhat comes from in a folded layer (fused/layer.py): "exact" computes it again,
-            "imputed" reads it off the output. By itself the layer keeps it, so that both are one.
 
     Attributes:
         mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
         correction (2, C): buffer, running means of the coefficients A and B of the output gradient's regression on 1 and xhat, per
             position and for a summed loss.
-        balance (3, C): buffer, not in the state dict: how the batch under way uses it (norm/balance.py).
-        imputation (2, C): buffer of mode "imputed": where a relu follows, running means over the probe's images of the mean of
-            h (fused/function.py), and of its slope against weight*xhat, at least 0.1. Both start as those of a standard
-            normal that nothing is added to.
+        feedback (3, C): buffer, not in the state dict: how the batch under way uses it (kernels/feedback.py).
 
     Raises:
         ValueError: an argument is out of range, or an input of another shape.
@@ -62,8 +60,7 @@ class _BatchlessNorm(nn.Module):
     _dims: tuple[int, ...] = ()
 
     correction: Tensor | None
-    balance: Tensor | None
-    imputation: Tensor | None
+    feedback: Tensor | None
 
     def __init__(
         self,
@@ -81,7 +78,6 @@ class _BatchlessNorm(nn.Module):
         nll_reduction: Literal["mean", "sum"] = "mean",
         gauge: bool = True,
         correction_rate: float = 0.1,
-        correction_mode: Literal["exact", "imputed"] = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,7 +93,7 @@ class _BatchlessNorm(nn.Module):
         self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
         self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
         self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
-        self.correction_rate, self.correction_mode = correction_rate, correction_mode
+        self.correction_rate = correction_rate
 
         entries = num_features if share == "channel" else 1
         self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))
@@ -111,20 +107,17 @@ class _BatchlessNorm(nn.Module):
             self.register_parameter("bias", None)
         correction = torch.zeros(2, num_features, device=device, dtype=dtype) if correction_rate else None
         self.register_buffer("correction", correction)
-        state = torch.zeros(len(BalanceRow), num_features, device=device, dtype=dtype) if correction_rate else None
-        self.register_buffer("balance", state, persistent=False)
+        state = torch.zeros(len(StateRow), num_features, device=device, dtype=dtype) if correction_rate else None
+        self.register_buffer("feedback", state, persistent=False)
         self.is_reused = False
         """Whether a forward uses the layer more than once: then the order of its images is not that of the batch."""
-        imputes = correction is not None and correction_mode == "imputed"
-        self.register_buffer("imputation", self.first_imputation() if imputes else None)
-
         self.batchnorm_eps = 1e-5
         """eps of a BatchNorm whose state dict is loaded: torch.nn's, or that of the layer that this one replaced."""
 
         self.group_size = 0
         """Channels of a group that is normalised behind this layer (BatchlessChannelNorm), 0 for none."""
         self.account = Account()
-        begin_balance([self], None)
+        self._end_feedback()
         self.first_moment: Tensor | None = None
         self.second_moment: Tensor | None = None
         """(C,) or (1,), of the last effective batch: means of xhat and of xhat^2."""
@@ -133,18 +126,12 @@ class _BatchlessNorm(nn.Module):
         self.old_moments: tuple[Tensor, Tensor] | None = None
         """Of the probe's images, under the weights before the step."""
 
-    def first_imputation(self) -> Tensor:
-        """`imputation` before any data, (2, C), for a weight of 1 and a bias of 0."""
-        mean = self.mean
-        rows = torch.tensor([[0.0], [0.5 + 1 / math.pi]], device=mean.device, dtype=mean.dtype)
-        return rows.repeat(1, self.num_features)
-
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, unexpected_keys: Any, errors: Any
     ) -> None:  # fmt: skip
         """Takes the state dict of a BatchNorm too (norm/batchnorm_state.py)."""
         if holds_batchnorm(state_dict, prefix):
-            problem = take_batchnorm(self, state_dict, prefix)
+            problem = self._take_batchnorm(state_dict, prefix)
             if problem:
                 errors.append(
                     f"'{prefix}' is a batchless layer: {problem}. Load into the BatchNorm, then convert_batchnorm."
@@ -152,6 +139,37 @@ class _BatchlessNorm(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _take_batchnorm(self, state: MutableMapping[str, Tensor], prefix: str) -> str:
+        """Replace a BatchNorm's entries under `prefix` by those of this layer; returns why not, "" if it was done.
+
+            mean = running_mean,   std = sqrt(running_var + self.batchnorm_eps),   the same weight and bias
+
+        The correction begins anew. Of parametrization `log` the layer's eps is lowered to the smallest standard deviation.
+        """
+        mean, std = state[f"{prefix}running_mean"], (state[f"{prefix}running_var"] + self.batchnorm_eps).sqrt()
+        if self.share == "layer":
+            return "a BatchNorm has a mean and a standard deviation per channel, and this layer one for all: share='channel'"
+        if not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            return "the BatchNorm's statistics are not finite, or a variance + eps is not positive"
+        smallest, largest = float(std.min()), float(std.max())
+        if self.parametrization == "log":
+            self.eps = min(self.eps, smallest)
+        elif smallest < self.eps or (self.parametrization == "inv" and largest >= 1 / self.eps):
+            return f"the layer's eps, {self.eps:g}, excludes the BatchNorm's standard deviations, {smallest:.3g} to {largest:.3g}"
+        for key in BATCHNORM_KEYS[2:]:
+            state.pop(f"{prefix}{key}", None)
+        found = {"mean": mean, "raw_std": raw_from_std(std.clamp(min=self.eps), self.parametrization, self.eps)}
+        if self.weight is not None and not self.affine:
+            found["weight"] = torch.ones_like(mean)
+        if self.bias is not None and (not self.affine or f"{prefix}weight" in state):  # BatchNorm's bias=False
+            found["bias"] = torch.zeros_like(mean)
+        if self.correction is not None:
+            found["correction"] = mean.new_zeros(2, len(mean))
+        for key, value in found.items():
+            state.setdefault(f"{prefix}{key}", value)
+        return ""
 
     @property
     def std(self) -> Tensor:
@@ -173,7 +191,7 @@ class _BatchlessNorm(nn.Module):
         shape = (-1, *([1] * (x.dim() - 2)))
         following = self.take_following()
         if following is not None:
-            scale, shift = following.read(sums_about(x, self.mean.detach()), x.numel() // x.shape[1], None).unbind(0)
+            scale, shift = following.read(sums_about(x, self.mean.detach()), x.numel() // x.shape[1]).unbind(0)
             shift = torch.addcmul(shift, self.mean, scale, value=-1)
         else:
             scale, shift = self.affine_map()
@@ -186,31 +204,51 @@ class _BatchlessNorm(nn.Module):
         shift = -self.mean.detach() * scale
         return scale, shift if self.bias is None else self.bias + shift
 
-    def watch(
-        self, num_images: int, num_positions: int, unit: Tensor | None = None, shows_relu: bool = False
-    ) -> tuple[int, Tensor | None]:
-        """How many of a training forward's `num_images` belong to the probe, and where their sums are to be added, (4, C).
+    def watch(self, num_images: int, num_positions: int, unit: Tensor | None = None) -> tuple[int, Tensor]:
+        """How many of a training forward's `num_images` belong to the probe, and where their sums are to be added, (2, C).
 
-        The sums, over `num_positions` of each, are those of y = (x - mean) / unit, of y^2 and, with `shows_relu`, of q, what the
-        relu that follows shows of weight*xhat + bias (kernels/epilogue.py), and of q*y.
+        The sums, over `num_positions` of each, are those of y = (x - mean) / unit and of y^2.
         """
         account, self.account.is_open = self.account, False  # the first use counts where a network uses the layer twice
         number = min(num_images, account.num_to_watch)
         account.num_to_watch -= number
         account.num_watched += number * num_positions
-        account.unit, account.shows_relu = unit, shows_relu
+        account.unit = unit
         if account.watched is None:
-            account.watched = torch.zeros(4, self.num_features, dtype=self.mean.dtype, device=self.mean.device)
+            account.watched = torch.zeros(2, self.num_features, dtype=self.mean.dtype, device=self.mean.device)
         return number, account.watched
 
     def count(self, num_images: int, num_positions: int) -> None:
         """Note the `num_images` of a training forward, and the `num_positions` of each."""
         self._check_groups(num_positions)
-        check_forward(self)
+        self._check_forward()
         self.account.add(num_images, num_positions)
         if self.account.has_begun and self.account.num_uses > 1 and not self.is_reused:
             self.is_reused = True
-            begin_balance([self], None)
+            self._end_feedback()
+
+    def _check_forward(self) -> None:
+        """Check a training forward before it is counted.
+
+        Raises:
+            RuntimeError: weights moved since a forward whose likelihood no loss took, or DistributedDataParallel runs the network.
+        """
+        account = self.account
+        if not account.num_images:
+            if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
+                raise RuntimeError(f"DistributedDataParallel cannot share batchless statistics: {USE_PROCESSES}")
+            account.weight_version = self.weight_version
+        elif account.nll is not None and account.weight_version != self.weight_version and self.mean.requires_grad:
+            raise RuntimeError(
+                "weights moved since a training forward whose likelihood no loss took: batchless statistics would never move "
+                "again. An ordinary training loop lacks the calls of BatchlessStatistics: begin(N), nll() in the loss, update(N), "
+                "follow(...). To keep them on purpose put the norms into eval()"
+            )
+
+    def _end_feedback(self) -> None:
+        """No batch is under way: each image's correction is the running one."""
+        if self.feedback is not None:
+            begin_feedback([self.feedback], None)
 
     def _check_input(self, x: Tensor, *, trains: bool) -> None:
         fits = x.dim() in self._dims and x.shape[1] == self.num_features
@@ -236,7 +274,7 @@ class _BatchlessNorm(nn.Module):
             self.weight,
             self.bias,
             correction=self.correction,
-            balance=self.balance,
+            feedback=self.feedback,
             parametrization=self.parametrization,
             eps=self.eps,
             nll_weight=self.nll_weight,
@@ -246,8 +284,7 @@ class _BatchlessNorm(nn.Module):
         num_images, num_positions = x.shape[0], x.numel() // (x.shape[0] * x.shape[1])
         if self.account.is_open:
             number, watched = self.watch(num_images, num_positions)
-            if watched is not None:
-                watched[:2] += sums_about(x.detach()[:number], self.mean.detach())
+            watched += sums_about(x.detach()[:number], self.mean.detach())
         self.count(num_images, num_positions)
         self.account.take(result.nll)
         return result.out
@@ -257,25 +294,10 @@ class _BatchlessNorm(nn.Module):
         """Weight in the loss of each entry's likelihood of one image."""
         return self.nll_weight * (1 if self.nll_reduction == "mean" else self.num_features) / self.mean.numel()
 
-    @torch.no_grad()
-    def update(self, num_images: int) -> Tensor:
-        """Take what the gradients of one effective batch say: correction and natural step.
-
-        With m1, m2 the batch's means of xhat and xhat^2:  mean += rate*std*m1;  std *= sqrt(1 + rate*(m2 - 1)).
-        Call it between the last backward and anything that changes gradients (clipping) or parameters.
-
-        Args:
-            num_images: images of the effective batch, the loss being their mean.
-
-        Returns: () the layer's nll per image, unweighted, averaged over channels; NaN where the statistics are frozen or the
-            layer saw no image.
-        """
-        return update_layers([self], num_images)[0]
-
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
         self.account = Account()
-        begin_balance([self], None)
+        self._end_feedback()
         self.old_moments = None
         self.drop_gradients()
 
@@ -303,7 +325,7 @@ class _BatchlessNorm(nn.Module):
     def take_following(self) -> Following | None:
         """Its part in the probe's forward, where this is its first use there."""
         if self.following is not None and self.following.found is not None:
-            settle_following([self])
+            self.following.settle()
         elif self.following is not None:
             self.following.begins()
         return self.following

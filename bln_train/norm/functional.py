@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bln_train.norm.balance import balance_images, unbalanced, weight_of_an_image
+from bln_train.norm.kernels.feedback import corrections, no_feedback, nonzero
 
 Parametrization = Literal["log", "abs", "inv", "var"]
 
@@ -142,7 +142,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         correction: Tensor | None,
-        balance: Tensor | None,
+        feedback: Tensor | None,
         parametrization: Parametrization,
         eps: float,
         nll_scale: float,
@@ -174,7 +174,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
         else:
             rows.copy_(torch.addcmul(bias.view(shape), xhat, weight.view(shape)))
         ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, sum_xhat, sum_xhat_sq)
-        ctx.correction, ctx.balance = correction, balance  # as they are when backward comes, which moves the latter
+        ctx.correction, ctx.feedback = correction, feedback  # as they are when backward comes, which moves the latter
         ctx.shape, ctx.channels_last = a.shape, channels_last
         ctx.parametrization, ctx.nll_scale = parametrization, nll_scale
         ctx.num_images, ctx.num_positions = num_images, num_positions
@@ -186,7 +186,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         xhat, std, raw_std, weight, sum_xhat, sum_xhat_sq = ctx.saved_tensors
-        correction, balance = ctx.correction, ctx.balance
+        correction, feedback = ctx.correction, ctx.feedback
         needs_a, needs_mean, needs_raw, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         grad_a = grad_mean = grad_raw = grad_weight = grad_bias = None
 
@@ -214,12 +214,10 @@ class _BatchlessNormFunction(torch.autograd.Function):
                 images, positions = (_by_image(r, ctx.num_images) for r in (grad_rows, xhat))
                 axis = 1 if grad_rows.dim() == 2 else 2
                 wide, of_x = images.to(std.dtype), positions.to(std.dtype)
-                seen = torch.stack((wide.sum(axis), (wide * of_x).sum(axis)), 1) / (
-                    num_positions * weight_of_an_image(grad_nll)
-                )
+                seen = torch.stack((wide.sum(axis), (wide * of_x).sum(axis)), 1) / (num_positions * nonzero(grad_nll))
                 moments = torch.stack((of_x.mean(axis), (of_x * of_x).mean(axis)), 1)
-                taken = balance_images(
-                    correction, unbalanced(correction) if balance is None else balance, seen, moments
+                taken = corrections(
+                    correction, no_feedback(correction) if feedback is None else feedback, seen, moments
                 )
                 offset, slope_xhat = (taken * (-grad_nll)).unsqueeze(axis + 1).unbind(1)
                 rows = torch.addcmul(images * gain, torch.addcmul(offset, positions, slope_xhat), gain).view(
@@ -237,7 +235,7 @@ def batchless_norm(
     bias: Tensor | None = None,
     *,
     correction: Tensor | None = None,
-    balance: Tensor | None = None,
+    feedback: Tensor | None = None,
     parametrization: Parametrization = "log",
     eps: float = 1e-3,
     nll_weight: float = 1.0,
@@ -261,8 +259,8 @@ def batchless_norm(
         mean, raw_std: (C,) or (1,); `raw_std` as in `std_from_raw`.
         weight, bias: (C,), both or neither.
         correction: (2, C), A and B per position, for a loss that weighs each image with 1.
-        balance: (len(BalanceRow), C), from which each image has an A and B of its own instead, backward by backward; see
-            norm/balance.py, where `correction` is the prior.
+        feedback: (len(StateRow), C), from which each image has an A and B of its own instead, backward by backward; see
+            kernels/feedback.py, where `correction` is `running`.
         parametrization, eps: what `raw_std` stores, see `std_from_raw`.
         nll_weight, nll_reduction: weight of the likelihood; over channels its "mean" (the paper's) or "sum".
 
@@ -272,6 +270,6 @@ def batchless_norm(
     scale = nll_weight / num_entries if nll_reduction == "mean" else nll_weight * num_channels / num_entries
     return NormOutput(
         *_BatchlessNormFunction.apply(
-            a, mean, raw_std, weight, bias, correction, balance, parametrization, eps, scale, gauge
+            a, mean, raw_std, weight, bias, correction, feedback, parametrization, eps, scale, gauge
         )
     )

@@ -9,19 +9,13 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.update import likelihood_moments
 
-if TYPE_CHECKING:
-    from bln_train.norm.batchless import _BatchlessNorm
-
-USE_PROCESSES = (
-    "train with `torchrun -m bln_train run`, or with Trainer, which share statistics, correction and probe themselves"
-)
 _GIVE_UP = "call discard() to give an effective batch up"
 _FAR_OFF = math.log(2)
 """Of a channel's log of the mean of xhat^2."""
@@ -31,25 +25,6 @@ _NOISE = (
     "follow the noise. Use InstanceDropout, InstanceStochasticDepth or InstanceChannelDropout (convert_batchnorm puts them in the "
     "place of dropout modules, not of F.dropout), and give follow the very images of training"
 )
-
-
-def check_forward(layer: _BatchlessNorm) -> None:
-    """Check a training forward of a layer before it is counted.
-
-    Raises:
-        RuntimeError: weights moved since a forward whose likelihood no loss took, or DistributedDataParallel runs the network.
-    """
-    account = layer.account
-    if not account.num_images:
-        if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
-            raise RuntimeError(f"DistributedDataParallel cannot share batchless statistics: {USE_PROCESSES}")
-        account.weight_version = layer.weight_version
-    elif account.nll is not None and account.weight_version != layer.weight_version and layer.mean.requires_grad:
-        raise RuntimeError(
-            "weights moved since a training forward whose likelihood no loss took: batchless statistics would never move again. "
-            "An ordinary training loop lacks the calls of BatchlessStatistics: begin(N), nll() in the loss, update(N), "
-            "follow(...). To keep them on purpose put the norms into eval()"
-        )
 
 
 class LoopChecks:
@@ -84,9 +59,9 @@ class LoopChecks:
         self._versions: list[int] = []
 
     @property
-    def is_balanced(self) -> bool:
+    def has_feedback(self) -> bool:
         """Whether what is taken out of an image's gradient depends on the images before it."""
-        return any(layer.balance is not None for layer in self.layers.values())
+        return any(layer.feedback is not None for layer in self.layers.values())
 
     def begin(self, num_images: int | None, num_watched: int) -> None:
         """An effective batch begins."""
@@ -112,7 +87,7 @@ class LoopChecks:
                     )
                 self._versions = versions
             return
-        if self.num_taken > self.num_backward and self.is_balanced:
+        if self.num_taken > self.num_backward and self.has_feedback:
             self._fail(
                 "the correction of an image depends on the backwards before it: call backward() after each forward, before the "
                 f"next one's nll(); {_GIVE_UP}"
@@ -136,7 +111,7 @@ class LoopChecks:
 
     def update(self, num_images: int) -> None:
         """An effective batch ends."""
-        if not self.has_begun and self.is_balanced:
+        if not self.has_begun and self.has_feedback:
             self._fail(f"begin({num_images}) was not called before the forwards of this effective batch")
         if self.num_begun is None:
             return
@@ -175,7 +150,7 @@ class LoopChecks:
     def _check_weight(self, ratio: float, num_images: int) -> None:
         """Check the first weight of an image in the loss, times the number of images: 1, or a loss scale."""
         natural = [layer for layer in self.layers.values() if layer.statistics == "natural"]
-        if abs(ratio - 1) < 1e-2 or not (natural or self.is_balanced):
+        if abs(ratio - 1) < 1e-2 or not (natural or self.has_feedback):
             return
         exponent = math.log2(ratio) if ratio > 0 else 0.5
         # A loss that was not divided has a ratio of num_images, one that was divided by a micro-batch a smaller one.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bln_train.norm.kernels.compiled import TYPES, address, library
+from bln_train.norm.kernels.library import TYPES, address, library
 
 
 class _StandardizeWeight(torch.autograd.Function):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
-from bln_train.norm.balance import begin_balance
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.batchless import USE_PROCESSES, _BatchlessNorm
 from bln_train.norm.dropout import InstanceDropout, begin_masks, first_masks_again, go_on_with_masks
-from bln_train.norm.loop_checks import USE_PROCESSES, LoopChecks
+from bln_train.norm.kernels.feedback import begin_feedback
+from bln_train.norm.loop_checks import LoopChecks
 from bln_train.norm.probe import prepare_following, settle_following
 from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.update import update_layers
@@ -130,8 +130,10 @@ class BatchlessStatistics:
         self.begin_part(num_images)
 
     def begin_part(self, num_images: int | None) -> None:
-        """Begin a part of the effective batch whose correction is balanced by itself, of `num_images`; see norm/balance.py."""
-        begin_balance(self.layers.values(), num_images)
+        """Begin a part of the effective batch with a feedback of its own, of `num_images`; see kernels/feedback.py."""
+        for is_reused in (False, True):
+            states = [x.feedback for x in self.layers.values() if x.feedback is not None and x.is_reused == is_reused]
+            begin_feedback(states, None if is_reused else num_images)
 
     def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
         """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.
@@ -165,3 +167,30 @@ class BatchlessStatistics:
             for layer in layers:
                 layer.following = None
         return [layer.old_moments for layer in layers]
+
+    def counts(self) -> list[int]:
+        """Of each layer: images, positions of them, positions of the probe's images; for several processes to add up."""
+        accounts = [layer.account for layer in self.layers.values()]
+        return [n for a in accounts for n in (a.num_images, a.num_positions, a.num_watched)]
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """Put the sums of `counts` in the place of each layer's own."""
+        for n, layer in enumerate(self.layers.values()):
+            account = layer.account
+            account.num_images, account.num_positions, account.num_watched = counts[3 * n : 3 * n + 3]
+            if not account.num_watched:
+                account.watched = None
+
+    def probe_sums(self) -> list[Tensor]:
+        """Of each layer the sums over the probe's images, (2, C), in units of its input; zeros where it saw none of them.
+
+        To be added up in place. A layer whose account watched in another unit is converted: only who saw an image knows the unit.
+        """
+        for layer in self.layers.values():
+            account = layer.account
+            if account.watched is None:
+                account.watched = torch.zeros(2, layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device)
+            elif account.unit is not None:
+                account.watched *= torch.stack((account.unit, account.unit.square()))
+            account.unit = None
+        return [layer.account.watched for layer in self.layers.values() if layer.account.watched is not None]

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from bln_train.norm.accounts import Account
-from bln_train.norm.balance import begin_balance, regression
+from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.functional import raw_from_std, std_from_raw, std_slope
+from bln_train.norm.kernels.feedback import begin_feedback, regression
 from bln_train.norm.replay import Run, addresses, at_once
 
-if TYPE_CHECKING:
-    from bln_train.norm.batchless import _BatchlessNorm
-
 T = TypeVar("T")
-
-# Measured on the probe's few images, and moves slowly: at the correction's rate its noise is worse than its lag.
-IMPUTATION_RATE = 0.03
 
 
 def by_kind(items: Iterable[T], kind: Callable[[T], Hashable]) -> list[list[T]]:
@@ -64,7 +59,17 @@ class _Said(NamedTuple):
 
 
 def update_layers(layers: Sequence[_BatchlessNorm], num_images: int, run: Run = at_once) -> Tensor:
-    """Update layers from the gradients of an effective batch; see `_BatchlessNorm.update`, whose results it gives, (L,)."""
+    """Take what the gradients of one effective batch say of some layers: correction and natural step.
+
+    With m1, m2 the batch's means of xhat and xhat^2:  mean += rate*std*m1;  std *= sqrt(1 + rate*(m2 - 1)).
+    Call it between the last backward and anything that changes gradients (clipping) or parameters.
+
+    Args:
+        num_images: images of the effective batch, the loss being their mean.
+
+    Returns: (L,), each layer's nll per image, unweighted, averaged over channels; NaN where the statistics are frozen or the
+        layer saw no image.
+    """
     said = run(lambda: _update(layers, num_images), lambda: ("update", num_images, *map(_inputs, layers)))
     for layer, old in said.probe.items():
         layer.old_moments = old if may_follow(layer) else None
@@ -73,14 +78,14 @@ def update_layers(layers: Sequence[_BatchlessNorm], num_images: int, run: Run = 
     for layer in layers:
         layer.drop_gradients()
         layer.account = Account()
-    begin_balance(layers, None)
+    begin_feedback([layer.feedback for layer in layers if layer.feedback is not None], None)
     return said.nll.clone()  # a replay will write there again
 
 
 def _inputs(layer: _BatchlessNorm) -> Hashable:
     """What the update of a layer depends on besides the values of tensors."""
     account, parameters = layer.account, (layer.mean, layer.raw_std, layer.weight, layer.bias)
-    counts = (account.num_images, account.num_positions, account.num_watched, account.shows_relu)
+    counts = (account.num_images, account.num_positions, account.num_watched)
     gradients = addresses([None if parameter is None else parameter.grad for parameter in parameters])
     moves = (layer.training, *(parameter is not None and parameter.requires_grad for parameter in parameters))
     return counts, moves, gradients, addresses([account.watched, account.unit])
@@ -110,9 +115,7 @@ def _kind(layer: _BatchlessNorm) -> Hashable:
 
 
 def _watched_kind(layer: _BatchlessNorm) -> Hashable:
-    account = layer.account
-    has = (account.unit is None, account.shows_relu and layer.imputation is not None)
-    return _kind(layer), account.num_watched, has
+    return _kind(layer), layer.account.num_watched, layer.account.unit is None
 
 
 def may_follow(layer: _BatchlessNorm) -> bool:
@@ -138,26 +141,12 @@ def _learns_correction(layer: _BatchlessNorm) -> bool:
 
 
 def _note_watched(layers: Sequence[_BatchlessNorm]) -> dict[_BatchlessNorm, tuple[Tensor, Tensor]]:
-    """Turn the probe's sums into its moments and, where a relu follows, average what it shows into `imputation`."""
+    """Turn the probe's sums into its mean and variance under the old weights."""
     first = layers[0]
-    shift, square, shown, product = (
-        stack(layer.account.watched for layer in layers) / first.account.num_watched
-    ).unbind(1)  # fmt: skip
+    shift, square = (stack(layer.account.watched for layer in layers) / first.account.num_watched).unbind(1)
     unit = None if first.account.unit is None else stack(layer.account.unit for layer in layers)
     mean = stack(layer.mean for layer in layers)
     old_mean, old_variance = moments(mean, shift, square, unit, shared=first.share == "layer")
-    if first.imputation is not None and first.account.shows_relu:
-        in_units = torch.ones_like(shift) if unit is None else unit
-        covariance = (product - shown * shift) * in_units
-        variance = (square - shift * shift) * in_units.square()
-        gamma = stack(layer.weight for layer in layers)
-        std = std_from_raw(stack(layer.raw_std for layer in layers), first.parametrization, first.eps)
-        # A nearly dead channel shows nothing of xhat: at most tenfold is read into it; one that does not vary says nothing.
-        slope = (covariance * std / (gamma * variance.maximum(1e-4 * std * std))).nan_to_num(0, 0, 0).clamp(min=0.1)
-        seen = torch.stack((shown - stack(layer.bias for layer in layers), slope), 1)
-        torch._foreach_lerp_(
-            [x.imputation for x in layers if x.imputation is not None], list(seen.unbind(0)), IMPUTATION_RATE
-        )
     return dict(zip(layers, zip(old_mean.unbind(0), old_variance.unbind(0), strict=True), strict=True))
 
 

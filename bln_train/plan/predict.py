@@ -17,8 +17,7 @@ from torch import Tensor
 from bln_train.build.data import build_preprocess, input_spec
 from bln_train.build.experiment import assemble, network_on
 from bln_train.data.datasets import DataSet, ImageSet
-from bln_train.norm.kernels.compiled import compiled_is_wanted, hollow_kernels, use_compiled
-from bln_train.norm.kernels.triton_launch import hollow_launches
+from bln_train.norm.kernels.table import kernels_are_wanted, pretending, use_kernels
 from bln_train.plan.allocator import BLOCK_BYTES, MIB, Block, CachingAllocator
 from bln_train.plan.trace import HollowTracker, Trace
 from bln_train.recipe.norms import BatchlessNormSection
@@ -94,7 +93,7 @@ def plan_memory(
     if cuda and recipe.runtime.compiled:
         # A device runs Triton's kernels or, where they do not work, operators. Those take more tensors, but for partial sums; what
         # the allocator needs beyond depends on the order in which they come and go.
-        with hollow_launches():
+        with pretending("triton"):
             others = _rows(recipe, micro_batch_sizes, context_bytes=context)
         rows = [max(pair, key=lambda row: row.total_bytes) for pair in zip(rows, others, strict=True)]
     return rows
@@ -161,12 +160,12 @@ def _on_cpu(recipe: Recipe) -> Recipe:
 
 @contextmanager
 def _kernels(*, wanted: bool) -> Iterator[None]:
-    before = compiled_is_wanted()
-    use_compiled(wanted)
+    before = kernels_are_wanted()
+    use_kernels(wanted)
     try:
         yield
     finally:
-        use_compiled(before)
+        use_kernels(before)
 
 
 def _no_images(recipe: Recipe, num_images: int) -> DataSet:
@@ -186,7 +185,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     model, _ = network_on(device, recipe, data, preprocess, images, initialize=False)
     found: dict[int, Trace] = {}
     twins: dict[int, Trace] = {}
-    with hollow_kernels():
+    with pretending("native"):
         with HollowTracker([]):
             step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
             _make_state(step)

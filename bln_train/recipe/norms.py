@@ -36,8 +36,7 @@ class BatchlessNormSection(Section):
     channel_groups: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Groups of channels of each image over which its normalised values are normalised again; a layer whose channels do not divide
     uses the greatest common divisor; 0 turns it off. auto is 8 for `batchless`, but 0 with model.init, whose weights state how many
-    they were trained with, and with statistics: gradient, share: layer or correction_mode: imputed; for the other names it is 0.
-    With groups a folded norm runs its convolution again in backward."""
+    they were trained with, and with statistics: gradient or share: layer; for the other names it is 0."""
     eps: PositiveFloat = 1e-3
     """The smallest standard deviation that data can set, in units of the layer's input; `abs` adds it to |s|, `inv` to |s|
     before inverting. The paper's presets take 1e-5."""
@@ -59,9 +58,9 @@ class BatchlessNormSection(Section):
     correction_parts: Positive | Literal["auto"] = "auto"
     """Parts of each effective batch over which the correction balances what it takes out of the images' gradients; auto is one for
     each process. With a number, which the processes must divide, their number changes no result; no micro-batch spans two parts."""
-    correction_mode: Literal["exact", "imputed"] = "exact"
-    """Where a folded norm's correction takes the normalised input from: `exact` runs the convolution again, `imputed` reads
-    it off the output and takes what is expected where a relu cut it off, which is faster and another result."""
+    recompute: bool | Literal["auto"] = "auto"
+    """Whether backward runs the convolution before a folded norm again: then training keeps what a network without norms keeps, and
+    otherwise what BatchNorm keeps, in less time. The result is the same. auto is true, unless keeping fits a budget of memory."""
     probe_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """First images of each batch, on which the statistics follow the weights after the step; at most an effective batch; 0
     turns it off; auto is a rule of the shapes that enter the norms, and takes as many as need about the memory of one image's
@@ -96,22 +95,14 @@ class BatchlessNormSection(Section):
     def _check(self) -> BatchlessNormSection:
         if self.init_cache and not self.init_images:
             raise ValueError("init_cache: there is nothing to initialise with init_images 0")
-        if self.channel_groups not in ("auto", 0):
-            if self.correction_mode == "imputed":
-                raise ValueError(
-                    "correction_mode: with channel_groups backward runs the convolution again anyway; use exact"
-                )
-            if self.share == "layer":
-                raise ValueError("share: the correction under channel_groups is that of each channel; use channel")
-        if self.correction_mode == "imputed":
-            for key, missing in (("fold", not self.fold), ("probe_images", not self.probe_images)):
-                if missing:
-                    raise ValueError(
-                        f"correction_mode: imputed works in folded norms and is measured on the probe; set {key}"
-                    )
-        for key, default in (("correction_mode", "exact"), ("correction_parts", "auto")):
-            if getattr(self, key) != default and not self.correction_rate:
-                raise ValueError(f"{key}: there is no correction with correction_rate 0")
+        if self.channel_groups not in ("auto", 0) and self.share == "layer":
+            raise ValueError("share: the correction under channel_groups is that of each channel; use channel")
+        if self.correction_parts != "auto" and not self.correction_rate:
+            raise ValueError("correction_parts: there is no correction with correction_rate 0")
+        if self.recompute is False and not self.fold:
+            raise ValueError(
+                "recompute: norms that are not folded keep their input anyway; leave it out, or set fold: true"
+            )
         if self.statistics == "natural":
             if self.statistics_rate is None or self.statistics_rate > 1:
                 raise ValueError("statistics_rate: natural statistics need a rate of at most 1")

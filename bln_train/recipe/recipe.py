@@ -162,7 +162,6 @@ class Recipe(Section):
             or self.model.init is not None
             or norm.statistics == "gradient"
             or norm.share == "layer"
-            or norm.correction_mode == "imputed"
         )
         return 0 if without else DEFAULT_CHANNEL_GROUPS
 

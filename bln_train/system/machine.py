@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from bln_train.errors import UsageError
-from bln_train.norm.kernels.compiled import compiled_is_wanted, use_compiled, uses_compiled
-from bln_train.norm.kernels.triton_launch import why_not_triton
+from bln_train.norm.kernels.backend import why_not_triton
+from bln_train.norm.kernels.library import uses_compiled
+from bln_train.norm.kernels.table import kernels_are_wanted, use_kernels
 from bln_train.system.launch import launch
 from bln_train.system.units import format_bytes, parse_bytes
 
@@ -165,7 +166,7 @@ def set_up(
     """Process-wide switches, in one place."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    use_compiled(compiled)
+    use_kernels(compiled)
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
@@ -247,7 +248,7 @@ def environment(device: torch.device) -> dict[str, str | int | bool | None]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "num_threads": torch.get_num_threads(),
         "world_size": launch().size,
-        "compiled": compiled_is_wanted() and not why_not_triton(device) if cuda else uses_compiled(),
+        "compiled": kernels_are_wanted() and not why_not_triton(device) if cuda else uses_compiled(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),

@@ -84,7 +84,6 @@ class _Counts(NamedTuple):
     num_to_watch: int
     num_watched: int
     unit: Tensor | None
-    shows_relu: bool
 
 
 class _Recording(NamedTuple):
@@ -173,13 +172,13 @@ class GraphedSteps:
         for layer in watching:
             if layer not in self._watched:
                 self._watched[layer] = torch.zeros(
-                    4, layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device
+                    2, layer.num_features, dtype=layer.mean.dtype, device=layer.mean.device
                 )
             layer.account.watched = self._watched[layer]
         if watching:
             torch._foreach_zero_([self._watched[layer] for layer in watching])
         constants = [layer.constants for layer in self.step.folded if layer.constants is not None]
-        self._constants = addresses([tensor for own in constants for tensor in (own.table, own.bias, own.iw)])
+        self._constants = addresses([tensor for own in constants for tensor in (own.epilogue.table, own.bias, own.iw)])
         if self._sums is None:
             self._sums = sums
         else:
@@ -265,16 +264,13 @@ class GraphedSteps:
 
     def _counts(self) -> list[_Counts]:
         accounts = [layer.account for layer in self.layers]
-        return [
-            _Counts(a.num_images, a.num_positions, a.num_to_watch, a.num_watched, a.unit, a.shows_relu)
-            for a in accounts
-        ]
+        return [_Counts(a.num_images, a.num_positions, a.num_to_watch, a.num_watched, a.unit) for a in accounts]
 
     def _set_counts(self, counts: list[_Counts]) -> None:
         for layer, own in zip(self.layers, counts, strict=True):
             account = layer.account
             account.num_images, account.num_positions, account.num_to_watch, account.num_watched = own[:4]
-            account.unit, account.shows_relu = own.unit, own.shows_relu
+            account.unit = own.unit
             account.nll, account.is_open = None, account.num_to_watch > 0
 
     def _place_gradients(self) -> None:

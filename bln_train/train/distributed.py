@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bln_train.errors import ProcessError, UsageError
-from bln_train.norm.accounts import counts_of, set_counts, watched_sums
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.system.launch import Launch, launch
 
@@ -193,7 +192,7 @@ def reduce_step(
     if world.size == 1:
         return
     layers = list(statistics.layers.values())
-    counts = [int(p.grad is not None) for p in parameters] + counts_of(layers) + [int(world.stop_asked())]
+    counts = [int(p.grad is not None) for p in parameters] + statistics.counts() + [int(world.stop_asked())]
     digits = torch.tensor([divmod(count, _DIGIT) for count in counts], dtype=parameters[0].dtype, device=world.device)
     carried = torch.stack([s.to(parameters[0].dtype) for s in sums])
     for p in parameters:
@@ -202,13 +201,13 @@ def reduce_step(
     followed = [tensor for layer in layers for tensor in (layer.mean, layer.raw_std)]
     firsts = [torch.zeros_like(tensor) if world.rank else tensor.detach().clone() for tensor in followed]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    world.add_up([*gradients, *watched_sums(layers), *firsts, digits, carried])
+    world.add_up([*gradients, *statistics.probe_sums(), *firsts, digits, carried])
 
     *found, stop = (int(high) * _DIGIT + int(low) for high, low in digits.tolist())
     for p, number in zip(parameters, found, strict=False):
         if not number:
             p.grad = None
-    set_counts(layers, found[len(parameters) :])
+    statistics.set_counts(found[len(parameters) :])
     for tensor, first in zip(followed, firsts, strict=True):
         tensor.copy_(first)
     world.stop_agreed = stop > 0

@@ -57,7 +57,7 @@ class AccumulationStep:
         gradient = 1/N * sum over micro-batches of d/dw [ sum of task losses + sum of likelihoods ]
 
     The sums are divided by the true number of images N, so ragged micro-batches and a short last batch count right. With a
-    correction (norm/balance.py) d/dw approximates BatchNorm's gradient, and depends on the order of the images.
+    correction (kernels/feedback.py) d/dw approximates BatchNorm's gradient, and depends on the order of the images.
 
     The order is: accumulate; add up over the processes; update statistics, which read the gradients; clip; step; drop gradients;
     let the statistics follow the new weights on the batch's first images, the probe. Where loss or gradient is not finite nothing
@@ -67,7 +67,7 @@ class AccumulationStep:
         model, optimizer, statistics: the network, what moves its parameters, its batchless layers.
         micro_batch_size: images in memory at once.
         probe_images: images of the effective batch on which statistics follow the weights; 0 for none.
-        balanced_parts: contiguous parts of the effective batch whose correction is balanced by itself (norm/balance.py), a multiple
+        balanced_parts: contiguous parts of the effective batch whose correction is balanced by itself (feedback.py), a multiple
             of the number of processes; 0 for that number.
         label_smoothing: see torch.nn.functional.cross_entropy.
         clip_norm: bound on the global gradient norm, None for none.

@@ -3,7 +3,7 @@
     sum of w * mean h^2  <=  sum of w * mean (g - prior's part)^2 / (1 - LARGEST_SQUARE / HORIZON)
     |prior|^2  <=  14 * mean g^2 of earlier batches
 
-with g the gradient of an image's xhat, h what is left of it, and w = (N - k + HORIZON) / (N + HORIZON); see norm/balance.py.
+with g the gradient of an image's xhat, h what is left of it, and w = (N - k + HORIZON) / (N + HORIZON); see kernels/feedback.py.
 """
 
 import copy
@@ -11,11 +11,11 @@ import itertools
 
 import pytest
 import torch
+from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, balance_images, regression
 from torch import nn
 
 from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d, BatchlessStatistics, fold_once, folded_layers, fuse
-from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, balance_images, regression
-from bln_train.norm.kernels.compiled import use_compiled
+from bln_train.norm.kernels.table import use_kernels
 
 N, C = 16, 16  # channels that the compiled kernels take
 KINDS = ["normal", "zero", "one value", "a value for each channel", "far off", "wide, narrow, in turn"]
@@ -42,9 +42,9 @@ def images_of(kind, scale):
 
 @pytest.fixture(params=["alone", "folded", "folded, operators"])
 def path(request):
-    use_compiled(request.param != "folded, operators")
+    use_kernels(request.param != "folded, operators")
     yield request.param
-    use_compiled(True)
+    use_kernels(True)
 
 
 class Net(nn.Module):

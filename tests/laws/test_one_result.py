@@ -28,7 +28,7 @@ TRAIN = """
 import json, sys
 import torch
 from helpers import state, tiny_recipe, trained
-from bln_train.norm.kernels.compiled import why_not_compiled
+from bln_train.norm.kernels.library import why_not_compiled
 for name, changes in json.loads(sys.argv[1]).items():
     torch.set_num_threads(1)
     torch.save(state(trained(tiny_recipe(**changes), 5)), f"{sys.argv[2]}/{name}.pt")

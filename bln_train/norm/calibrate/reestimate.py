@@ -33,7 +33,7 @@ def reestimate_statistics(
         bias'   = bias + weight * (mean' - mean) / std
 
     Since no norm's function changes, neither does any norm's input: one evaluation of the sample measures all of them. The
-    correction, an average over xhat and the unchanged gradient of the output, is that of the new xhat, and so is the imputation.
+    correction, an average over xhat and the unchanged gradient of the output, is that of the new xhat.
 
     Args:
         model: evaluated in eval mode; its mode is restored. Not fused.
@@ -88,8 +88,6 @@ def _reestimate(norm: nn.Module, moments: Moments) -> bool:
     if norm.correction is not None:  # A + B * xhat stays what it is, with xhat' = (xhat - shift / old_std) / ratio
         along_one, along_xhat = _copy(norm.correction)
         norm.correction.copy_(torch.stack((along_one + along_xhat * shift / old_std, along_xhat * ratio)))
-    if norm.imputation is not None:  # h is what the relu shows, less bias'
-        norm.imputation[0] += old_bias - norm.bias.double()
     return bool(too_small.any())
 
 

@@ -1,7 +1,7 @@
 """BatchNorm to Batchless Normalization and back in state dicts, whose layers are known by their keys alone.
 
     BatchNorm   P.running_mean, P.running_var, P.num_batches_tracked    and, where affine, P.weight, P.bias
-    batchless   P.mean, P.raw_std, P.correction, P.imputation           and the same
+    batchless   P.mean, P.raw_std, P.correction           and the same
 
 A converted state dict is that of the converted network: raw_std is log std, corrections start at 0.
 
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 _BATCHNORM = ("running_mean", "running_var")
 _BATCHLESS = ("mean", "raw_std")
 NUM_GROUPS = "num_groups"
-_LEFT_BEHIND = ("num_batches_tracked", "correction", "imputation")
+_LEFT_BEHIND = ("num_batches_tracked", "correction")
 
 
 class Change(NamedTuple):

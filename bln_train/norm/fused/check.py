@@ -27,9 +27,8 @@ Found = dict[str, Tensor]
 def why_different(model: nn.Module, example: Tensor) -> dict[str, str]:
     """Norms of a network, not fused, with which the fused one would do something else on an example, and what.
 
-    Works on a copy in float64 on the CPU, in training mode, with a drawn correction, and with what stands in for xhat where a relu
-    cuts off computed and not imputed: that is the one thing by which a fused network may differ. The network, its modes and the
-    random state stay as they are. If the difference cannot be told apart by norms, all of them are named.
+    Works on a copy in float64 on the CPU, in training mode, with a drawn correction. The network, its modes and the random state
+    stay as they are. If the difference cannot be told apart by norms, all of them are named.
     """
     twin = _twin(model)
     x = example.detach().to("cpu", torch.float64)
@@ -113,10 +112,8 @@ def _twin(model: nn.Module) -> nn.Module:
     twin.train()
     generator = torch.Generator().manual_seed(0)
     for norm in twin.modules():
-        if isinstance(norm, _BatchlessNorm):
-            norm.imputation = None
-            if norm.correction is not None:
-                norm.correction.copy_(torch.randn(norm.correction.shape, generator=generator) * 0.1)
+        if isinstance(norm, _BatchlessNorm) and norm.correction is not None:
+            norm.correction.copy_(torch.randn(norm.correction.shape, generator=generator) * 0.1)
     return twin
 
 

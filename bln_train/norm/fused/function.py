@@ -1,27 +1,19 @@
-"""The autograd function of convolutions + batchless norms + residual sums + activations, which keeps inputs and outputs only.
+"""The autograd function of convolutions + batchless norms + groups of channels + residual sums + relus, run as one.
 
 The statistics do not depend on the batch, so the norm is an affine map per channel, and the operation is
 
-    yc = conv(x, w) + (b - mean) / iw        iw: scale of a standardised filter (norm/standardize.py), 1 for a plain one
-    z  = act(gamma / std * iw * yc + beta + r)
+    y  = conv(x, w) + (b - mean) / iw        iw: scale of a standardised filter (norm/standardize.py), 1 for a plain one
+    z  = relu(gamma / std * iw * y + beta + r)
 
-written into the convolution's own output, with the two sums per channel that the statistics need taken on the way. Backward
-needs x, which the layer before keeps as its z, and z. Its convolution takes
+The two sums per channel that the statistics need are taken on the way. Backward needs x, which the layer before keeps as its z, and
+z. Its convolution takes
 
-    gc = s * (g - p * (A + B * xhat))        g = gz * act'(z),  s = gamma / std * iw,  p: weight of one image in the loss
+    gradient of y = s * (g - p * (A + B * xhat))      g = gz * relu'(z),  s = gamma / std * iw,  p: weight of one image in the loss
 
-where (A, B) is the image's correction (norm/balance.py). Where a gradient arrives, xhat is (z - r - beta) / gamma; where a relu cut
-it off nothing shows it, and the correction wants it: `correction_mode` "exact" runs the convolution again, "imputed" takes
+where (A, B) is the image's correction (kernels/feedback.py). kernels/eager.py has the same with groups of channels.
 
-    h = z - r - beta where z > 0,  else what is expected of gamma * xhat, were it normal, below -(beta + r): `cut_off`
-
-less its mean and over its slope against gamma * xhat, both measured on the probe's images (`imputation` of the norm). So what
-stands in for xhat has the mean 0 and xhat's own covariance with xhat: with less, the scale of the layers below would drift, slowly
-and always one way, since the loss, too, wants it one way. Times s no gamma is divided by; a layer with a gamma too small
-to read xhat from z, or whose z or r nothing else keeps alive, runs its convolution again.
-
-Where normalisation over groups of channels of each image stands between norm and activation (kernels/channel.py), the convolution
-is always run again.
+The correction needs xhat = iw / std * y. With `recompute` z is written over y, and backward runs the convolution again: then
+nothing is kept that a network without norms does not keep. Without it y is kept beside z, which is what BatchNorm keeps.
 
 Layers that follow each other are one function: between them no node of the autograd engine is visited, what is saved is let go
 layer by layer, and a gradient that nobody else can see is overwritten by the next. Its values are numbered, the inputs first,
@@ -39,31 +31,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bln_train.norm.kernels import channel
-from bln_train.norm.kernels.epilogue import backward, forward_, likelihood_backward
-from bln_train.norm.kernels.layout import dense, positions_of
-
-
-class Constants(NamedTuple):
-    """What a layer's parameters say; valid until one of them changes."""
-
-    weight: Tensor
-    """The linear operation's weight, as it enters it."""
-    own_bias: Tensor | None
-    """The linear operation's own, as the network has it."""
-    bias: Tensor
-    """Of the linear operation, so that its output is centred, (C,)."""
-    iw: Tensor | None
-    """(C,), scale of standardised filters, None where `weight` needs none."""
-    table: Tensor
-    """(len(Row), C), see kernels/epilogue.py."""
-    corrects: bool
-    """Whether there is a correction."""
-    recompute: bool
-    """Whether backward's q is yc, computed again, or read off z."""
-    gradients: Tensor | None
-    """(4, C), where gradients of mean, raw_std, gamma and beta gather, those of weight and conv bias being added to theirs at
-    once, or (6, C) with those of scale and shift of groups of channels; None to give them all to autograd."""
+from bln_train.norm.fused.parts import Constants
+from bln_train.norm.kernels.backend import backend_for
+from bln_train.norm.kernels.eager import likelihood_backward
+from bln_train.norm.kernels.layout import dense, in_order_of, positions_of
+from bln_train.norm.kernels.table import Correction, Gradients
 
 
 class Step(NamedTuple):
@@ -93,7 +65,7 @@ def run_chain(plan: Plan, constants: list[Constants], inputs: Sequence[Tensor]) 
     for step, own in zip(plan.steps, constants, strict=True):
         norm = step.layer.norm
         if own.gradients is None:
-            groups = step.layer.channel
+            groups = step.layer.parts.groups
             of_groups = (None, None) if groups is None else (groups.weight, groups.bias)
             parameters += (own.weight, own.own_bias, norm.mean, norm.raw_std, norm.weight, norm.bias, *of_groups)
         else:
@@ -117,40 +89,16 @@ class _ChainFunction(torch.autograd.Function):
         # At micro-batch 1 every call costs as much as its arithmetic: none is made that does nothing.
         values = list(tensors[: plan.num_inputs])
         dtype = autocast_dtype(values[0])
-        nll = torch.zeros((), dtype=constants[0].table.dtype, device=anchor.device)
+        nll = torch.zeros((), dtype=constants[0].epilogue.table.dtype, device=anchor.device)
         saved: list[Tensor | None] = []
-        sizes = []
         for step, own in zip(plan.steps, constants, strict=True):
-            layer, norm = step.layer, step.layer.norm
-            x, weight, bias = values[step.x], own.weight, own.bias
-            residual = None if step.residual is None else values[step.residual]
-            low_weight = weight
-            if dtype is not None:
-                x, low_weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-            z = dense(layer.apply_linear(x, low_weight, bias))
-            kept_residual = None if own.recompute else residual
-            if residual is not None:
-                residual = residual if layer.shortcut is None else layer.shortcut(residual)
-                residual = residual if residual.shape == z.shape else residual.expand(z.shape)
-            num_images, num_positions = len(z), positions_of(z)
-            account = norm.account
-            num_watched, watched = 0, None
-            if account.is_open:
-                shows_relu = layer.activation == "relu" and layer.channel is None
-                num_watched, watched = norm.watch(num_images, num_positions, own.iw, shows_relu)
-            norm.count(num_images, num_positions)
-            if layer.channel is None:
-                sums = forward_(z, residual, own.table, layer.activation, layer.slope, nll, num_watched, watched)
-            else:
-                sums = channel.forward_(
-                    z, residual, own.table, layer.channel, layer.activation, layer.slope, nll, num_watched, watched
-                )
+            x, residual = values[step.x], None if step.residual is None else values[step.residual]
+            x = x if dtype is None else x.to(dtype)
+            y, z, sums = _forward(step.layer, own, x, residual, nll)
             values.append(z)
-            keeps_z = layer.activation != "identity" or not own.recompute
-            saved += (x, weight, z if keeps_z else None, kept_residual, sums)
-            sizes.append((num_images, num_positions))
+            saved += (x, own.weight, z if own.epilogue.relu else None, None if y is z else y, sums)
         ctx.save_for_backward(*saved)
-        ctx.plan, ctx.constants, ctx.sizes = plan, constants, sizes
+        ctx.plan, ctx.constants = plan, constants
         ctx.dtypes, ctx.shapes = [value.dtype for value in values], [value.shape for value in values]
         ctx.set_materialize_grads(False)
         return *[values[number] for number in plan.outputs], nll
@@ -170,80 +118,156 @@ class _ChainFunction(torch.autograd.Function):
         del grads_out, grads_of_outputs
         of_parameters: list[Tensor | None] = [None] * (_PER_STEP * len(plan.steps))
         for n in reversed(range(len(plan.steps))):
-            step, own = plan.steps[n], ctx.constants[n]
-            layer = step.layer
-            x, weight, z, residual, sums = saved[-5:]
+            own, first = ctx.constants[n], plan.num_inputs + n * _PER_STEP
+            kept = _Kept(*saved[-5:])
             del saved[-5:]
-            first = plan.num_inputs + n * _PER_STEP
-            vectors = own.gradients
-            if vectors is None:
-                num = 4 if layer.channel is None else 6
-                vectors = torch.zeros(num, own.table.shape[1], dtype=own.table.dtype, device=own.table.device)
-            grad, is_own = gradients.pop(plan.num_inputs + n)
-            if grad is None:
-                if grad_nll is not None:
-                    num_images, num_positions = ctx.sizes[n]
-                    likelihood_backward(own.table, sums, grad_nll, num_images, num_positions, vectors)
-            else:
-                low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
-                given = None
-                if own.recompute and (own.corrects or layer.norm.weight is not None or layer.channel is not None):
-                    bias = own.bias if own.bias.dtype == x.dtype else own.bias.to(x.dtype)
-                    given = dense(layer.apply_linear(x, low, bias))
-                if residual is not None:
-                    residual = residual if layer.shortcut is None else layer.shortcut(residual)
-                    residual = residual if residual.shape == grad.shape else residual.expand(grad.shape)
-                wants_grad = step.residual is not None and (step.residual >= plan.num_inputs or needs[step.residual])
-                if layer.channel is None:
-                    grad, grad_y = backward(
-                        grad, z, given, residual, own.table, sums, grad_nll, layer.activation, layer.slope, vectors,
-                        prior=layer.norm.correction, state=layer.norm.balance, wants_grad=wants_grad, may_overwrite=is_own,
-                    )  # fmt: skip
-                else:
-                    assert given is not None
-                    grad, grad_y = channel.backward(
-                        grad, z, given, own.table, sums, grad_nll, layer.channel, layer.activation, layer.slope, vectors,
-                        prior=layer.norm.correction, state=layer.norm.balance, wants_grad=wants_grad, may_overwrite=is_own,
-                    )  # fmt: skip
-                del z, given, residual
-                if wants_grad and step.residual is not None:
-                    is_own = is_own or layer.activation != "identity"
-                    shape = ctx.shapes[step.residual]
-                    if layer.shortcut is not None:
-                        grad, is_own = layer.shortcut.adjoint(grad, shape), True
-                    if grad.shape != shape:  # it was broadcast
-                        grad, is_own = grad.sum_to_size(shape), True
-                    gradients.add(step.residual, grad, is_own=is_own)
-                del grad
-                needs_x = step.x >= plan.num_inputs or needs[step.x]
-                needs_bias = own.own_bias is not None and own.own_bias.requires_grad
-                # At once: held until the chain ends gradients would take the memory of its weights.
-                gathered = None if own.gradients is None or low is not weight else weight.grad
-                grad_x, grad_weight, grad_bias = layer.linear_backward(
-                    grad_y, x, low, (needs_x, weight.requires_grad, needs_bias), gathered
-                )
-                del grad_y
-                if grad_x is not None:
-                    kind = ctx.dtypes[step.x]
-                    gradients.add(step.x, grad_x if grad_x.dtype == kind else grad_x.to(kind), is_own=True)
-                if grad_weight is not None and low is not weight:
-                    grad_weight = grad_weight.to(weight.dtype)
-                if grad_bias is not None:
-                    grad_bias = grad_bias.to(vectors.dtype)
-                    grad_bias = grad_bias if own.iw is None else grad_bias / own.iw
-                if own.gradients is None:
-                    of_parameters[n * _PER_STEP : n * _PER_STEP + 2] = grad_weight, grad_bias
-                else:
-                    add_gradient(weight, grad_weight)
-                    add_gradient(own.own_bias, grad_bias)
-                del grad_weight, grad_bias, gathered
+            way = _WayBack(plan, n, own, needs, grad_nll, ctx.dtypes, ctx.shapes)
+            grad_weight, grad_bias = way.run(gradients, kept)
+            del kept
             if own.gradients is None:
+                of_parameters[n * _PER_STEP : n * _PER_STEP + 2] = grad_weight, grad_bias
                 reached = (grad_nll is not None, grad_nll is not None, True, True, True, True)
-                for place, value in enumerate(split_gradients(layer.norm.share, vectors)):
+                for place, value in enumerate(split_gradients(way.layer.norm.share, way.vectors)):
                     if needs[first + 2 + place] and reached[place]:
                         of_parameters[n * _PER_STEP + 2 + place] = value
+            else:
+                add_gradient(own.weight, grad_weight)
+                add_gradient(own.own_bias, grad_bias)
+            del grad_weight, grad_bias
         of_inputs = [gradients.pop(number)[0] for number in range(plan.num_inputs)]
         return None, None, None, *of_inputs, *of_parameters
+
+
+def _forward(
+    layer: Any, own: Constants, x: Tensor, residual: Tensor | None, nll: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, z and their sums, (N, 2, C), of one layer; y is z where backward computes it again."""
+    norm, shortcut = layer.norm, layer.shortcut
+    low = (own.weight, own.bias) if x.dtype == own.weight.dtype else (own.weight.to(x.dtype), own.bias.to(x.dtype))
+    y = dense(layer.apply_linear(x, *low))
+    if residual is not None:
+        residual = residual if shortcut is None else shortcut(residual)
+        residual = residual if residual.shape == y.shape else residual.expand(y.shape)
+    num_positions = positions_of(y)
+    probe = norm.watch(len(y), num_positions, own.iw) if norm.account.is_open else None
+    norm.count(len(y), num_positions)
+    z = y if layer.recompute else torch.empty_like(y)
+    backend = backend_for(y, own.epilogue.table.dtype, residual)
+    return y, z, backend.forward(y, z, residual, own.epilogue, nll, probe)
+
+
+class _Kept(NamedTuple):
+    """What a layer keeps for backward."""
+
+    x: Tensor
+    weight: Tensor
+    z: Tensor | None
+    """None without a relu."""
+    y: Tensor | None
+    """None to compute it again."""
+    sums: Tensor
+
+
+class _WayBack:
+    """One layer's part of a chain's backward.
+
+    Args:
+        plan, n: the chain, and the layer's number in it.
+        needs: whether each input of the chain, and each parameter, needs a gradient.
+        grad_nll: () gradient of the likelihood.
+        dtypes, shapes: of the chain's values.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        n: int,
+        own: Constants,
+        needs: Sequence[bool],
+        grad_nll: Tensor | None,
+        dtypes: Any,
+        shapes: Any,
+    ) -> None:
+        self.step, self.layer, self.own, self.grad_nll = plan.steps[n], plan.steps[n].layer, own, grad_nll
+        self.number, self.num_inputs = plan.num_inputs + n, plan.num_inputs
+        self.needs, self.dtypes, self.shapes = needs, dtypes, shapes
+        table, num = own.epilogue.table, 6 if own.epilogue.group_size else 4
+        vectors = own.gradients
+        self.vectors = (
+            torch.zeros(num, table.shape[1], dtype=table.dtype, device=table.device) if vectors is None else vectors
+        )
+
+    def run(self, gradients: _Gradients, kept: _Kept) -> tuple[Tensor | None, Tensor | None]:
+        """Take the gradient of the layer's output and add those of its inputs; returns those of weight and conv bias.
+
+        The latter are None where they were added to where they gather.
+        """
+        grad, is_own = gradients.pop(self.number)
+        if grad is None:
+            if self.grad_nll is not None:
+                positions = self.shapes[self.number][2:].numel()
+                likelihood_backward(self.own.epilogue.table, kept.sums, self.grad_nll, positions, self.vectors)
+            return None, None
+        weight = kept.weight
+        low = weight if kept.x.dtype == weight.dtype else weight.to(kept.x.dtype)
+        grad_y = self._through_epilogue(gradients, grad, kept, low, is_own=is_own)
+        del grad
+        needs_bias = self.own.own_bias is not None and self.own.own_bias.requires_grad
+        # At once: held until the chain ends gradients would take the memory of its weights.
+        gathered = None if self.own.gradients is None or low is not weight else weight.grad
+        grad_x, grad_weight, grad_bias = self.layer.linear_backward(
+            grad_y, kept.x, low, (self._needs(self.step.x), weight.requires_grad, needs_bias), gathered
+        )
+        del grad_y
+        if grad_x is not None:
+            gradients.add(self.step.x, grad_x.to(self.dtypes[self.step.x]), is_own=True)
+        if grad_weight is not None and low is not weight:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(self.vectors.dtype)
+            grad_bias = grad_bias if self.own.iw is None else grad_bias / self.own.iw
+        return grad_weight, grad_bias
+
+    def _needs(self, number: int) -> bool:
+        return number >= self.num_inputs or bool(self.needs[number])
+
+    def _through_epilogue(
+        self, gradients: _Gradients, grad: Tensor, kept: _Kept, low: Tensor, *, is_own: bool
+    ) -> Tensor:
+        """The gradient of y; adds that of the residual."""
+        own, norm, residual = self.own, self.layer.norm, self.step.residual
+        y = kept.y
+        if y is None:
+            y = dense(
+                self.layer.apply_linear(
+                    kept.x, low, own.bias if own.bias.dtype == low.dtype else own.bias.to(low.dtype)
+                )
+            )
+        in_order = in_order_of(grad, y)
+        grad, is_own = in_order, is_own or in_order is not grad
+        z = None if kept.z is None else in_order_of(kept.z, y)
+        wants_inner = residual is not None and self._needs(residual)
+        inner, grad_y = None, y
+        if wants_inner and own.epilogue.relu:
+            inner = grad if is_own else torch.empty_like(grad)
+        if kept.y is not None:  # another backward may want it again
+            grad_y = grad if is_own and not wants_inner and grad.dtype == y.dtype else torch.empty_like(y)
+        correction = Correction(self.grad_nll, norm.correction, norm.feedback)
+        backend = backend_for(y, own.epilogue.table.dtype, grad)
+        backend.backward(grad, z, y, kept.sums, own.epilogue, correction, Gradients(grad_y, inner, self.vectors))
+        if wants_inner and residual is not None:
+            self._give_residual(
+                gradients, residual, grad if inner is None else inner, is_own=is_own or inner is not None
+            )
+        return grad_y
+
+    def _give_residual(self, gradients: _Gradients, residual: int, grad: Tensor, *, is_own: bool) -> None:
+        shape, shortcut = self.shapes[residual], self.layer.shortcut
+        if shortcut is not None:
+            grad, is_own = shortcut.adjoint(grad, shape), True
+        if grad.shape != shape:  # it was broadcast
+            grad, is_own = grad.sum_to_size(shape), True
+        gradients.add(residual, grad, is_own=is_own)
 
 
 def add_gradient(parameter: Tensor | None, grad: Tensor | None) -> None:

@@ -11,22 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.fused.constants import measure, measure_once, must_recompute
+from bln_train.norm.fused.constants import measure, measure_once
 from bln_train.norm.fused.foldable import fits_residual, keeps_shape, shape_after, why_not_foldable
-from bln_train.norm.fused.function import (
-    Constants,
-    Plan,
-    Step,
-    add_gradient,
-    autocast_dtype,
-    run_chain,
-    split_gradients,
-)
-from bln_train.norm.kernels import channel as groups_of_channels
-from bln_train.norm.kernels.compiled import TYPES, library
+from bln_train.norm.fused.function import Plan, Step, add_gradient, autocast_dtype, run_chain, split_gradients
+from bln_train.norm.fused.parts import Constants, Parts
+from bln_train.norm.kernels.backend import backend_for
 from bln_train.norm.kernels.convolution import DirectConvolution, direct_convolution
-from bln_train.norm.kernels.epilogue import Activation, activate_, map_
 from bln_train.norm.kernels.layout import dense
+from bln_train.norm.kernels.library import TYPES, library
+from bln_train.norm.kernels.table import Epilogue
 from bln_train.norm.replay import Run, addresses, at_once
 from bln_train.norm.standardize import RawGradient, StandardizedConv2d, centre_filters, filter_scale, standardize_weight
 
@@ -34,32 +27,32 @@ _LAST = torch.channels_last
 
 
 class FoldedConvNorm:
-    """A linear layer, the batchless norm behind it, a residual sum and an activation, as one operation.
+    """A linear layer, the batchless norm behind it, a residual sum and a relu, as one operation.
 
-        out = act(channel(norm(linear(x))) + shortcut(residual))
+        out = relu(groups(norm(linear(x))) + shortcut(residual))
 
-    It owns no parameters and is no module: `linear`, `norm` and `channel` stay where they are in the network, and so does the
+    It owns no parameters and is no module: `linear`, `norm` and `groups` stay where they are in the network, and so does the
     state dict. Where the norm is in training mode, forwards with gradients fold, and without gradients the same map is computed in
     place. Where it is in eval mode, or the layer does not take inputs of such shapes, the parts run one by one.
 
     Args:
         linear: Conv1d, Conv2d (of any stride, zero padding, dilation, groups) or Linear, standardised or not; no subclass.
         norm: the layer its output goes to, and nothing else.
-        channel: a GroupNorm with scale and shift that follows a norm without them, None for none (kernels/channel.py).
-        activation, slope: what follows, identity, relu or leaky relu with a slope in (0, 1).
+        groups: a GroupNorm with scale and shift that follows a norm without them, None for none.
+        relu: whether a relu follows.
         shortcut: a linear module without parameters and with an `adjoint` (see models/layers.py), which backward runs again so
             that its result is not kept; None for the identity.
-        output_is_kept: something else keeps the output alive until backward, so keeping it here takes no memory.
-        residual_is_kept: the same of the residual.
-        input_is_free: without gradients the input may be overwritten.
+        recompute: backward runs the convolution again, so that training keeps what a network without norms keeps; else its output
+            is kept, as with BatchNorm.
 
     Attributes:
+        input_is_free: without gradients the input may be overwritten.
         in_parts: whether to overwrite it then, some images at a time; saves memory, takes time.
 
     Shapes: x as `linear` takes it (Linear: (N, features)), residual and the result as it gives them.
 
     Raises:
-        ValueError: linear, norm and channel cannot be one operation, or the slope cannot be undone.
+        ValueError: linear, norm and groups cannot be one operation.
 
     Source: design of In-Place ABN (Rota Bulo et al., arXiv 1712.02616) for what a backward pass can do without.
     """
@@ -69,27 +62,20 @@ class FoldedConvNorm:
         linear: nn.Module,
         norm: _BatchlessNorm,
         *,
-        channel: nn.GroupNorm | None = None,
-        activation: Activation = "identity",
-        slope: float = 0.0,
+        groups: nn.GroupNorm | None = None,
+        relu: bool = False,
         shortcut: nn.Module | None = None,
-        output_is_kept: bool = True,
-        residual_is_kept: bool = True,
-        input_is_free: bool = False,
+        recompute: bool = True,
     ) -> None:
         problem = why_not_foldable(linear, norm)
         if problem:
             raise ValueError(problem)
-        if channel is not None and (norm.affine or not channel.affine or channel.num_channels != norm.num_features):
+        if groups is not None and (norm.affine or not groups.affine or groups.num_channels != norm.num_features):
             raise ValueError(
                 "groups of channels are folded behind a norm without scale and shift, and have them themselves"
             )
-        if activation == "leaky_relu" and not 0 < slope < 1:
-            raise ValueError(f"slope is {slope}; a leaky relu that can be undone has one in (0, 1)")
-        self._parts: tuple[Any, _BatchlessNorm, Any, nn.GroupNorm | None] = (linear, norm, shortcut, channel)
-        self.activation, self.slope = activation, slope
-        self.output_is_kept, self.residual_is_kept = output_is_kept, residual_is_kept
-        self.input_is_free, self.in_parts = input_is_free, True
+        self.parts = Parts(linear, norm, groups, shortcut, relu)
+        self.recompute, self.input_is_free, self.in_parts = recompute, False, True
         self.constants: Constants | None = None
         self._direct: dict[object, DirectConvolution | None] = {}
         self._alone = tuple(
@@ -99,22 +85,17 @@ class FoldedConvNorm:
     @property
     def linear(self) -> Any:
         """The convolution or linear layer."""
-        return self._parts[0]
+        return self.parts.linear
 
     @property
     def norm(self) -> _BatchlessNorm:
         """The norm."""
-        return self._parts[1]
+        return self.parts.norm
 
     @property
     def shortcut(self) -> Any:
         """What the residual passes through, None for nothing."""
-        return self._parts[2]
-
-    @property
-    def channel(self) -> nn.GroupNorm | None:
-        """Groups of channels that are normalised again, None for none."""
-        return self._parts[3]
+        return self.parts.shortcut
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C_in, *spatial), residual (N, C, *spatial') to (N, C, *spatial'); see the class."""
@@ -124,16 +105,16 @@ class FoldedConvNorm:
 
     def run_parts(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The parts one by one, as the network has them."""
-        linear, norm, shortcut, groups = self._parts
+        linear, norm, groups, shortcut, relu = self.parts
         out = norm(linear(x))
         out = out if groups is None else groups(out)
         if residual is not None:
             out = out + (residual if shortcut is None else shortcut(residual))
-        return activate_(out, self.activation, self.slope)
+        return F.relu_(out) if relu else out
 
     def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear operation with another weight and bias."""
-        linear = self._parts[0]
+        linear = self.parts.linear
         if isinstance(linear, nn.Linear):
             return F.linear(x, weight, bias)
         direct = self._direct_for(x, weight)
@@ -149,7 +130,7 @@ class FoldedConvNorm:
         """Gradients of x, weight and bias from that of the output, `grad`, None for those that `needs` says no to, and for the
         weight's if it was added to `gathered`.
         """
-        linear = self._parts[0]
+        linear = self.parts.linear
         if isinstance(linear, nn.Linear):
             return (
                 grad @ weight if needs[0] else None,
@@ -174,7 +155,7 @@ class FoldedConvNorm:
             return None
         key = x.shape, weight.dtype, x.dtype
         if key not in self._direct:
-            self._direct[key] = direct_convolution(self._parts[0], x, weight)
+            self._direct[key] = direct_convolution(self.parts.linear, x, weight)
         direct = self._direct[key]
         kernels = None if direct is None else library(TYPES[x.dtype])
         return None if direct is None or kernels is None else (direct, kernels)
@@ -195,17 +176,22 @@ class FoldedConvNorm:
             iw = filter_scale(weight).flatten()
             bias = bias / iw
         out = dense(self._linear_(x, weight, bias.expand(norm.num_features)))
-        groups = self.channel
-        after = residual if groups is None else None
-        activation: Activation = self.activation if groups is None else "identity"
+        groups, relu = self.parts.groups, self.parts.relu
+        is_last = groups is None
         if following is not None:
-            following.normalize_(out, after, iw, activation, self.slope)
+            following.normalize_(out, residual if is_last else None, iw, relu=relu and is_last)
         else:
             scale, shift = norm.affine_map()
             shift = torch.addcmul(shift, centre, scale).expand(norm.num_features)
-            map_(out, after, torch.stack((scale if iw is None else scale * iw, shift)), activation, self.slope)
+            table = torch.stack((scale if iw is None else scale * iw, shift))
+            backend = backend_for(out, table.dtype, residual)
+            backend.map_(out, residual if is_last else None, Epilogue(table, relu=relu and is_last))
         if groups is not None:
-            groups_of_channels.map_(out, residual, groups, self.activation, self.slope, norm.mean.dtype)
+            gamma, beta = groups.weight.detach(), groups.bias.detach()
+            one = torch.ones_like(gamma)
+            table = torch.stack((one, beta, one, gamma))  # of xhat itself
+            epilogue = Epilogue(table, groups.num_channels // groups.num_groups, groups.eps, relu)
+            backend_for(out, table.dtype, residual).map_(out, residual, epilogue)
         return out
 
     def _linear_(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -218,8 +204,8 @@ class FoldedConvNorm:
         return self.apply_linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
     def __repr__(self) -> str:
-        parts = [part for part in (self.linear, self.norm, self.channel) if part is not None]
-        return f"FoldedConvNorm({' + '.join([*(type(part).__name__ for part in parts), self.activation])})"
+        parts = [type(part).__name__ for part in self.parts[:3] if part is not None]
+        return f"FoldedConvNorm({' + '.join([*parts, *(['relu'] if self.parts.relu else [])])})"
 
 
 class FoldedChain:
@@ -248,7 +234,7 @@ class FoldedChain:
         plan = self.plan
         fits = self._fit(inputs)
         if fits and torch.is_grad_enabled() and all(step.layer.norm.training for step in plan.steps):
-            out = run_chain(plan, [step.layer.constants or measure(step.layer) for step in plan.steps], inputs)
+            out = run_chain(plan, [step.layer.constants or measure(step.layer.parts) for step in plan.steps], inputs)
         else:
             out = self._one_by_one(inputs, fits)
         return out if len(out) > 1 else out[0]
@@ -335,14 +321,13 @@ def fold_once(layers: Iterable[FoldedConvNorm], run: Run = at_once) -> Iterator[
         yield
         return
     weights = list({layer.linear.weight: None for layer in layers})
-    recompute = must_recompute(layers)
     learns = tuple(weight.requires_grad for weight in weights)
 
     def kind(name: str) -> tuple[Hashable, ...]:
-        return name, tuple(own_constants), tuple(recompute), learns, addresses([weight.grad for weight in weights])
+        return name, tuple(own_constants), learns, addresses([weight.grad for weight in weights])
 
     try:
-        begun = run(lambda: _begin(layers, recompute), lambda: kind("begin fold"), twice=True)
+        begun = run(lambda: _begin(layers), lambda: kind("begin fold"), twice=True)
         scales = {gradient.weight: gradient.scale for gradient in begun.standardized}
         for layer, constants in zip(layers, begun.constants, strict=True):
             layer.constants = constants
@@ -357,7 +342,7 @@ def fold_once(layers: Iterable[FoldedConvNorm], run: Run = at_once) -> Iterator[
                 layer.linear.constant_scale = None
 
 
-def _begin(layers: Sequence[FoldedConvNorm], recompute: Sequence[bool]) -> _Begun:
+def _begin(layers: Sequence[FoldedConvNorm]) -> _Begun:
     standardized: dict[Tensor, RawGradient] = {}
     weights: list[Tensor] = []
     scales: list[Tensor | None] = []
@@ -371,7 +356,7 @@ def _begin(layers: Sequence[FoldedConvNorm], recompute: Sequence[bool]) -> _Begu
             iw = standardized[weight].scale.flatten()
         weights.append(weight)
         scales.append(iw)
-    return _Begun(measure_once(layers, weights, scales, recompute), list(standardized.values()))
+    return _Begun(measure_once([layer.parts for layer in layers], weights, scales), list(standardized.values()))
 
 
 def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, ...]]:
@@ -385,7 +370,7 @@ def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, 
 def _give(layers: Sequence[FoldedConvNorm], gradients: Sequence[tuple[Tensor, ...]]) -> None:
     """Add gradients to those of the norms' parameters."""
     for layer, own in zip(layers, gradients, strict=True):
-        norm, groups = layer.norm, layer.channel
+        norm, groups = layer.norm, layer.parts.groups
         of_groups = () if groups is None else (groups.weight, groups.bias)
         parameters = (norm.mean, norm.raw_std, norm.weight, norm.bias, *of_groups)
         for parameter, gradient in zip(parameters, own, strict=True):

@@ -15,15 +15,9 @@ from bln_train.norm.fused.foldable import is_plain, what_is_added, why_not_folda
 from bln_train.norm.fused.function import Plan, Step
 from bln_train.norm.fused.layer import FoldedChain, FoldedConvNorm
 from bln_train.norm.fused.trace import IN_PLACE, calls, module_before
-from bln_train.norm.kernels.epilogue import Activation
 
 _ADDS: tuple[Any, ...] = (operator.add, IN_PLACE["iadd"], torch.add)
 _RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_)
-_LEAKY_RELUS: tuple[Any, ...] = (F.leaky_relu, F.leaky_relu_)
-# What keeps its input for backward, whatever we do; the activations unless they overwrite it.
-_KEEPS_INPUT = (nn.modules.conv._ConvNd, nn.Linear, nn.MaxPool2d, nn.GroupNorm)
-_KEEPS_INPUT_UNLESS_INPLACE = (nn.SiLU, nn.GELU, nn.Hardswish)
-
 Layers = dict[fx.Node, FoldedConvNorm]
 """The folded layers, by the node that calls each."""
 
@@ -42,7 +36,7 @@ def fold_norms(
         reason = skipped.get(name) or _fold(graph, node, modules, layers)
         seen[name] = seen.get(name) or reason  # a norm used twice is folded if both uses are
     layers = {node: layers[node] for node in graph.nodes if node in layers}
-    _note_what_is_kept(graph, modules, layers)
+    _note_free_inputs(layers)
     return layers, seen
 
 
@@ -64,7 +58,7 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
     assert isinstance(layer, _BatchlessNorm)
 
     residual, passed, shortcut = None, None, None
-    groups, channel = _groups(norm, layer, modules)
+    groups, module_of_groups = _groups(norm, layer, modules)
     normed = last = norm if groups is None else groups
     add = _only_user(normed)
     if add is None or not _is_add(add) or (add.args[0] is not normed and _overwrites(add, add.args[0], modules)):
@@ -78,16 +72,13 @@ def _fold(graph: fx.Graph, norm: fx.Node, modules: dict[str, nn.Module], layers:
             start = other.args[0] if _is_shortcut(module) and _takes_one(other) else None
             if isinstance(start, fx.Node) and not _is_overwritten_after(other, start, modules):
                 residual, passed, shortcut = start, other, module
-    activation: Activation = "identity"
-    slope = 0.0
     follower = _only_user(last)
-    if follower is not None and follower.args[:1] == (last,):
-        activation, slope = _activation(follower, modules)
-        last = follower if activation != "identity" else last
+    relu = follower is not None and follower.args[:1] == (last,) and _is_relu(follower, modules)
+    last = follower if relu and follower is not None else last
 
     with graph.inserting_after(last):
         node = graph.call_module("folded", (source.args[0],) if residual is None else (source.args[0], residual))
-    layers[node] = FoldedConvNorm(linear, layer, channel=channel, activation=activation, slope=slope, shortcut=shortcut)
+    layers[node] = FoldedConvNorm(linear, layer, groups=module_of_groups, relu=relu, shortcut=shortcut)
     last.replace_all_uses_with(node)
     for old in (last, add, passed, groups, norm, source):
         if old is not None and not old.users and old in graph.nodes and old is not node:
@@ -185,45 +176,20 @@ def _is_add(node: fx.Node) -> bool:
     return called and len(node.args) == 2 and not node.kwargs
 
 
-def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Activation, float]:
-    """What a node does to its one input, if it is an activation that can be folded."""
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is a relu of its first argument."""
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     if is_plain(module, nn.ReLU) or (node.op == "call_function" and node.target in _RELUS):
-        return "relu", 0.0
-    if node.op == "call_method" and node.target in ("relu", "relu_"):
-        return "relu", 0.0
-    slope: Any = None
-    if isinstance(module, nn.LeakyReLU) and is_plain(module, nn.LeakyReLU):
-        slope = module.negative_slope
-    elif node.op == "call_function" and node.target in _LEAKY_RELUS:
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-    if isinstance(slope, float) and 0 < slope < 1:
-        return "leaky_relu", slope
-    return "identity", 0.0
+        return True
+    return node.op == "call_method" and node.target in ("relu", "relu_")
 
 
-def _note_what_is_kept(graph: fx.Graph, modules: dict[str, nn.Module], layers: Layers) -> None:
-    """Tell each folded layer whether its output and its residual outlive the forward anyway."""
+def _note_free_inputs(layers: Layers) -> None:
+    """Tell each folded layer whether its input may be overwritten where no gradients are wanted.
 
-    def kept(node: fx.Node) -> bool:
-        if node in layers and layers[node].activation != "identity":
-            return True  # its own backward needs it
-        if any(_overwrites(user, node, modules) for user in node.users):
-            return False
-        for user in node.users:
-            if user.op != "call_module" or user.args[0] is not node:
-                continue
-            module = layers.get(user, modules.get(str(user.target)))
-            if isinstance(module, (FoldedConvNorm, *_KEEPS_INPUT)):
-                return True
-            if isinstance(module, _KEEPS_INPUT_UNLESS_INPLACE):
-                return True
-        return False
-
+    Another folded layer's output is its own, of nobody's view; with one use, nobody else's.
+    """
     for node, layer in layers.items():
-        layer.output_is_kept = layer.activation != "identity" or kept(node)
-        layer.residual_is_kept = len(node.args) < 2 or kept(node.args[1])  # type: ignore[arg-type]
-        # Another folded layer's output is its own, of nobody's view; with one use, nobody else's.
         before = node.args[0]
-        is_output = isinstance(before, fx.Node) and before in layers
-        layer.input_is_free = is_output and len(before.users) == 1 and node.args.count(before) == 1  # type: ignore[union-attr]
+        if isinstance(before, fx.Node) and before in layers:
+            layer.input_is_free = len(before.users) == 1 and node.args.count(before) == 1

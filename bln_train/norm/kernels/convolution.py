@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bln_train.norm.kernels.compiled import TYPES
+from bln_train.norm.kernels.library import TYPES
 
 # Where the kernel was the faster, forward and backward together, on a processor with AVX2: benchmarks/convolutions.py.
 _MOST_PRODUCTS = 2**26

@@ -6,17 +6,12 @@ Legend as in norm/functional.py: N images, C channels, S positions of an image.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def positions_of(tensor: Tensor) -> int:
     """S, of (N, C, *spatial)."""
     return tensor.numel() // (tensor.shape[0] * tensor.shape[1])
-
-
-def group_size(groups: nn.GroupNorm) -> int:
-    """Channels of a group."""
-    return groups.num_channels // groups.num_groups
 
 
 def channels_last(tensor: Tensor) -> bool:
@@ -36,14 +31,6 @@ def in_order_of(tensor: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
-def flat(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Rows of a dense tensor, a view: (N * S, C), or (N, C, S) of a contiguous one; and their axes without channels."""
-    if channels_last(tensor):
-        n, c, h, w = tensor.shape
-        return tensor.as_strided((n * h * w, c), (c, 1)), (0,)
-    return (tensor, (0,)) if tensor.dim() == 2 else (tensor.flatten(2), (0, 2))
-
-
 def by_image(tensor: Tensor) -> tuple[Tensor, int]:
     """Rows of a dense tensor, a view, (N, S, C), or (N, C, S) of a contiguous one; and their axis of positions."""
     if channels_last(tensor):
@@ -52,6 +39,6 @@ def by_image(tensor: Tensor) -> tuple[Tensor, int]:
     return (tensor.unsqueeze(1), 1) if tensor.dim() == 2 else (tensor.flatten(2), 2)
 
 
-def aligned(per_channel: Tensor, rows: Tensor) -> Tensor:
-    """A vector per channel, shaped to broadcast over rows."""
-    return per_channel if rows.dim() == 2 else per_channel.view(-1, 1)
+def is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at one address."""
+    return tensor is other or tensor.data_ptr() == other.data_ptr()

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from bln_train.norm.balance import regression
 from helpers import ACTIVATIONS, advance, largest_difference, tiny_recipe
 from torch import nn
 from torch.nn import functional as F
@@ -25,8 +26,7 @@ from bln_train.norm import (
     reestimate_statistics,
     unfuse,
 )
-from bln_train.norm.balance import regression
-from bln_train.norm.kernels.compiled import use_compiled
+from bln_train.norm.kernels.table import use_kernels
 from bln_train.recipe.load import load_recipe
 
 
@@ -35,7 +35,7 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-    use_compiled(True)
+    use_kernels(True)
 
 
 def draw(module):
@@ -82,7 +82,7 @@ def gradients_of(holder, run, x, residual, inside=contextlib.nullcontext):
 @pytest.mark.parametrize(("channels", "groups"), [(8, 2), (8, 1), (16, 16), (6, 3)])
 def test_law_3_folded_equals_its_parts(channels, groups, activation, residual, compiled):
     """Law 3 with groups: output, every gradient and the balance of the batch, where torch.nn.GroupNorm is one of the parts."""
-    use_compiled(compiled)
+    use_kernels(compiled)
     for channels_last, once, share in ((True, True, "channel"), (False, False, "channel"), (True, True, "layer")):
         torch.manual_seed(0)
         conv = StandardizedConv2d(4, channels, 3, 1, 1, bias=not once)

@@ -11,8 +11,9 @@ from torch import nn
 
 from bln_train.norm import BatchlessNorm2d
 from bln_train.norm.fused.layer import FoldedConvNorm
-from bln_train.norm.kernels.compiled import library, use_compiled, uses_compiled
 from bln_train.norm.kernels.convolution import direct_convolution
+from bln_train.norm.kernels.library import library, uses_compiled
+from bln_train.norm.kernels.table import use_kernels
 
 pytestmark = pytest.mark.skipif(not uses_compiled(), reason="no C compiler")
 LAST = torch.channels_last
@@ -112,13 +113,13 @@ def test_a_folded_layer_is_the_same_with_and_without(is_kept):
     results = []
     try:
         for layer, compiled in zip(layers, (True, False), strict=True):
-            use_compiled(compiled)
+            use_kernels(compiled)
             own = x.clone(memory_format=torch.preserve_format).requires_grad_()
             out = layer(own)
             (out.square().sum() + layer.norm.account.nll).backward()
             results.append([out, own.grad, layer.linear.weight.grad, layer.linear.bias.grad, layer.norm.mean.grad])
     finally:
-        use_compiled(True)
+        use_kernels(True)
     for found, expected in zip(*results, strict=True):
         assert relative(found.detach(), expected.detach()) < 1e-12
 

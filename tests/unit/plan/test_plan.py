@@ -104,12 +104,13 @@ def test_a_plan_computes_nothing():
 
 def test_a_hollow_step_leaves_kernels_and_settings_as_they_were():
     """After a plan, training runs compiled kernels as before, and its results are what they were."""
-    from bln_train.norm.kernels.compiled import compiled_is_wanted, library
+    from bln_train.norm.kernels.library import library
+    from bln_train.norm.kernels.table import kernels_are_wanted
 
-    before, wanted = library("float"), compiled_is_wanted()
+    before, wanted = library("float"), kernels_are_wanted()
     plan_memory(recipe(), [1], cuda=True)
     assert library("float") is before
-    assert compiled_is_wanted() == wanted
+    assert kernels_are_wanted() == wanted
 
 
 def test_hollow_operators_allocate_what_real_ones_do():

@@ -9,7 +9,7 @@ from recorder import OperatorRecorder
 
 from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
-from bln_train.norm.kernels.compiled import use_compiled
+from bln_train.norm.kernels.table import use_kernels
 from bln_train.records import NoticeRecord
 from bln_train.train.cuda_graphs import NUM_STEPS_TO_RECORD, GraphedSteps
 from bln_train.train.recovery import Snapshot
@@ -33,7 +33,7 @@ CASES = {
 def train(recipe, recorder=None, device="cpu"):
     experiment = build_experiment(recipe)
     if device == "cpu":
-        use_compiled(False)  # kernels in C are no operators
+        use_kernels(False)  # kernels in C are no operators
     step = experiment.trainer.take_step
     if recorder is not None:
         step.graphs = GraphedSteps(step, 32, recorder=recorder)
@@ -44,7 +44,7 @@ def train(recipe, recorder=None, device="cpu"):
 @pytest.fixture(autouse=True)
 def _restore():
     yield
-    use_compiled(True)
+    use_kernels(True)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,7 +65,7 @@ def test_law_6_replay_equals_eager(case):
 def test_every_part_of_a_step_is_recorded_once():
     """After some steps nothing but replays, and no part is forgotten."""
     experiment = build_experiment(tiny_recipe(train__epochs=6, train__micro_batch_size=1))
-    use_compiled(False)
+    use_kernels(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
     step = trainer.take_step
     step.graphs = GraphedSteps(step, 8, recorder=recorder)
@@ -90,7 +90,7 @@ def test_a_large_probe_is_not_recorded_and_changes_nothing():
     recipe = tiny_recipe(train__micro_batch_size=1)
     expected, _ = train(recipe)
     experiment = build_experiment(recipe)
-    use_compiled(False)
+    use_kernels(False)
     step = experiment.trainer.take_step
     assert step.probe_images > 2
     step.graphs = GraphedSteps(step, 32, recorder=OperatorRecorder(), most_pixels=2 * 32**2)
@@ -113,7 +113,7 @@ def test_the_size_decides_and_a_rollback_forgets_nothing():
     """Too large micro-batches run eagerly; new momentum buffers are recorded anew."""
     recipe = tiny_recipe(optimizer={"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"})
     experiment = build_experiment(recipe)
-    use_compiled(False)
+    use_kernels(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
     step = trainer.take_step
     step.graphs = GraphedSteps(step, 32, recorder=recorder, most_pixels=1023)
@@ -139,7 +139,7 @@ def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
     results = []
     for recorder in (None, OperatorRecorder()):
         experiment = build_experiment(recipe)
-        use_compiled(False)
+        use_kernels(False)
         step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(8)
         if recorder is not None:
             step.graphs = GraphedSteps(step, 32, recorder=recorder)

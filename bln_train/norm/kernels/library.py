@@ -10,46 +10,32 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bln_train.norm.balance import HORIZON, LARGEST_SQUARE
+from bln_train.norm.kernels.fake import FakeKernels
+from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE, ProbeRow, Row, StateRow, kernels_are_wanted, pretends
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("epilogue.c", "convolution.c"))
 _HEADER = Path(__file__).with_name("vectors.h")
 # OpenMP by the name under which PyTorch has loaded its own, so that there is one pool of threads; without it, one thread.
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
-_COMMON = (
-    "-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi", f"-DHORIZON={HORIZON}", f"-DLARGEST_SQUARE={LARGEST_SQUARE}",
-)  # fmt: skip
-
-_wanted = True
-_hollow = False
-
-
-def use_compiled(wanted: bool) -> None:
-    """Let folded layers run compiled kernels where they can (the default), of C on the CPU and of Triton on CUDA, or PyTorch's
-    operators alone."""
-    global _wanted
-    _wanted = wanted
-
-
-def compiled_is_wanted() -> bool:
-    """What `use_compiled` was told."""
-    return _wanted
-
+_COMMON = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-Wno-psabi")
+# The sources have the names of table.py, so that no number is written twice.
+_NAMES = {row.name: int(row) for rows in (Row, StateRow, ProbeRow) for row in rows}
+_DEFINED = tuple(
+    f"-D{name}={value}" for name, value in {"HORIZON": HORIZON, "LARGEST_SQUARE": LARGEST_SQUARE, **_NAMES}.items()
+)
 
 TYPES = {torch.float32: "float", torch.float64: "double"}  # of C, for which `library` has kernels
 
 
 def why_not_compiled() -> str:
     """Why no kernel is compiled on this machine; "" if they are, or are not wanted."""
-    return _build("float")[1] if _wanted else ""
+    return _build("float")[1] if kernels_are_wanted() else ""
 
 
 def uses_compiled() -> bool:
@@ -59,31 +45,13 @@ def uses_compiled() -> bool:
 
 def library(real: str) -> Any:
     """The kernels for a C type, "float" or "double"; None where there is no compiler, or none is wanted."""
-    kernels = _build(real)[0] if _wanted else None
-    return _HollowKernels() if _hollow and kernels is not None else kernels
+    kernels = _build(real)[0] if kernels_are_wanted() else None
+    return FakeKernels() if kernels is not None and pretends("native") else kernels
 
 
 def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's memory begins, for a kernel; None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
-
-
-class _HollowKernels:
-    """Every kernel's signature, and none of its work."""
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        return lambda *arguments: 0
-
-
-@contextmanager
-def hollow_kernels() -> Iterator[None]:
-    """Let kernels be called and do nothing inside, for tensors whose values nobody asks for."""
-    global _hollow
-    before, _hollow = _hollow, True
-    try:
-        yield
-    finally:
-        _hollow = before
 
 
 @functools.cache
@@ -92,7 +60,7 @@ def _build(real: str) -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, f"no C compiler is installed ({', '.join(_compilers())})"
     source = b"\0".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
-    what = f"{real} {compiler} {_COMMON} {_FLAGS}".encode()
+    what = f"{real} {compiler} {_COMMON} {_DEFINED} {_FLAGS}".encode()
     key = hashlib.sha256(b"\0".join([source, what, _processor()])).hexdigest()[:24]
     name = f"kernels-{real}-{key}.so"
     folder = _folder()
@@ -122,7 +90,7 @@ def _compile(compiler: str, real: str, to: Path) -> str:
     """Compile with as many of the flags as the compiler takes; returns what is wrong, "" if nothing."""
     problem = ""
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(to), "-lm"]
+        command = [compiler, *_COMMON, *_DEFINED, *flags, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(to), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -169,17 +137,11 @@ def _processor() -> bytes:
 def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     number = ctypes.c_float if real == "float" else ctypes.c_double
-    library.forward.argtypes = [*[pointer] * 3, *[long] * 4, integer, number, integer, *[pointer] * 3]
+    library.forward.argtypes = [*[pointer] * 4, long, number, *[long] * 4, *[integer] * 2, *[pointer] * 3]
     library.backward.argtypes = [
-        *[pointer] * 7, *[long] * 3, integer, number, pointer, pointer, integer, *[pointer] * 3,
+        *[pointer] * 6, long, number, *[long] * 3, integer, *[pointer] * 2, integer, *[pointer] * 3,
     ]  # fmt: skip
-    library.forward_groups.argtypes = [
-        *[pointer] * 5, long, number, *[long] * 4, integer, number, integer, *[pointer] * 3,
-    ]  # fmt: skip
-    library.backward_groups.argtypes = [
-        *[pointer] * 7, long, number, *[long] * 3, integer, number, pointer, pointer, integer, *[pointer] * 3,
-    ]  # fmt: skip
-    library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, *[number] * 2, integer, integer, pointer]
+    library.follow.argtypes = [*[pointer] * 4, *[long] * 3, integer, number, integer, pointer]
     library.convolve.argtypes = [*[pointer] * 5, integer]
     library.convolve_backward.argtypes = [*[pointer] * 6, integer]
     library.centre_filters.argtypes = [pointer, long, long, number]
@@ -189,7 +151,6 @@ def _declared(library: ctypes.CDLL, real: str) -> ctypes.CDLL:
     filters = (library.centre_filters, library.filter_scale, library.filter_moments, library.project_filters)
     for function in (library.convolve_backward, *filters):
         function.restype = None
-    groups = (library.forward_groups, library.backward_groups)
-    for function in (library.forward, library.backward, *groups, library.follow, library.convolve):
+    for function in (library.forward, library.backward, library.follow, library.convolve):
         function.restype = integer
     return library

@@ -25,11 +25,11 @@ sums over batches.
 import argparse
 
 import torch
-from bln_train.norm.balance import BalanceRow, balance_images, regression
 from torch import nn
 
 from bln_train.build.experiment import build_experiment
 from bln_train.norm import balance
+from bln_train.norm.kernels.feedback import BalanceRow, balance_images, regression
 from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord
 

@@ -13,10 +13,10 @@ import statistics
 import sys
 
 import torch
-from bln_train.norm.balance import BalanceRow
 from bln_train.norm.kernels.epilogue import Row, backward, forward_
 
 from bln_train.norm.kernels.backend import why_not_triton
+from bln_train.norm.kernels.feedback import BalanceRow
 from bln_train.norm.kernels.table import use_kernels
 from bln_train.system import machine
 

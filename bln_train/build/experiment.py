@@ -142,7 +142,8 @@ def assemble(
     num_probe = first_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
     recipe = resolve(recipe, probe_images=num_probe, num_processes=world.size)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
-        notices += _fuse(model, images.image_size if is_foreign(recipe.model.name) else None)
+        checked_size = images.image_size if is_foreign(recipe.model.name) else None
+        notices += _fuse(model, checked_size, recompute=recipe.norm.recompute is not False)
         why = _why_not_compiled(device)
         if why:
             notices.append(f"Folded norms run PyTorch's operators, which is slower than compiled kernels: {why}.")
@@ -197,25 +198,25 @@ def _graphs(recipe: Recipe, step: AccumulationStep, image_size: int) -> GraphedS
     """What replays steps, where they are to be."""
     wanted = recipe.runtime.graphs
     if wanted is True and step.device.type != "cuda":
-        raise UsageError("machine.graphs: true needs CUDA", "Use --set machine.graphs=auto.")
+        raise UsageError("runtime.graphs: true needs CUDA", "Use --set runtime.graphs=auto.")
     if wanted is False or step.device.type != "cuda":
         return None
     if not step.standardized:
         return GraphedSteps(step, image_size, most_pixels=None if wanted is True else MOST_PIXELS)
     if wanted is True:
         raise UsageError(
-            "machine.graphs: true needs standardised convolutions to be folded with their norms",
-            "Use --set machine.graphs=auto, or the norm batchless with norm.fold.",
+            "runtime.graphs: true needs standardised convolutions to be folded with their norms",
+            "Use --set runtime.graphs=auto, or the norm batchless with norm.fold.",
         )
     return None
 
 
-def _fuse(model: nn.Module, checked_size: int | None) -> Iterator[str]:
+def _fuse(model: nn.Module, checked_size: int | None, *, recompute: bool) -> Iterator[str]:
     """Fold norms into convolutions, checked on a random image of a size where one is given; notes those that stay, by reason."""
     example = None
     if checked_size is not None:  # a network that others wrote
         example = torch.randn(1, 3, checked_size, checked_size, generator=torch.Generator().manual_seed(0))
-    report = fuse(model, check=example)
+    report = fuse(model, check=example, recompute=recompute)
     by_reason: dict[str, list[str]] = {}
     for name, reason in report.kept.items():
         by_reason.setdefault(reason, []).append(name)
@@ -250,6 +251,7 @@ def build_network(
             "init_cache",
             "reestimate_images",
             "fold",
+            "recompute",
             "correction_parts",
         }
         settings = section.model_dump(exclude=of_the_run)

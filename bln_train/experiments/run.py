@@ -347,7 +347,7 @@ def read_checkpoint(
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
     return (
-        parse_recipe_of_run(text, origin=origin, overrides=[f"machine.device={device}"]) if device else recipe
+        parse_recipe_of_run(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe
     ), state
 
 

@@ -11,11 +11,11 @@ import itertools
 
 import pytest
 import torch
-from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, balance_images, regression
 from torch import nn
 
 from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d, BatchlessStatistics, fold_once, folded_layers, fuse
-from bln_train.norm.kernels.table import use_kernels
+from bln_train.norm.kernels.feedback import corrections, regression
+from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE, StateRow, use_kernels
 
 N, C = 16, 16  # channels that the compiled kernels take
 KINDS = ["normal", "zero", "one value", "a value for each channel", "far off", "wide, narrow, in turn"]
@@ -125,13 +125,13 @@ def test_what_is_left_never_grows_by_itself():
     generator = torch.Generator().manual_seed(0)
     for scale in SCALES:
         xhat = scale * torch.randn(200, 50, C, generator=generator, dtype=torch.float64) + torch.randn(200, 1, C)
-        state = torch.randn(len(BalanceRow), C, generator=generator, dtype=torch.float64)
-        state[BalanceRow.TO_COME] = 200 + HORIZON
+        state = torch.randn(len(StateRow), C, generator=generator, dtype=torch.float64)
+        state[StateRow.TO_COME] = 200 + HORIZON
         sizes = []
         for image in xhat:
             moments = torch.stack((image.mean(0), image.square().mean(0)))[None]
-            balance_images(torch.zeros(2, C, dtype=torch.float64), state, torch.zeros_like(moments), moments)
-            sizes.append(state[: BalanceRow.TO_COME].norm(dim=0))
+            corrections(torch.zeros(2, C, dtype=torch.float64), state, torch.zeros_like(moments), moments)
+            sizes.append(state[: StateRow.TO_COME].norm(dim=0))
         assert bool((torch.stack(sizes).diff(dim=0) <= 1e-12).all())
 
 

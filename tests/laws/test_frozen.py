@@ -20,10 +20,10 @@ def float64():
 
 
 class Block(nn.Module):
-    def __init__(self, conv, *, affine=True, mode="exact"):
+    def __init__(self, conv, *, affine=True):
         super().__init__()
         self.conv = conv
-        self.norm = BatchlessNorm2d(conv.out_channels, affine=affine, correction_mode=mode)
+        self.norm = BatchlessNorm2d(conv.out_channels, affine=affine)
         self.groups = nn.GroupNorm(2, conv.out_channels) if not affine else nn.Identity()
         self.act, self.adds = nn.ReLU(), conv.in_channels == conv.out_channels
 
@@ -35,20 +35,20 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Two chains of folded layers, standardised and not, with groups behind a norm and with a sum."""
 
-    def __init__(self, mode="exact"):
+    def __init__(self):
         super().__init__()
-        self.first = Block(StandardizedConv2d(3, 8, 3, bias=False), mode=mode)
+        self.first = Block(StandardizedConv2d(3, 8, 3, bias=False))
         self.second = Block(StandardizedConv2d(8, 8, 3, 1, 1), affine=False)
-        self.third = nn.Sequential(nn.Conv2d(8, 8, 1), BatchlessNorm2d(8, correction_mode=mode), nn.LeakyReLU(0.1))
-        self.pool, self.last = nn.AvgPool2d(2), Block(nn.Conv2d(8, 4, 1), mode=mode)
+        self.third = nn.Sequential(nn.Conv2d(8, 8, 1), BatchlessNorm2d(8), nn.LeakyReLU(0.1))
+        self.pool, self.last = nn.AvgPool2d(2), Block(nn.Conv2d(8, 4, 1))
 
     def forward(self, x):
         return self.last(self.pool(self.third(self.second(self.first(x)))))
 
 
-def network(fused, mode="exact"):
+def network(fused):
     torch.manual_seed(0)
-    net = Net(mode)
+    net = Net()
     for norm in norms(net):
         for tensor in (norm.mean, norm.raw_std, norm.correction):
             nn.init.normal_(tensor.data, 0.0, 0.3)
@@ -222,7 +222,7 @@ def test_a_norm_in_eval_mode_is_torchs_in_eval_mode(fused):
 def test_a_norm_that_is_frozen_during_a_step_stays_from_there_on(fused, when):
     """Gradients and the probe's moments are there already, and move nothing."""
     for how in (norm_eval, statistics_frozen):
-        net = network(fused, mode="imputed")
+        net = network(fused)
         statistics = BatchlessStatistics(net)
         statistics.begin(len(IMAGES), 4)
         ((net(IMAGES).square().sum() + statistics.nll()) / len(IMAGES)).backward()
@@ -239,18 +239,8 @@ def test_a_norm_that_is_frozen_during_a_step_stays_from_there_on(fused, when):
             before["first.conv.weight"] += 0.1
         statistics.follow(lambda net=net: net(IMAGES[:4]))
         after = net.state_dict()
-        kinds = ("mean", "raw_std") if how is statistics_frozen else ("mean", "raw_std", "correction", "imputation")
+        kinds = ("mean", "raw_std") if how is statistics_frozen else ("mean", "raw_std", "correction")
         names = [name for name in after if name.startswith("first.") and name.rpartition(".")[2] in kinds]
         assert names
         for name in names:
             assert torch.equal(before[name], after[name]), name
-
-
-def test_imputation_of_a_norm_in_eval_mode_does_not_move():
-    """The buffers of mode imputed: those of the norms that train move, the others do not."""
-    net = network(True, mode="imputed")
-    net.first.norm.eval()
-    before = copy.deepcopy(net.state_dict())
-    train(net, 2, True)
-    assert torch.equal(before["first.norm.imputation"], net.state_dict()["first.norm.imputation"])
-    assert not torch.equal(before["last.norm.imputation"], net.state_dict()["last.norm.imputation"])

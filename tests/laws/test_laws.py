@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from bln_train.build.experiment import build_experiment
 from bln_train.data.datasets import epoch_order
 from bln_train.norm import BatchlessNorm2d
-from bln_train.norm.balance import HORIZON, LARGEST_SQUARE
 from bln_train.norm.fused.network import folded_layers, unfuse
+from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE
 from bln_train.records import StepRecord
 from bln_train.system.rng import instance_seeds
 
@@ -46,7 +46,7 @@ def test_law_1_holds_for_every_model_family(model):
 def smallest_relu_input(recipe, weights, num_images, monkeypatch):
     """Of all relus, in the step's float64 forward without folds, where every relu is a call."""
     experiment = build_experiment(recipe)
-    experiment.model.load_state_dict(weights, strict=False)  # of a fold is more: what its correction imputes
+    experiment.model.load_state_dict(weights)
     smallest, relu = [], F.relu
 
     def noting(x):
@@ -186,7 +186,7 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
     recipe = tiny_recipe(
         train__micro_batch_size=3,
         optimizer={"name": "sgd", "lr": 0.1, "clip_norm": 0.5},
-        norm={"name": "batchless-plain", "probe_images": 6, "fold": fold, "correction_mode": "exact"},
+        norm={"name": "batchless-plain", "probe_images": 6, "fold": fold},
     )
     experiment = build_experiment(recipe)
     assert bool(folded_layers(experiment.model)) == fold

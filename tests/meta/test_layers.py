@@ -31,7 +31,7 @@ LAYERS = [
         "runtime",
         "parallel",
         "norm.accounts",
-        "norm.balance",
+        "norm.feedback",
         "norm.functional",
         "norm.probe",
         "norm.replay",

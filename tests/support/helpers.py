@@ -8,7 +8,7 @@ from bln_train.data.datasets import epoch_order
 from bln_train.recipe.recipe import Recipe
 from bln_train.train.trainer import Trainer
 
-ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
+ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu}
 
 TINY = {
     "data": {

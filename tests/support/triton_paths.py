@@ -11,14 +11,14 @@ import os
 
 import pytest
 import torch
+from bln_train.norm.kernels.epilogue import Row, activate_, backward, forward_, map_, sums_of
 from helpers import largest_difference
 from torch import nn
 
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
-from bln_train.norm.balance import HORIZON, BalanceRow
 from bln_train.norm.fused.layer import FoldedConvNorm
 from bln_train.norm.kernels import compiled, triton_launch
-from bln_train.norm.kernels.epilogue import Row, activate_, backward, forward_, map_, sums_of
+from bln_train.norm.kernels.feedback import HORIZON, BalanceRow
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ACTIVATIONS = ["identity", "relu", "leaky_relu"]

@@ -42,10 +42,11 @@ class FusedForward:
     Args:
         model: the network; it is not changed.
         skipped: norms that are not to be folded, and why.
+        recompute: see `FoldedConvNorm`.
     """
 
-    def __init__(self, model: nn.Module, skipped: Mapping[str, str] | None = None) -> None:
-        self.model, self.skipped = model, dict(skipped or {})
+    def __init__(self, model: nn.Module, skipped: Mapping[str, str] | None = None, *, recompute: bool = True) -> None:
+        self.model, self.skipped, self.recompute = model, dict(skipped or {}), recompute
         self._own: _Built | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +94,8 @@ class FusedForward:
     def _built(self) -> _Built:
         if self._own is None:
             self._own = _build(self.model, self.skipped)
+            for layer in self._own.layers:
+                layer.recompute = self.recompute
         return self._own
 
 

@@ -23,7 +23,7 @@ class FuseReport:
     """Names of the others, and why each stays as it is."""
 
 
-def fuse(model: nn.Module, *, check: Tensor | None = None) -> FuseReport:
+def fuse(model: nn.Module, *, check: Tensor | None = None, recompute: bool = True) -> FuseReport:
     """Make training forwards of `model` run each conv + batchless norm (+ residual) (+ relu) as one `FoldedConvNorm`, in place.
 
     Parameters, buffers, modules, state dict and the forward in eval mode stay what they are; a copy, and what is loaded from a
@@ -38,6 +38,8 @@ def fuse(model: nn.Module, *, check: Tensor | None = None) -> FuseReport:
     Args:
         check: an example input, one image (1, C, *spatial) say, that goes forward and backward through both forms, in float64 and
             on the CPU, in copies: norms with which an output or gradient differs are not folded (fused/check.py).
+        recompute: backward runs each folded convolution again, and training keeps what a network without norms keeps. Without it
+            training keeps what BatchNorm keeps, and takes less time.
 
     Returns: what was folded and what was not, each with its reason.
 
@@ -50,9 +52,9 @@ def fuse(model: nn.Module, *, check: Tensor | None = None) -> FuseReport:
     around = what_is_around(model)
     if around == "has a forward of its own":
         return FuseReport((), dict.fromkeys(norms, f"the network {around}"))
-    forward = FusedForward(model)
+    forward = FusedForward(model, recompute=recompute)
     if check is not None and forward.folded:
-        forward = FusedForward(model, skipped=why_different(model, check))
+        forward = FusedForward(model, skipped=why_different(model, check), recompute=recompute)
     if forward.folded:
         model.forward = forward
     return FuseReport(tuple(forward.folded), forward.kept)
@@ -62,6 +64,15 @@ def unfuse(model: nn.Module) -> None:
     """Undo `fuse`, in place; a model that is not fused stays as it is."""
     if _forward_of(model) is not None:
         del model.forward
+
+
+def set_recompute(model: nn.Module, recompute: bool) -> None:
+    """Change what `fuse` was told of `recompute`, between steps; a model that is not fused stays as it is."""
+    forward = _forward_of(model)
+    if forward is not None:
+        forward.recompute = recompute
+        for layer in forward.layers:
+            layer.recompute = recompute
 
 
 def folded_layers(model: nn.Module) -> list[FoldedConvNorm]:

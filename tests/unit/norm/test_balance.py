@@ -9,7 +9,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.data.datasets import ImageSet
 from bln_train.errors import UsageError
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
-from bln_train.norm.balance import HORIZON, LARGEST_SQUARE, BalanceRow, regression
+from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE, BalanceRow, regression
 from bln_train.train.distributed import World
 
 

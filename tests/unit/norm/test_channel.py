@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from bln_train.norm.balance import regression
 from helpers import ACTIVATIONS, advance, largest_difference, tiny_recipe
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from bln_train.norm import (
     reestimate_statistics,
     unfuse,
 )
+from bln_train.norm.kernels.feedback import regression
 from bln_train.norm.kernels.table import use_kernels
 from bln_train.recipe.load import load_recipe
 
@@ -70,18 +70,19 @@ def gradients_of(holder, run, x, residual, inside=contextlib.nullcontext):
             found.append(z.detach())
             inputs += [a.grad] if r is None else [a.grad, r.grad]
     gradients = {name: p.grad.clone() for name, p in holder.named_parameters() if p.grad is not None}
-    state = holder["norm"][0].balance
-    kept = {} if state is None else {"balance": state.clone()}
+    state = holder["norm"][0].feedback
+    kept = {} if state is None else {"feedback": state.clone()}
     statistics.discard()
     return {"z": torch.cat(found), **kept, **gradients, **dict(enumerate(inputs))}
 
 
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "operators"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("channels", "groups"), [(8, 2), (8, 1), (16, 16), (6, 3)])
-def test_law_3_folded_equals_its_parts(channels, groups, activation, residual, compiled):
-    """Law 3 with groups: output, every gradient and the balance of the batch, where torch.nn.GroupNorm is one of the parts."""
+def test_law_3_folded_equals_its_parts(channels, groups, activation, residual, compiled, recompute):
+    """Law 3 with groups: output, every gradient and the feedback of the batch, where torch.nn.GroupNorm is one of the parts."""
     use_kernels(compiled)
     for channels_last, once, share in ((True, True, "channel"), (False, False, "channel"), (True, True, "layer")):
         torch.manual_seed(0)
@@ -91,8 +92,7 @@ def test_law_3_folded_equals_its_parts(channels, groups, activation, residual, c
         if channels_last:
             conv, x = conv.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
         r = torch.randn(5, channels, 7, 7) if residual else None
-        slope = 0.1 if activation == "leaky_relu" else 0.0
-        layer = FoldedConvNorm(conv, norm[0], channel=norm[1], activation=activation, slope=slope)
+        layer = FoldedConvNorm(conv, norm[0], groups=norm[1], relu=activation == "relu", recompute=recompute)
         holder = nn.ModuleDict({"conv": conv, "norm": norm})
 
         def parts(a, r, conv=conv, norm=norm):
@@ -159,7 +159,7 @@ def test_scale_in_front_of_the_groups_stays_one():
 
 def resnet8(groups, **settings):
     torch.manual_seed(0)
-    norm = norm_factory("batchless", channel_groups=groups, correction_mode="imputed")
+    norm = norm_factory("batchless", channel_groups=groups)
     model = build_model("resnet8", 10, norm=norm, weight_standardization=True, **settings)
     model = model.to(memory_format=torch.channels_last)
     return model if settings.get("zero_init_residual") else draw(model)
@@ -188,7 +188,7 @@ def test_fuse_takes_the_groups_along(shortcut):
         out = model.eval()(x)
     report = fuse(model)
     assert not report.kept
-    assert all(layer.channel is not None for layer in folded_layers(model))
+    assert all(layer.parts.groups is not None for layer in folded_layers(model))
     assert "BatchlessNorm2d + GroupNorm + relu" in repr(folded_layers(model)[0])
     assert largest_difference(before, gradients()) < 1e-10
     with torch.no_grad():
@@ -203,9 +203,9 @@ def test_groups_are_folded_behind_a_norm_without_scale_only():
                  nn.Sequential(BatchlessNorm2d(8, affine=False), nn.GroupNorm(2, 8, affine=False))):  # fmt: skip
         model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU())
         fuse(model)
-        assert [layer.channel for layer in folded_layers(model)] == [None]
+        assert [layer.parts.groups for layer in folded_layers(model)] == [None]
         with pytest.raises(ValueError, match="behind a norm without scale"):
-            FoldedConvNorm(model[0], norm[0], channel=norm[1])
+            FoldedConvNorm(model[0], norm[0], groups=norm[1])
 
 
 def test_it_saves_what_the_norm_without_groups_saves():
@@ -255,7 +255,6 @@ def test_trained_weights_have_no_groups():
         ({"name": "group"}, 0),
         ({"statistics": "gradient"}, 0),
         ({"share": "layer"}, 0),
-        ({"correction_mode": "imputed"}, 0),
     ],
 )
 def test_auto_groups(norm, groups):
@@ -267,12 +266,8 @@ def test_auto_groups(norm, groups):
     assert found == ([groups] * 7 if groups else [])
 
 
-def test_nothing_is_imputed():
-    """The default is exact, folded or not; where the convolution runs again anyway the other is refused and not ignored."""
-    for name in ("batchless", "batchless-plain"):
-        assert tiny_recipe(norm={"name": name}).norm.correction_mode == "exact"
-    with pytest.raises(ValueError, match="correction_mode: with channel_groups"):
-        tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "correction_mode": "imputed"})
+def test_groups_need_statistics_of_each_channel():
+    """Refused and not ignored."""
     with pytest.raises(ValueError, match="share: the correction under channel_groups"):
         tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "share": "layer"})
 

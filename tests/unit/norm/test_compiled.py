@@ -7,12 +7,12 @@ import stat
 
 import pytest
 import torch
+from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_of
 from helpers import advance, largest_difference, state, tiny_recipe
 
 from bln_train.build.experiment import build_experiment
-from bln_train.norm.balance import HORIZON, BalanceRow
 from bln_train.norm.kernels import compiled, epilogue
-from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_of
+from bln_train.norm.kernels.feedback import HORIZON, BalanceRow
 from bln_train.norm.probe import Following, FollowRow
 from bln_train.norm.standardize import RawGradient, centre_filters, filter_scale
 from bln_train.system import machine

@@ -16,6 +16,7 @@ from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.dropout import InstanceDropout
 from bln_train.norm.fused.layer import FoldedConvNorm, fold_once
 from bln_train.norm.fused.network import folded_layers, fuse, unfuse
+from bln_train.norm.kernels.table import LARGEST_SQUARE
 from bln_train.norm.standardize import StandardizedConv2d
 
 
@@ -41,15 +42,13 @@ def drawn_norm(kind, num_features, **settings):
     norm = kind(num_features, **settings)
     with torch.no_grad():
         for name, tensor in norm.state_dict().items():
-            if name != "imputation":
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if name == "raw_std" else 1))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if name == "raw_std" else 1))
     return norm
 
 
-def both_ways(linear, norm, x, *, activation="relu", residual=False, once=False, kept=True, weight=0.37):
+def both_ways(linear, norm, x, *, activation="relu", residual=False, once=False, recompute=True, weight=0.37):
     """Output and every gradient: of the parts one by one, and folded."""
-    layer = FoldedConvNorm(linear, norm, activation=activation, slope=0.1 if activation == "leaky_relu" else 0.0,
-                           output_is_kept=kept, residual_is_kept=kept)  # fmt: skip
+    layer = FoldedConvNorm(linear, norm, relu=activation == "relu", recompute=recompute)
     holder = nn.ModuleDict({"linear": linear, "norm": norm})
     statistics = BatchlessStatistics(holder)
     with torch.no_grad():
@@ -74,11 +73,11 @@ def both_ways(linear, norm, x, *, activation="relu", residual=False, once=False,
     return found
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "not kept"])
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", list(linears()), ids=lambda s: s[0])
-def test_law_3_folded_equals_unfolded_for_every_shape(shape, activation, residual, kept):
+def test_law_3_folded_equals_unfolded_for_every_shape(shape, activation, residual, recompute):
     """Law 3: output and gradients to 1e-10, standardised or not, channels-last or not, statistics shared or not, once or not."""
     for conv in (nn.Conv2d, StandardizedConv2d):
         for channels_last in (False, True):
@@ -92,7 +91,7 @@ def test_law_3_folded_equals_unfolded_for_every_shape(shape, activation, residua
             norm = drawn_norm(BatchlessNorm2d, linear.out_channels, share="layer" if channels_last else "channel")
             for once in (False, True):
                 plain, folded = both_ways(
-                    linear, norm, x, activation=activation, residual=residual, kept=kept, once=once
+                    linear, norm, x, activation=activation, residual=residual, recompute=recompute, once=once
                 )
                 assert plain.keys() == folded.keys()
                 assert largest_difference(plain, folded) < 1e-10, (conv, channels_last, once)
@@ -105,7 +104,7 @@ def test_law_3_holds_for_every_gamma(gamma, parametrization):
     affine = gamma != "none"
     torch.manual_seed(0)
     linear = StandardizedConv2d(4, 6, 3, 1, 1, bias=False)
-    for activation in ("relu", "leaky_relu"):
+    for activation in ACTIVATIONS:
         norm = drawn_norm(
             BatchlessNorm2d, 6, affine=affine, correction_rate=0.1 * affine, parametrization=parametrization
         )
@@ -202,13 +201,15 @@ def test_fuse_changes_nothing_but_what_is_kept(make, num_folded, num_kept):
 
 
 @pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 @pytest.mark.parametrize("once", [True, False])
-def test_backward_leaves_what_is_not_its_own(channels, once):
+def test_backward_leaves_what_is_not_its_own(channels, once, recompute):
     """A gradient that others hold keeps its bits, and a graph that is kept gives the same gradients again."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, channels, 3, 1, 1).to(memory_format=torch.channels_last)
-    norm = drawn_norm(BatchlessNorm2d, channels, correction_mode="imputed")
-    layer, statistics = FoldedConvNorm(conv, norm, activation="relu"), BatchlessStatistics(norm)
+    norm = drawn_norm(BatchlessNorm2d, channels)
+    layer = FoldedConvNorm(conv, norm, relu=True, recompute=recompute)
+    statistics = BatchlessStatistics(norm)
     x = torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     held = torch.randn(3, channels, 5, 5).to(memory_format=torch.channels_last)
     before = held.clone(memory_format=torch.preserve_format)
@@ -284,15 +285,15 @@ def test_fuse_says_why_a_norm_stays():
     assert "cannot trace" in fuse(Branches()).kept["first"]
 
 
-@pytest.mark.parametrize("mode", ["exact", "imputed"])
-def test_bfloat16_autocast_stays_close(mode):
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
+def test_bfloat16_autocast_stays_close(recompute):
     """Under autocast the folded step is the float32 one up to bfloat16's rounding, with float32 gradients and sums."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    model = build_model(
-        "resnet8", 10, norm=norm_factory("batchless", correction_mode=mode), weight_standardization=True
-    )
+    model = build_model("resnet8", 10, norm=norm_factory("batchless"), weight_standardization=True)
     fuse(model)
+    for layer in folded_layers(model):
+        layer.recompute = recompute
     x = torch.randn(4, 3, 32, 32)
     full = gradients(model, x, True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -315,3 +316,37 @@ def test_saved_bytes_are_those_of_a_network_without_norm(name):
         saved[norm] = measure_saved_bytes(trainer.take_step, trainer.data.train, 2)
     assert saved["batchless"] <= 1.02 * saved["none"]
     assert saved["batchless"] <= 0.55 * saved["batch"]
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
+@pytest.mark.parametrize("channels", [6, 8])  # 8 are compiled
+def test_correction_at_its_fixed_point_moves_neither_mean_nor_scale(recompute, channels):
+    """With true statistics, and A and B those of the batch, the input gradient's sums with 1 and xhat are 0.
+
+    Also where xhat is far from normal and a residual follows it: what is left over would move the scale always one way. No image is
+    so wide that its correction is scaled down.
+    """
+    torch.manual_seed(0)
+    x = (0.5 * torch.randn(40, channels, 5, 5)).exp().to(memory_format=torch.channels_last)
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    norm = BatchlessNorm2d(channels, correction_rate=1.0)
+    norm.set_statistics(mean, variance.sqrt())
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.uniform_(-0.5, 0.5)
+    linear = nn.Conv2d(channels, channels, 1, bias=False)
+    linear.weight.data.copy_(torch.eye(channels)[..., None, None])
+    layer, statistics = FoldedConvNorm(linear, norm, relu=True, recompute=recompute), BatchlessStatistics(norm)
+    xhat = (x - mean.view(-1, 1, 1)) / variance.sqrt().view(-1, 1, 1)
+    assert (1 + xhat.square().mean((2, 3))).max() < LARGEST_SQUARE
+    residual, gz = 0.6 * xhat.abs() + 0.3 * torch.randn_like(x), torch.randn_like(x) - 0.5 * xhat + 0.2
+    for _ in range(2):  # the second has what the first measured
+        inputs = x.clone().requires_grad_()
+        statistics.begin(None, 40)
+        ((layer(inputs, residual) * gz).sum() + statistics.nll()).div(40).backward()
+        statistics.update(40)
+        norm.zero_grad()
+    assert norm.correction[1].abs().min() > 0.05
+    for along in (torch.ones_like(x), xhat):
+        left = (inputs.grad * along).mean((0, 2, 3)) * 40
+        assert (left / norm.correction[1]).abs().max() < 1e-9

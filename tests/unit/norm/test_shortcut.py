@@ -10,11 +10,14 @@ from bln_train.norm import BatchlessStatistics
 from bln_train.norm.fused.network import folded_layers, fuse
 
 
-def test_a_shortcut_without_parameters_is_run_again_instead_of_a_convolution():
-    """ResNet-8 with shortcut A is one operation, and backward runs no convolution forward, whose output nothing keeps."""
-    norm = norm_factory("batchless", correction_mode="imputed")
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_shortcut_without_parameters_is_part_of_the_chain(recompute):
+    """ResNet-8 with shortcut A is one operation; backward runs each convolution again, or none where their outputs are kept."""
+    norm = norm_factory("batchless")
     model = build_model("resnet8", 10, norm=norm, weight_standardization=True)
     fuse(model)
+    for layer in folded_layers(model):
+        layer.recompute = recompute
     assert [layer.shortcut is not None for layer in folded_layers(model)].count(True) == 2
     x = torch.randn(2, 3, 32, 32)
     loss = model(x).square().sum() + BatchlessStatistics(model).nll()
@@ -28,7 +31,7 @@ def test_a_shortcut_without_parameters_is_run_again_instead_of_a_convolution():
 
     with Watch():
         loss.backward()
-    assert not convolutions
+    assert len(convolutions) == (7 if recompute else 0)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_of
 from helpers import tiny_recipe
 
 from bln_train.build import experiment as build
 from bln_train.memory.tracker import StorageTracker
-from bln_train.norm.balance import BalanceRow
 from bln_train.norm.kernels import channel, compiled, triton_launch
-from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_of
+from bln_train.norm.kernels.feedback import BalanceRow
 from bln_train.plan.predict import plan_memory
 from bln_train.system import machine
 

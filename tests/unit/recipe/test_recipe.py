@@ -285,12 +285,11 @@ def test_paper_presets_are_filled_in(name: str, parametrization: str) -> None:
     assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, "auto")
 
 
-def test_correction_mode_is_imputed_only_where_there_are_a_fold_and_a_probe() -> None:
-    for key, value in (("fold", "false"), ("probe_images", "0")):
-        found = refusal(text_of(), f"norm={{name: batchless, correction_mode: imputed, {key}: {value}}}")
-        assert f"set {key}" in found
-    found = refusal(text_of(), "norm={name: batchless-plain, correction_mode: imputed, correction_rate: 0.0}")
+def test_settings_without_an_effect_are_refused() -> None:
+    found = refusal(text_of(), "norm={name: batchless-plain, correction_parts: 2, correction_rate: 0.0}")
     assert "there is no correction with correction_rate 0" in found
+    found = refusal(text_of(), "norm={name: batchless, recompute: false, fold: false}")
+    assert "recompute: norms that are not folded keep their input anyway" in found
 
 
 ROUND_TRIPS = [

@@ -21,7 +21,7 @@ CASES = {
     "momentum": {"optimizer": {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}},
     "adamw": {"optimizer": {"name": "adamw", "lr": 0.01}},
     "plain": {"norm__name": "batchless-plain"},
-    "exact": {"norm": {"name": "batchless-plain", "correction_mode": "exact"}},
+    "kept": {"norm": {"name": "batchless-plain", "recompute": False}},
     "groups": {"norm": {"name": "batchless", "channel_groups": 4}},
     "batch": {"norm": {"name": "batch"}, "train__micro_batch_size": 2},
     "group": {"norm": {"name": "group"}, "model__weight_standardization": False},

@@ -41,7 +41,7 @@ CONFIGS = {
     "unfolded": {"norm": {"name": "batchless", "probe_images": 4, "init_images": 4, "fold": False}},
     "momentum": {"optimizer": {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}},
     "paper-adam": {"norm": {"name": "batchless-paper", "init_images": 4}, "optimizer": {"name": "adam", "lr": 0.003}},
-    "imputed": {"norm": {"name": "batchless", "probe_images": 4, "init_images": 4, "correction_mode": "imputed"}},
+    "kept": {"norm": {"name": "batchless", "probe_images": 4, "init_images": 4, "recompute": False}},
     "group": {"norm": {"name": "group"}},
 }
 

@@ -26,7 +26,7 @@ from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import as_begun, resolve_batch_sizes
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.runs.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
-from bln_train.runs.checkpoint_list import has_checkpoint, settle
+from bln_train.runs.checkpoint_files import go_on_from, has_checkpoint
 from bln_train.runs.folder import METRICS, RECIPE, RunFolder
 from bln_train.runs.tensorboard import open_board, require_tensorboard
 from bln_train.system import machine
@@ -196,7 +196,7 @@ def _go_on(recipe: Recipe, folder: RunFolder, found: Found, *, epoch_is_open: bo
     if num_damaged:
         news.append(f"{folder.path / METRICS} had {num_damaged} damaged lines before step {step}, which are gone")
     folder.keep_recipe(recipe)
-    settle(folder.path, found.file, step)
+    go_on_from(folder.path, found.file, step)
     return news
 
 

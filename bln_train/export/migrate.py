@@ -40,7 +40,7 @@ from bln_train.recipe.load import parse_recipe_of_run
 from bln_train.recipe.norms import BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.runs.checkpoint import FORMAT_KEY, Found, find_checkpoint, load_checkpoint
-from bln_train.runs.checkpoint_list import CHECKPOINT, has_checkpoint
+from bln_train.runs.checkpoint_files import CHECKPOINT, has_checkpoint
 
 DEFAULT_EPS = 1e-5
 SUFFIXES = (".pt", ".pth", ".safetensors")

@@ -3,7 +3,7 @@
 recipe.yaml       the resolved recipe: every default, and the number that each `auto` stood for
 environment.json  versions, device, threads
 metrics.jsonl     one record per line (records.py), each with its `kind`
-checkpoint.pt     the latest state (checkpoint.py); those before it and checkpoints.json: checkpoint_list.py
+checkpoint.pt     the latest state (checkpoint.py); those before it: checkpoint_files.py
 events.out.tfevents.*   the metrics for TensorBoard, where the recipe has logging.tensorboard (board.py)
 summary.json      the end result; there only when the run finished
 run.lock          there while a process trains here (system/lock.py)
@@ -28,7 +28,7 @@ from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import as_begun
 from bln_train.recipe.synthetic import SyntheticRecipe
 from bln_train.records import EpochRecord, MemoryRecord, Record, record_from_dict, record_to_dict
-from bln_train.runs.checkpoint_list import CHECKPOINT
+from bln_train.runs.checkpoint_files import CHECKPOINT
 from bln_train.system.atomic import TEMPORARY, write_atomically
 from bln_train.system.lock import LOCK
 

@@ -9,7 +9,7 @@ LAYERS = [
         "rng",
         "signals",
         "atomic",
-        "checkpoint_list",
+        "checkpoint_files",
         "launch",
         "run_lock",
     },

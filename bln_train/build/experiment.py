@@ -118,10 +118,8 @@ def network_on(
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if initialize and recipe.model.init is None:
+    if initialize and recipe.model.init is None:  # trained weights bring their statistics
         notices += first_statistics.initialize(recipe, model, data, preprocess, device)
-    elif initialize:  # trained weights bring their statistics
-        notices += first_statistics.reestimate(recipe, model, data, preprocess, device)
     return model, notices
 
 
@@ -197,15 +195,15 @@ def _graphs(recipe: Recipe, step: AccumulationStep, image_size: int) -> GraphedS
     """What replays steps, where they are to be."""
     wanted = recipe.runtime.graphs
     if wanted is True and step.device.type != "cuda":
-        raise UsageError("machine.graphs: true needs CUDA", "Use --set machine.graphs=auto.")
+        raise UsageError("runtime.graphs: true needs CUDA", "Use --set machine.graphs=auto.")
     if wanted is False or step.device.type != "cuda":
         return None
     if not step.standardized:
         return GraphedSteps(step, image_size, most_pixels=None if wanted is True else MOST_PIXELS)
     if wanted is True:
         raise UsageError(
-            "machine.graphs: true needs standardised convolutions to be folded with their norms",
-            "Use --set machine.graphs=auto, or the norm batchless with norm.fold.",
+            "runtime.graphs: true needs standardised convolutions to be folded with their norms",
+            "Use --set runtime.graphs=auto, or the norm batchless with norm.fold.",
         )
     return None
 
@@ -247,8 +245,6 @@ def build_network(
             "name",
             "probe_images",
             "init_images",
-            "init_cache",
-            "reestimate_images",
             "fold",
             "correction_parts",
         }

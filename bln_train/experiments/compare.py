@@ -282,7 +282,7 @@ def _spread(values: list[float]) -> float | None:
 def _best_validation(summaries: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
     """Each run's best epoch on the validation images, and their mean and spread; None and [] where nothing is held out."""
     key = f"best_validation_{what}"
-    found = [s for s in summaries if s.get(key) is not None]  # a run of an earlier version has no such key
+    found = [s for s in summaries if s[key] is not None]
     values = [s[key] for s in found]
     return {
         f"{key}_mean": _mean(values),

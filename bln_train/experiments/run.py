@@ -20,7 +20,7 @@ from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError
 from bln_train.norm.calibrate.likelihood import layer_likelihoods
 from bln_train.norm.fused.network import unfuse
 from bln_train.plan.micro_batch import planned_advice, settle_micro_batch
-from bln_train.recipe.load import dump_recipe, parse_recipe_of_run
+from bln_train.recipe.load import dump_recipe, parse_recipe
 from bln_train.recipe.norms import BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import as_begun, resolve_batch_sizes
@@ -343,12 +343,10 @@ def read_checkpoint(
         raise CheckpointError(f"{file} carries no recipe")
     origin = f"{file} (recipe)"
     try:
-        recipe = parse_recipe_of_run(text, origin=origin)
+        recipe = parse_recipe(text, origin=origin)
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
-    return (
-        parse_recipe_of_run(text, origin=origin, overrides=[f"machine.device={device}"]) if device else recipe
-    ), state
+    return (parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe), state
 
 
 def evaluate_checkpoint(

@@ -10,7 +10,7 @@ from typing import Any
 
 from bln_train.errors import BlnError, UsageError, first_line
 from bln_train.experiments.compare import BASE_RECIPE
-from bln_train.recipe.load import load_recipe_of_run
+from bln_train.recipe.load import load_any_recipe
 from bln_train.recipe.recipe import Recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, TimelineRecord
 from bln_train.runs.folder import ENVIRONMENT, MEMORY_TABLE, RECIPE, RunFolder
@@ -115,7 +115,7 @@ def _read_run(path: Path) -> Run:
         raise UsageError("is a file, not a folder")
     if not (path / RECIPE).is_file():
         raise UsageError("holds no run, no comparison and no memory sweep")
-    recipe = load_recipe_of_run(path / RECIPE)
+    recipe = load_any_recipe(path / RECIPE)
     if not isinstance(recipe, Recipe):
         raise UsageError("holds a synthetic experiment, which has its own plots and tables there")
     folder = RunFolder(path)

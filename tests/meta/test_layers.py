@@ -69,8 +69,6 @@ LAYERS = [
         "norm.likelihood",
         "norm.statistics",
         "norm.moments",
-        "norm.paused",
-        "norm.reestimate",
         "norm.strata",
         "norm",
     },

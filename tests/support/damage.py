@@ -95,7 +95,7 @@ def zeros(content, draw):
 
 
 def not_whole(path):
-    """By name: what damages a file so that it is no whole archive of uncompressed parts, apart from what `longer` and `twice` leave."""
+    """By name: damage after which a file is no whole archive of uncompressed parts; `longer` and `twice` may leave it one."""
     return {
         "empty": lambda content, draw: b"",
         "text": lambda content, draw: b"not a checkpoint\n" * 99,

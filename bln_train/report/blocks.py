@@ -1,4 +1,4 @@
-"""What a report is made of, before it is HTML or Markdown: plain text throughout, escaped by whoever renders it. No torch here."""
+"""The parts of a report before it is HTML or Markdown. Their text is plain; the renderer escapes it. No torch here."""
 
 from __future__ import annotations
 

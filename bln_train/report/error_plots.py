@@ -20,7 +20,7 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _ERRORS = (
     ("mean_error", "error of the mean, in std", 100.0),
     ("std_error", "error of the std, |log ratio|", 10.0),
-)  # key, label, largest shown: what diverges leaves the panel
+)  # key, label, largest value shown: a diverging line leaves the panel
 _LOOKS = {"exact": 6, "batchnorm": 1, "natural": 5, "log": 0, "abs": 1, "inv": 2, "var": 3}  # colour and marker
 
 

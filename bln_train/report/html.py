@@ -1,4 +1,4 @@
-"""A report as one HTML page without scripts, which asks no network for anything. No torch here."""
+"""A report as one HTML page, which has no scripts and loads nothing from a network. No torch here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _WORDS = {"good": "ok", "bad": "no", "unknown": "-", "note": "note"}
 
 def render_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The page; all text of the blocks is escaped here, drawings are taken as they are."""
-    # Whatever got past the escaping could still neither run nor load anything.
+    # Text that got past the escaping could still neither run a script nor load a file.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

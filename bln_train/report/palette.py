@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Colours after Okabe and Ito, told apart by most eyes; darker or lighter for 3:1 against the page.
+# Colours after Okabe and Ito, which most eyes can tell apart, made darker or lighter for a contrast of 3:1 against the page.
 LIGHT = {
     "page": "#fff", "ink": "#1b1f24", "soft": "#59636e", "rule": "#d5dae0",
     "c0": "#0072b2", "c1": "#c05600", "c2": "#00835f", "c3": "#b3548c",

@@ -1,4 +1,4 @@
-"""The report's sections below the verdict and memory: curves, speed, layers, recipes, environments. No torch here."""
+"""The report's sections on curves, speed, layers, recipes and environments. No torch here."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def short(words: str, length: int) -> str:
 
 def with_legend(title: str, parts: Sequence[str], keys: Sequence[tuple[str, str]], height: float) -> Drawing:
     """The parts and below them the legend, in two columns where its words are short."""
-    columns = 2 if all(len(name) <= 22 for name, _ in keys) else 1
+    columns = 2 if all(len(name) <= 24 for name, _ in keys) else 1
     rows = math.ceil(len(keys) / columns)
     legend = []
     for n, (name, sample) in enumerate(keys):

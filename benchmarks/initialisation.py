@@ -1,17 +1,15 @@
-"""Initialisation over splits, passes and cache: difference to the whole sample, work, memory and time.
+"""Initialisation over splits and passes: difference to the whole sample, work, memory and time.
 
     python benchmarks/initialisation.py [--model resnet20] [--images 128] [--size 32] [--splits 1,7,64] [--float64]
 
 Models are those of recipes, `torchvision:googlenet` and the like included; weights and images are drawn. The result
 of the whole sample comes from one forward in one batch, in which each norm is set from its input before it runs. Forwards are
 multiplications of convolutions and linear layers, in units of one forward of the whole sample. The peak is that of tracked
-tensors above parameters, buffers and the sample; a waiting forward's are in it (on a CPU, host and device are one). Seconds
-are the processor's, tracking included: compare them with each other.
+tensors above parameters, buffers and the sample. Seconds are the processor's, tracking included: compare them with each other.
 """
 
 import argparse
 import copy
-import threading
 import time
 
 import torch
@@ -25,20 +23,6 @@ from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.calibrate.strata import find_strata
 from bln_train.system.machine import device_name
 from bln_train.system.units import format_bytes
-
-
-class Tracked(nn.Module):
-    """Runs a network under a tracker, in whatever thread: modes belong to threads."""
-
-    def __init__(self, net, tracker):
-        super().__init__()
-        self.net, self.tracker = net, tracker
-
-    def forward(self, x):
-        if threading.current_thread() is threading.main_thread():
-            return self.net(x)
-        with self.tracker:
-            return self.net(x)
 
 
 def norms_of(net):
@@ -89,7 +73,7 @@ def measure(net, x, split, **how):
     before = tracker.live_bytes
     began = time.process_time()
     with tracker:
-        initialize_statistics(Tracked(tracked, tracker), lambda: x.split(split), **how)
+        initialize_statistics(tracked, lambda: x.split(split), **how)
     seconds = time.process_time() - began
     for hook in hooks:
         hook.remove()
@@ -116,7 +100,7 @@ def main():
     net = net.to(x.dtype)
     expected = whole_sample(net, x)
     net_names = norms_of(net)
-    strata = find_strata(net.eval(), net_names.values(), x[:1]).strata
+    strata = find_strata(net.eval(), net_names.values(), x[:1])
     print(
         f"{args.model}, {args.images} images of {args.size}x{args.size}: {len(net_names)} norms in {len(strata)} strata"
     )
@@ -124,16 +108,13 @@ def main():
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
         f"{'float64' if args.float64 else 'float32'}"
     )
-    print(
-        f"{'split':>5} {'cache':>5} {'passes':>6} {'largest difference / std':>24} {'forwards':>9} {'peak':>10} {'s':>7}"
-    )
+    print(f"{'split':>5} {'passes':>6} {'largest difference / std':>24} {'forwards':>9} {'peak':>10} {'s':>7}")
     for split in map(int, args.splits.split(",")):
-        for cache in (False, True):
-            for passes in (1, 2):
-                found, forwards, peak, seconds = measure(net, x, split, cache=cache, passes=passes)
-                difference = largest_difference(found, expected)
-                print(f"{split:5} {'yes' if cache else 'no':>5} {passes:6} {difference:24.1e} {forwards:9.2f} "
-                      f"{format_bytes(peak):>10} {seconds:7.2f}", flush=True)  # fmt: skip
+        for passes in (1, 2):
+            found, forwards, peak, seconds = measure(net, x, split, passes=passes)
+            difference = largest_difference(found, expected)
+            print(f"{split:5} {passes:6} {difference:24.1e} {forwards:9.2f} {format_bytes(peak):>10} {seconds:7.2f}",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         InstanceDropout,
         InstanceStochasticDepth,
         MergeReport,
-        Reestimate,
         StandardizedConv2d,
         convert_batchnorm,
         convert_to_batchnorm,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
         initialize_statistics,
         layer_likelihoods,
         merge_norms,
-        reestimate_statistics,
         standardize_once,
         unfuse,
     )
@@ -67,7 +65,6 @@ __all__ = [
     "MergeReport",
     "NoticeRecord",
     "Recipe",
-    "Reestimate",
     "StandardizedConv2d",
     "StepRecord",
     "Trainer",
@@ -84,7 +81,6 @@ __all__ = [
     "load_merged",
     "load_recipe",
     "merge_norms",
-    "reestimate_statistics",
     "standardize_once",
     "unfuse",
 ]

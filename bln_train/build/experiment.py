@@ -118,10 +118,8 @@ def network_on(
     model = model.to(device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if initialize and recipe.model.init is None:
+    if initialize and recipe.model.init is None:  # trained weights bring their statistics
         notices += first_statistics.initialize(recipe, model, data, preprocess, device)
-    elif initialize:  # trained weights bring their statistics
-        notices += first_statistics.reestimate(recipe, model, data, preprocess, device)
     return model, notices
 
 
@@ -248,8 +246,6 @@ def build_network(
             "name",
             "probe_images",
             "init_images",
-            "init_cache",
-            "reestimate_images",
             "fold",
             "recompute",
             "correction_parts",

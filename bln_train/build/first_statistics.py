@@ -14,7 +14,6 @@ from bln_train.data.datasets import DataSet, epoch_order
 from bln_train.errors import UsageError
 from bln_train.norm.calibrate.initialize import initialize_statistics
 from bln_train.norm.calibrate.moments import evaluating, on_input
-from bln_train.norm.calibrate.reestimate import reestimate_statistics
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.norms import DEFAULT_INIT_IMAGES, BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
@@ -33,42 +32,16 @@ def initialize(
     if not recipe.num_init_images:
         return []
     micro_batches = partial(_sample, recipe, data, preprocess, device, recipe.num_init_images)
-    cache = isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.init_cache
     try:
-        floored = initialize_statistics(model, micro_batches, cache=cache)
+        floored = initialize_statistics(model, micro_batches)
     except ValueError as error:
-        raise UsageError(
-            f"cannot initialise the statistics: {error}", "Set norm.init_cache=false, or see train.eval_batch_size."
-        ) from error
+        raise UsageError(f"cannot initialise the statistics: {error}") from error
     if not floored:
         return []
     number = min(recipe.num_init_images, len(data.train))
     return [
         f"Channels without variance over the first {number} images, standard deviation floored: {', '.join(floored)}."
     ]
-
-
-def reestimate(
-    recipe: Recipe, model: nn.Module, data: DataSet, preprocess: Preprocess, device: torch.device
-) -> list[str]:
-    """Trained statistics measured anew on the run's images, as norm.reestimate_images has it; the function stays."""
-    section = recipe.norm
-    if not isinstance(section, BatchlessNormSection) or not section.reestimate_images:
-        return []
-    micro_batches = partial(_sample, recipe, data, preprocess, device, section.reestimate_images)
-    try:
-        kept, unreached = reestimate_statistics(model, micro_batches)
-    except ValueError as error:
-        raise UsageError(f"norm.reestimate_images: {error}", "Leave it out to keep the trained statistics.") from error
-    number = min(section.reestimate_images, len(data.train))
-    notices = [f"Statistics were measured anew on {number} images; weights and biases of the norms took up the change."]
-    if kept:
-        notices.append(
-            f"Channels that vary by less than norm.eps there keep their standard deviation: {', '.join(kept)}."
-        )
-    if unreached:
-        notices.append(f"Norms that the network does not use keep their statistics: {', '.join(unreached)}.")
-    return notices
 
 
 def probe_images(recipe: Recipe, model: nn.Module, image_size: int) -> int:

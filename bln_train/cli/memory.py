@@ -45,7 +45,7 @@ def memory(
     timeline: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.png",
+            metavar="FILE.svg",
             help="Draw live bytes through one step, a panel for each cell, 12 at most; with CUDA, snapshots for PyTorch's memory "
             "viewer beside it.",
         ),
@@ -85,14 +85,14 @@ def memory(
         output.print_json({**document, "folder": str(folder)})
     else:
         tables.print_memory(document)
-        output.print_line(f"files:  {folder}/memory.json, memory.csv, memory.png{f', {timeline}' if timeline else ''}")
+        output.print_line(f"files:  {folder}/memory.json, memory.csv, memory.svg{f', {timeline}' if timeline else ''}")
     if not any(row["peak_bytes"] for row in document["rows"]):
         raise BlnError("no cell could be measured", f"The reasons are in {folder / sweep.TABLE_JSON}.")
 
 
 def _check_timeline(place: Path, num_cells: int) -> None:
-    if place.suffix != ".png":
-        raise UsageError(f"--timeline: {place} is no .png file", "Example: --timeline timeline.png")
+    if place.suffix != ".svg":
+        raise UsageError(f"--timeline: {place} is no .svg file", "Example: --timeline timeline.svg")
     if num_cells > _MAX_TIMELINES:
         raise UsageError(
             f"--timeline: {num_cells} cells are more than {_MAX_TIMELINES} panels",
@@ -106,7 +106,7 @@ def _check_timeline(place: Path, num_cells: int) -> None:
 
 def _plot_timelines(place: Path, document: dict[str, Any]) -> None:
     from bln_train.records import TimelineRecord
-    from bln_train.report.timeline_plot import plot_timelines
+    from bln_train.report.plots import plot_timelines
 
     found = [
         (

@@ -1,1 +1,1 @@
-"""What a person sees in the terminal. No torch here."""
+"""Tables and progress in the terminal. No torch here."""

@@ -1,7 +1,6 @@
 """The live view on a terminal: a few lines below the talk, drawn again a few times a second. No torch here.
 
-It is drawn by a thread of its own from numbers that are on the host already, so training waits neither for the terminal nor for
-the device.
+A thread of its own draws it from numbers on the host, so training waits neither for the terminal nor for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _DRAWN_PER_SECOND = 4
 _ROOM_FOR_CTRL_C = 2  # the terminal echoes ^C where the cursor is; on a new line it would be left behind
 _LEVELS = "▁▂▃▄▅▆▇█"
 _LEAST_BAR, _MOST_BAR = 4, 60
-_WIDTH_FOR_WORDS = 60  # below it the curve of the loss needs the room more
+_WIDTH_FOR_WORDS = 60  # a narrower terminal leaves the room to the curve of the loss
 
 
 class Pace:
@@ -274,6 +273,6 @@ def drawn(view: View, console: Console) -> Iterator[None]:
         console=console,
         refresh_per_second=_DRAWN_PER_SECOND,
         transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # elsewhere it is data, and not the terminal's
+        redirect_stdout=sys.stdout.isatty(),  # a redirected stdout is data
     ):
         yield

@@ -12,7 +12,18 @@ from bln_train.system.units import format_bytes
 
 
 def print_plan(document: dict[str, Any]) -> None:
-    """Predicted memory by micro-batch, what fits, and what would help, within 80 columns."""
+    """Predicted memory by micro-batch, which micro-batch fits, and what would help, within 80 columns."""
+    _print_rows(document)
+    _print_weights(document)
+    for name, problem in document["problems"].items():
+        print_line(f"not planned: {name}: {problem}")
+    _print_what_is_counted(document)
+    if document["budget_bytes"] is not None:
+        _print_fits(document)
+
+
+def _print_rows(document: dict[str, Any]) -> None:
+    """Predicted memory, a row for each micro-batch."""
     cuda, budget = document["predicted_for"] == "cuda", document["budget_bytes"]
     headings = ["micro-\nbatch", "weights\netc.", "activa-\ntions", "of them\nan image"]
     headings += ["work-\nspace", "graphs", "round-\ning"] if cuda else []
@@ -42,6 +53,10 @@ def print_plan(document: dict[str, Any]) -> None:
         )
         before = row["variant"]
     print_table(table)
+
+
+def _print_weights(document: dict[str, Any]) -> None:
+    """What the column `weights etc.` adds up, for each variant."""
     first_of = {row["variant"]: row for row in reversed(document["rows"])}
     for name, row in reversed(first_of.items()):
         parts = (
@@ -52,9 +67,11 @@ def print_plan(document: dict[str, Any]) -> None:
         )
         written = " + ".join(f"{label} {format_bytes(row[f'{key}_bytes'])}" for label, key in parts)
         print_line(f"weights etc. of {name}: {written}")
-    for name, problem in document["problems"].items():
-        print_line(f"not planned: {name}: {problem}")
-    if cuda and document["rows"]:
+
+
+def _print_what_is_counted(document: dict[str, Any]) -> None:
+    """What the column `total` counts, and what it leaves out."""
+    if document["predicted_for"] == "cuda" and document["rows"]:
         row = document["rows"][0]
         print_line(
             f"total: with CUDA's context, {format_bytes(row['context_bytes'])}; it and workspace are assumed, see the README; "
@@ -64,8 +81,11 @@ def print_plan(document: dict[str, Any]) -> None:
         print_line(
             "total: tensors alive at once; libraries, data set and kernels' scratch come on top; nothing here is measured"
         )
-    if budget is None:
-        return
+
+
+def _print_fits(document: dict[str, Any]) -> None:
+    """The budget, the largest micro-batch within it, and settings that would help."""
+    budget = document["budget_bytes"]
     print_line(f"budget: {format_bytes(budget)} ({document['budget_source']})")
     for name, size in document["largest_fit"].items():
         print_line(f"largest micro-batch that fits: {'none' if size is None else size} ({name})")

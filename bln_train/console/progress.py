@@ -73,7 +73,7 @@ class _Run:
             return
         if isinstance(record, MemoryRecord):
             self.figures.memory = record
-            self.pace.restart()  # the steps before it were measured, which takes time
+            self.pace.restart()  # the steps before were slowed by memory tracking
         for line in _lines(record):
             say(line)
 

@@ -251,7 +251,7 @@ def print_table(table: Table) -> None:
     headings = [_heading(column.header) for column in table.columns[1:]]
     room = max(map(len, headings))
     for n, name in enumerate(names):
-        if name:  # a row without one goes on with the last
+        if name:  # a row without a name belongs to the row above
             out.print(name, style="bold")
         for heading, cells in zip(headings, columns, strict=True):
             out.print(f"  {heading:{room}}  {cells[n]}")

@@ -27,14 +27,13 @@ from bln_train.recipe.load import dump_recipe, parse_recipe
 from bln_train.recipe.norms import NORM_NAMES
 from bln_train.recipe.recipe import Recipe
 from bln_train.records import EpochRecord, Record, StepRecord
-from bln_train.runs.folder import RunFolder, json_text
+from bln_train.runs.folder import BASE_RECIPE, CELLS, FAILED, RunFolder, json_text
 from bln_train.system.atomic import write_atomically
 from bln_train.system.signals import stop_requests, write_now
 
 MicroBatch = int | Literal["full"]
 CellListener = Callable[[float, Record], None]  # how far the cell is, from 0 to 1, and what it recorded
 _STOPPING = "stopping; the run under way saves its state. Ctrl-C again leaves at once"
-BASE_RECIPE = "comparison.yaml"  # not a run folder's name for it: neither passes for the other
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def plan_cells(
         size = effective if micro == "full" else micro
         if size > effective and len(effective_batches) > 1:
             continue  # in a grid over effective batches the larger micro-batches belong to the larger ones
-        path = folder / "cells" / f"{norm}-effective{effective}-micro{size}-seed{seed}"
+        path = folder / CELLS / f"{norm}-effective{effective}-micro{size}-seed{seed}"
         cells.setdefault(path, _cell(recipe, norm, effective, size, seed, RunFolder(path)))
     if not cells:
         raise UsageError(
@@ -172,7 +171,7 @@ def _run_cell(cell: Cell, listen: CellListener, stop_asked: Callable[[], bool]) 
 
     Does nothing for a cell that is finished. What failed before is tried again.
     """
-    failure = cell.folder.path.with_suffix(".failed")
+    failure = cell.folder.path.with_suffix(FAILED)
     if cell.folder.summary() is not None:
         return
     cell.folder.path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +245,7 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         failures = [
             f"seed {cell.seed}: {path.read_text(encoding='utf-8')}"
             for cell in members
-            if (path := cell.folder.path.with_suffix(".failed")).exists() and cell.folder.summary() is None
+            if (path := cell.folder.path.with_suffix(FAILED)).exists() and cell.folder.summary() is None
         ]
         table.append(
             {
@@ -282,7 +281,7 @@ def _spread(values: list[float]) -> float | None:
 def _best_validation(summaries: Sequence[dict[str, Any]], what: str) -> dict[str, Any]:
     """Each run's best epoch on the validation images, and their mean and spread; None and [] where nothing is held out."""
     key = f"best_validation_{what}"
-    found = [s for s in summaries if s.get(key) is not None]  # a run of an earlier version has no such key
+    found = [s for s in summaries if s[key] is not None]
     values = [s[key] for s in found]
     return {
         f"{key}_mean": _mean(values),

@@ -20,13 +20,13 @@ from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError
 from bln_train.norm.calibrate.likelihood import layer_likelihoods
 from bln_train.norm.fused.network import unfuse
 from bln_train.plan.micro_batch import planned_advice, settle_micro_batch
-from bln_train.recipe.load import dump_recipe, parse_recipe_of_run
+from bln_train.recipe.load import dump_recipe, parse_recipe
 from bln_train.recipe.norms import BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import as_begun, resolve_batch_sizes
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
 from bln_train.runs.checkpoint import Found, find_checkpoint, keep_checkpoint, load_checkpoint
-from bln_train.runs.checkpoint_list import has_checkpoint, settle
+from bln_train.runs.checkpoint_files import go_on_from, has_checkpoint
 from bln_train.runs.folder import METRICS, RECIPE, RunFolder
 from bln_train.runs.tensorboard import open_board, require_tensorboard
 from bln_train.system import machine
@@ -196,7 +196,7 @@ def _go_on(recipe: Recipe, folder: RunFolder, found: Found, *, epoch_is_open: bo
     if num_damaged:
         news.append(f"{folder.path / METRICS} had {num_damaged} damaged lines before step {step}, which are gone")
     folder.keep_recipe(recipe)
-    settle(folder.path, found.file, step)
+    go_on_from(folder.path, found.file, step)
     return news
 
 
@@ -343,12 +343,10 @@ def read_checkpoint(
         raise CheckpointError(f"{file} carries no recipe")
     origin = f"{file} (recipe)"
     try:
-        recipe = parse_recipe_of_run(text, origin=origin)
+        recipe = parse_recipe(text, origin=origin)
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
-    return (
-        parse_recipe_of_run(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe
-    ), state
+    return (parse_recipe(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe), state
 
 
 def evaluate_checkpoint(

@@ -23,7 +23,7 @@ from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, 
 from bln_train.experiments.run import read_checkpoint
 from bln_train.export.formats import Runner, open_onnx, open_pt2, require, write_onnx, write_pt2, write_safetensors
 from bln_train.norm.convert.merge import MergeReport, merge_norms
-from bln_train.recipe.load import dump_recipe, parse_recipe_of_run
+from bln_train.recipe.load import dump_recipe, parse_recipe
 from bln_train.recipe.recipe import Recipe
 from bln_train.records import InputSpec
 from bln_train.system import machine
@@ -150,7 +150,7 @@ def load_merged(file: Path) -> ImageClassifier:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-        recipe = parse_recipe_of_run(metadata["recipe"], origin=f"{file} (recipe)")
+        recipe = parse_recipe(metadata["recipe"], origin=f"{file} (recipe)")
         about = json.loads(metadata["input"])
         spec = _spec({**about, "image_size": about["shape"][-1], "class_names": json.loads(metadata["class_names"])})
         network = _network(recipe, spec)

@@ -36,11 +36,11 @@ from bln_train.norm.convert.state_dicts import (
     state_to_batchless,
 )
 from bln_train.norm.standardize import standardize_weight
-from bln_train.recipe.load import parse_recipe_of_run
+from bln_train.recipe.load import parse_recipe
 from bln_train.recipe.norms import BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.runs.checkpoint import FORMAT_KEY, Found, find_checkpoint, load_checkpoint
-from bln_train.runs.checkpoint_list import CHECKPOINT, has_checkpoint
+from bln_train.runs.checkpoint_files import CHECKPOINT, has_checkpoint
 
 DEFAULT_EPS = 1e-5
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -185,7 +185,7 @@ def _from_run(found: Found) -> _Source:
     """A checkpoint of ours: its recipe says what the weights stand for; here they come to stand for themselves."""
     file, content = found.file, found.state
     try:
-        recipe = parse_recipe_of_run(str(content.get("recipe")), origin=f"{file} (recipe)")
+        recipe = parse_recipe(str(content.get("recipe")), origin=f"{file} (recipe)")
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
     norm = recipe.norm

@@ -4,7 +4,6 @@ from bln_train.norm.batchless import BatchlessNorm, BatchlessNorm1d, BatchlessNo
 from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.calibrate.initialize import initialize_statistics
 from bln_train.norm.calibrate.likelihood import layer_likelihoods
-from bln_train.norm.calibrate.reestimate import Reestimate, reestimate_statistics
 from bln_train.norm.convert.layers import convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.convert.merge import MergeReport, merge_norms
 from bln_train.norm.dropout import InstanceChannelDropout, InstanceDropout, InstanceStochasticDepth
@@ -27,7 +26,6 @@ __all__ = [
     "InstanceDropout",
     "InstanceStochasticDepth",
     "MergeReport",
-    "Reestimate",
     "StandardizedConv2d",
     "batchless_norm",
     "convert_batchnorm",
@@ -38,7 +36,6 @@ __all__ = [
     "initialize_statistics",
     "layer_likelihoods",
     "merge_norms",
-    "reestimate_statistics",
     "standardize_once",
     "standardize_weight",
     "unfuse",

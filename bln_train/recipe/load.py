@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ from bln_train.recipe.synthetic import SyntheticRecipe
 from bln_train.recipe.yaml_file import MAX_DEPTH, Draft, Keys, Place, cut, dotted, printable
 
 MAX_BYTES = 2**20
-_GONE = re.compile(r"^  probe_gain: .*\n", re.MULTILINE)  # as `dump_recipe` wrote it
 MAX_SHOWN = 200  # above what all settings of a recipe can have wrong: such a file is something else
 
 
@@ -69,19 +67,6 @@ def load_any_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe
 def parse_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe that trains a network; UsageError for one with `experiment`, otherwise as `parse_any_recipe`."""
     return _training(parse_any_recipe(text, origin=origin, overrides=overrides), origin)
-
-
-def parse_recipe_of_run(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe that a checkpoint or an exported file carries, to use the network and not to train it.
-
-    A setting that there is no more, and that acted in training alone, is no obstacle there. Raises as `parse_recipe`.
-    """
-    return parse_recipe(_GONE.sub("", text), origin=origin, overrides=overrides)
-
-
-def load_recipe_of_run(path: Path) -> Recipe | SyntheticRecipe:
-    """Load a run folder's recipe to tell of the run, as `parse_recipe_of_run` reads it."""
-    return parse_any_recipe(_GONE.sub("", _read_text(path)), origin=str(path))
 
 
 def _training(recipe: Recipe | SyntheticRecipe, origin: str) -> Recipe:

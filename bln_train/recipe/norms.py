@@ -11,8 +11,6 @@ from bln_train.recipe.sections import Positive, PositiveFloat, Section
 DEFAULT_INIT_IMAGES = 128
 DEFAULT_CHANNEL_GROUPS = 8
 _PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
-# Recipes written out before there were groups; nobody writes all of these by hand, two of which `natural` statistics ignore.
-_EARLIER_RUNS_HAVE = {"share", "nll_weight", "nll_reduction", "gauge"}
 NORM_PRESETS: dict[str, dict[str, Any]] = {
     "batchless": {"parametrization": "log", "statistics": "natural"},
     "batchless-plain": {"parametrization": "log", "statistics": "natural"},
@@ -68,12 +66,6 @@ class BatchlessNormSection(Section):
     init_images: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Training images from which the statistics are initialised; 0 starts from mean 0, standard deviation 1; auto is 128, or
     none with model.init, which brings them."""
-    init_cache: bool = False
-    """Initialise in one evaluation of those images instead of one for each layer in depth, with their activations in host
-    memory."""
-    reestimate_images: Annotated[int, Field(ge=0)] = 0
-    """With model.init: training images on which the trained statistics are measured anew before the first step; weight and
-    bias take up the change, so that the network computes what it did. 0 keeps the trained ones."""
     fold: bool = True
     """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
 
@@ -83,18 +75,12 @@ class BatchlessNormSection(Section):
         if not isinstance(data, dict):
             return data
         filled = {**NORM_PRESETS.get(str(data.get("name")), {}), **data}
-        if filled.pop("probe_gain", 1) != 1:  # earlier runs wrote it out; 1 is what happens
-            raise ValueError("probe_gain: is no setting any more, the statistics follow in full; leave it out")
-        if data.keys() >= _EARLIER_RUNS_HAVE:
-            filled.setdefault("channel_groups", 0)
         if filled.get("statistics") == "natural":
             filled.setdefault("statistics_rate", 0.1)
         return filled
 
     @model_validator(mode="after")
     def _check(self) -> BatchlessNormSection:
-        if self.init_cache and not self.init_images:
-            raise ValueError("init_cache: there is nothing to initialise with init_images 0")
         if self.channel_groups not in ("auto", 0) and self.share == "layer":
             raise ValueError("share: the correction under channel_groups is that of each channel; use channel")
         if self.correction_parts != "auto" and not self.correction_rate:
@@ -139,9 +125,8 @@ class BatchNormSection(Section):
     def _check(cls, data: Any) -> Any:
         if isinstance(data, dict):
             foreign = {"batch": "init_images", "batch-frozen": "momentum"}.get(str(data.get("name")))
-            # Earlier runs wrote the default out as a number.
-            written = (cls.model_fields[foreign].default, DEFAULT_INIT_IMAGES) if foreign else ()
-            if foreign and foreign in data and data[foreign] not in written:
+            # A run's recipe.yaml states every default.
+            if foreign and foreign in data and data[foreign] != cls.model_fields[foreign].default:
                 raise ValueError(f"{foreign}: {data['name']} does not use it")
         return data
 

@@ -86,19 +86,7 @@ class Recipe(Section):
             )
         elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
-        if isinstance(self.norm, BatchlessNormSection):
-            if self.norm.reestimate_images and self.channel_groups:
-                problems.append(
-                    "norm.reestimate_images: no scale in front of channel_groups could take up the change; leave it out"
-                )
-            if self.model.init is None and self.norm.reestimate_images:
-                problems.append(
-                    "norm.reestimate_images: measures trained statistics anew; set model.init, or leave it out"
-                )
-            if self.model.init is not None and self.norm.init_cache:
-                problems.append("norm.init_cache: with model.init nothing is initialised from images; leave it out")
-        unused = ("auto", 0, DEFAULT_INIT_IMAGES)  # the last is what earlier runs wrote out
-        if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in unused:
+        if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in ("auto", 0):
             problems.append("norm.init_images: with model.init the statistics are the trained ones; leave it out")
         if self.train.precision in ("fp16", "tf32") and self.runtime.device == "cpu":
             problems.append(f"train.precision: {self.train.precision} needs CUDA; use bf16 or fp32 on the CPU")
@@ -202,7 +190,7 @@ class Recipe(Section):
         change = {"init": None, "weight_standardization": self.weight_standardization}
         norm = self.norm
         if isinstance(norm, BatchlessNormSection):
-            norm = norm.model_copy(update={"reestimate_images": 0, "channel_groups": self.channel_groups})
+            norm = norm.model_copy(update={"channel_groups": self.channel_groups})
         recipe = self.model_copy(update={"model": self.model.model_copy(update=change), "norm": norm})
         recipe._of_trained_weights = True
         return recipe

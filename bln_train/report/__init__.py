@@ -1,1 +1,1 @@
-"""Run folders, tables and plots; reads files, never live objects."""
+"""Reports and drawings of runs, comparisons and memory sweeps. They read files, never live objects."""

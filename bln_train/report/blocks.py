@@ -1,10 +1,12 @@
-"""What a report is made of, before it is HTML or Markdown: plain text throughout, escaped by whoever renders it. No torch here."""
+"""The parts of a report before it is HTML or Markdown. Their text is plain; the renderer escapes it. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from bln_train.report.svg import Drawing
 
 Status = Literal["good", "bad", "unknown", "note"]
 
@@ -49,8 +51,8 @@ class Figure:
     """A drawing, whose numbers are in a table as well: its own, or one beside it."""
 
     title: str
-    svg: str
-    """Made by `svg.py`, which has escaped its text."""
+    drawing: Drawing
+    """Its text is escaped."""
     caption: str = ""
     table: Table | None = None
 

@@ -44,7 +44,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> dict[str, An
         (page, html.render_html(title, subtitle, content)),
         (twin, markdown.render_markdown(title, subtitle, content)),
     ):
-        write_atomically(file, text.encode(errors="replace"))  # half a surrogate pair, in a name or a log, is no text
+        write_atomically(file, text.encode(errors="replace"))  # names and logs may have half a surrogate pair
     return {
         "html": str(page),
         "markdown": str(twin),

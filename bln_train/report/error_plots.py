@@ -1,13 +1,15 @@
-"""Plots of a synthetic experiment. matplotlib is imported when one is drawn; no torch here."""
+"""Drawings of a synthetic experiment's errors, as SVG files. No torch here."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bln_train.report.charts import Series, line_chart
+from bln_train.report.sheet import sheet
+from bln_train.report.svg import Axis, Drawing
 from bln_train.system.atomic import write_atomically
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -16,26 +18,17 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("adam", ("adam",)),
 )
 _ERRORS = (
-    ("mean_error", "error of the mean, standard deviations", 100.0),
-    ("std_error", "error of the standard deviation, |log ratio|", 10.0),
-)  # key, label, largest shown: what diverges leaves the panel
-_LOOKS = {  # colour and marker
-    "exact": ("black", ""),
-    "batchnorm": ("tab:gray", "x"),
-    "natural": ("tab:red", "*"),
-    "log": ("tab:blue", "o"),
-    "abs": ("tab:orange", "s"),
-    "inv": ("tab:green", "^"),
-    "var": ("tab:purple", "D"),
-}
-_DASHES = ("-", "--", ":", "-.")
+    ("mean_error", "error of the mean, in std", 100.0),
+    ("std_error", "error of the std, |log ratio|", 10.0),
+)  # key, label, largest value shown: a diverging line leaves the panel
+_LOOKS = {"exact": 6, "batchnorm": 1, "natural": 5, "log": 0, "abs": 1, "inv": 2, "var": 3}  # colour and marker
 
 
 def plot_errors(folder: Path, rows: Sequence[dict[str, Any]], jumps: dict[str, int], device: str) -> Iterator[Path]:
-    """Draw median errors against samples seen (after a jump, since then), a file for each stream and batch size.
+    """Draw median errors against samples seen, or samples since a jump, in a file for each stream and batch size.
 
-    Above the error of the mean, below that of the standard deviation; a column for each kind of estimator. Colour and marker
-    tell the parametrisation, the dash the rate. Around the lines of the largest rate, quartiles over the repetitions.
+    Above is the error of the mean, below that of the standard deviation, with a column for each kind of estimator. Colour and
+    marker tell the parametrisation, the dash tells the rate. Lines of the largest rate have their quartiles over the repetitions.
 
     Args:
         rows: those of `synthetic.measure`, with a `label` each.
@@ -43,40 +36,22 @@ def plot_errors(folder: Path, rows: Sequence[dict[str, Any]], jumps: dict[str, i
 
     Yields: each file once it is written.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if row["num_samples"] > jumps.get(row["stream"], 0):
             groups.setdefault((row["stream"], row["batch_size"]), []).append(row)
     for (stream, batch_size), members in groups.items():
-        panels = [panel for panel in _PANELS if any(row["estimator"] in panel[1] for row in members)] or [("", ())]
-        figure, all_axes = plt.subplots(
-            2, len(panels), figsize=(1 + 4 * len(panels), 8), sharex=True, sharey="row", squeeze=False
-        )
-        # Not constrained_layout: it would take most of the time.
-        figure.subplots_adjust(left=0.25 / len(panels), right=0.98, top=0.92, bottom=0.2, wspace=0.05, hspace=0.07)
-        for column, (title, names) in enumerate(panels):
-            shown = [row for row in members if row["estimator"] in ("exact", *names)]
-            for axes, (key, label, _) in zip(all_axes[:, column], _ERRORS, strict=True):
-                _draw(axes, shown, key, begin=jumps.get(stream, 0))
-                if column == 0:
-                    axes.set_ylabel(label)
-            all_axes[0, column].set_title(title, fontsize=10)
-            all_axes[1, column].set_xlabel("samples since the jump" if stream in jumps else "samples seen")
-            all_axes[1, column].legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        for axes, (key, _, top) in zip(all_axes[:, 0], _ERRORS, strict=True):  # the row shares its scale
-            medians = [m for row in members if math.isfinite(m := row[f"{key}_median"]) and m > 0]
-            axes.set_ylim(min(medians, default=1e-3) / 1.5, min(top, 1.5 * max(medians, default=top)))
-        figure.suptitle(f"{stream}, batches of {batch_size}: median errors, quartiles shaded ({device})", fontsize=10)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=100)
-        plt.close(figure)
-        path = folder / f"{file_name(stream)}_batch{batch_size}.png"
-        write_atomically(path, picture.getvalue())
+        title = f"{stream}, batches of {batch_size}: median errors, quartiles shaded ({device})"
+        kinds = [panel for panel in _PANELS if any(row["estimator"] in panel[1] for row in members)] or [("", ())]
+        panels = []
+        for key, label, top in _ERRORS:
+            y = Axis(label, log=10, limits=_limits(members, key, top))  # a row of panels shares its scale
+            x = Axis("samples since the jump" if stream in jumps else "samples seen", log=2)
+            for heading, names in kinds:
+                shown = [row for row in members if row["estimator"] in ("exact", *names)]
+                panels.append((heading, _panel(title, shown, key, jumps.get(stream, 0), x, y)))
+        path = folder / f"{file_name(stream)}_batch{batch_size}.svg"
+        write_atomically(path, sheet(title, panels, columns=len(kinds)))
         yield path
 
 
@@ -85,35 +60,30 @@ def file_name(stream: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in stream)
 
 
-def _draw(axes: Any, rows: Sequence[dict[str, Any]], key: str, begin: int) -> None:
+def _limits(rows: Sequence[dict[str, Any]], key: str, top: float) -> tuple[float, float]:
+    medians = [m for row in rows if math.isfinite(m := row[f"{key}_median"]) and m > 0]
+    return min(medians, default=1e-3) / 1.5, min(top, 1.5 * max(medians, default=top))
+
+
+def _panel(title: str, rows: Sequence[dict[str, Any]], key: str, begin: int, x: Axis, y: Axis) -> Drawing:
+    """The lines of one kind of estimator; the lower panel of a column has the legend of both."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         lines.setdefault(row["label"], []).append(row)
     rates = sorted({row["rate"] for row in rows if row["rate"] is not None}, reverse=True)
-    for n, (label, points) in enumerate(lines.items()):
-        first = points[0]
-        gradient = first["estimator"] in ("sgd", "adam")
-        color, marker = _LOOKS[first["parametrization"] if gradient else first["estimator"]]
-        rate = 0 if first["rate"] is None else rates.index(first["rate"])
-        shown = [p for p in points if math.isfinite(p[f"{key}_median"]) and p[f"{key}_median"] > 0]
-        x = [p["num_samples"] - begin for p in shown]
-        axes.plot(
-            x,
-            [p[f"{key}_median"] for p in shown],
-            color=color,
-            ls=_DASHES[rate % len(_DASHES)],
-            marker=marker,
-            ms=4,
-            lw=1.2,
-            # Markers of lines on top of each other fall on different points.
-            markevery=(n % 4, 4),
-            label=f"{label} (not finite)" if any(p["num_diverged"] for p in points) else label,
-        )
-        if rate == 0:
-            spread = [[p[f"{key}_{end}"] for p in shown] for end in ("q25", "q75")]
-            axes.fill_between(x, *spread, color=color, alpha=0.12, lw=0)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    series = [_line(label, points, key, begin, rates) for label, points in lines.items()]
+    return line_chart(title, series, x, y, legend=key == _ERRORS[-1][0])
+
+
+def _line(label: str, rows: Sequence[dict[str, Any]], key: str, begin: int, rates: Sequence[float]) -> Series:
+    first = rows[0]
+    gradient = first["estimator"] in ("sgd", "adam")
+    rate = 0 if first["rate"] is None else rates.index(first["rate"])
+    shown = [row for row in rows if math.isfinite(row[f"{key}_median"]) and row[f"{key}_median"] > 0]
+    return Series(
+        f"{label} (not finite)" if any(row["num_diverged"] for row in rows) else label,
+        [(row["num_samples"] - begin, row[f"{key}_median"]) for row in shown],
+        [(row[f"{key}_q25"], row[f"{key}_q75"]) for row in shown] if rate == 0 else (),
+        shaded=True,
+        look=(_LOOKS[first["parametrization"] if gradient else first["estimator"]], rate),
+    )

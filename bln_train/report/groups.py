@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, taken together: means, spreads and names. No torch here."""
+"""Groups of runs that differ only in their seed: means, spreads and names. No torch here."""
 
 from __future__ import annotations
 
@@ -116,5 +116,5 @@ def _task(group: Group) -> tuple[object, ...]:
     recipe = group.first.recipe
     model = recipe.model.model_copy(
         update={"weight_standardization": "auto"}
-    )  # an aid of the norm, on its own line of the report
+    )  # it comes with the norm, and the report has a line for it
     return recipe.data, model, recipe.train.epochs, recipe.train.max_steps

@@ -1,4 +1,4 @@
-"""A report as one HTML page without scripts, which asks no network for anything. No torch here."""
+"""A report as one HTML page, which has no scripts and loads nothing from a network. No torch here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from html import escape
 
 from bln_train.report.blocks import Block, Figure, Finding, Listing, Section, Table, Text
+from bln_train.report.palette import DARK, HATCHES, LIGHT, STYLE, variables
 
 GENERATOR = '<meta name="generator" content="bln-train report">'
-# Colours after Okabe and Ito, told apart by most eyes; darker or lighter for 3:1 against the page.
-_STYLE = """
-:root { --page: #fff; --ink: #1b1f24; --soft: #59636e; --rule: #d5dae0; --card: #f5f7f9; --good: #116329; --bad: #b3261e;
-  --c0: #0072b2; --c1: #c05600; --c2: #00835f; --c3: #b3548c; --c4: #8a6d00; --c5: #3a8fc4; --c6: #555; --c7: #7a4fc0; }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e9ed; --soft: #a5aeb8; --rule: #39414a;
-  --card: #1d2228; --good: #56d364; --bad: #ff8a80; --c0: #56b4e9; --c1: #f0935a; --c2: #2ec79b; --c3: #e59ac6; --c4: #d9bf4a;
-  --c5: #8fd0f5; --c6: #bbb; --c7: #b79cf0; } }
+_LIGHT = LIGHT | {"card": "#f5f7f9", "good": "#116329", "bad": "#b3261e"}
+_DARK = DARK | {"card": "#1d2228", "good": "#56d364", "bad": "#ff8a80"}
+_STYLE = f"""
+:root {{ {variables(_LIGHT)} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(_DARK)} }} }}
+{STYLE}"""
+_STYLE += """
 :root { color-scheme: light dark; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 66rem; padding: 1rem; background: var(--page); color: var(--ink);
@@ -30,8 +31,7 @@ p { margin: .5rem 0; }
 .findings b { margin-right: .4rem; } .good b { color: var(--good); } .bad b { color: var(--bad); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.4rem; }
 figure { margin: 0; max-width: 32rem; break-inside: avoid; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--ink); font: 11px system-ui, sans-serif; paint-order: stroke; stroke: var(--page); stroke-width: 3px; }
+figure > svg { display: block; width: 100%; height: auto; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .2rem 0; }
@@ -43,30 +43,18 @@ th:first-child, td:first-child, .words th, .words td { text-align: left; min-wid
 .words td + td { overflow-wrap: anywhere; white-space: normal; }
 summary { cursor: pointer; font-weight: 600; font-size: .875rem; padding: .3rem 0; }
 pre { background: var(--card); padding: .7rem; overflow-x: auto; font-size: .8rem; }
-.grid { stroke: var(--rule); } .axis { stroke: var(--soft); } .phase { stroke: var(--soft); stroke-width: .6; }
-.line { fill: none; stroke-width: 1.8; } .level { stroke: var(--ink); stroke-width: 1.5; }
-.mark { stroke: var(--page); stroke-width: .5; }
-.h0 { fill: none; } .h1 { fill: url(#hatch1); } .h2 { fill: url(#hatch2); } .h3 { fill: url(#hatch3); } .h4 { fill: url(#hatch4); }
-#hatches { position: absolute; width: 0; height: 0; } #hatches path { stroke: var(--page); stroke-width: 1.3; fill: none; }
-#hatches circle { fill: var(--page); }
+#hatches { position: absolute; width: 0; height: 0; }
 @media (max-width: 30rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; } }
 @media print { body { max-width: none; font-size: 10pt; } h2 { break-after: avoid; }
   .wide { overflow: visible; } table { font-size: 8pt; } th, td, td:first-child { white-space: normal; }
   details > *, details::details-content { content-visibility: visible; } }
 """
-_STYLE += "".join(f".s{n} {{ stroke: var(--c{n}); }} .f{n} {{ fill: var(--c{n}); }}\n" for n in range(8))
-_HATCHES = """<svg id="hatches" aria-hidden="true"><defs>
-<pattern id="hatch1" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1,1 L1,-1 M0,6 L6,0 M5,7 L7,5"/></pattern>
-<pattern id="hatch2" width="7" height="7" patternUnits="userSpaceOnUse"><path d="M0,0 L7,7 M7,0 L0,7"/></pattern>
-<pattern id="hatch3" width="6" height="6" patternUnits="userSpaceOnUse"><circle cx="3" cy="3" r="1.1"/></pattern>
-<pattern id="hatch4" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M-1,5 L1,7 M0,0 L6,6 M5,-1 L7,1"/></pattern>
-</defs></svg>"""
 _WORDS = {"good": "ok", "bad": "no", "unknown": "-", "note": "note"}
 
 
 def render_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The page; all text of the blocks is escaped here, drawings are taken as they are."""
-    # Whatever got past the escaping could still neither run nor load anything.
+    # Text that got past the escaping could still neither run a script nor load a file.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -75,7 +63,7 @@ def render_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        _HATCHES,
+        f'<svg id="hatches" aria-hidden="true">{HATCHES}</svg>',
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(subtitle)}</p>',
     ]
     for section in sections:
@@ -114,7 +102,7 @@ def _block(block: Block) -> str:
         return _table(block)
     table = _table(block.table) if block.table is not None else ""
     caption = f"<figcaption>{escape(block.caption)}</figcaption>" if block.caption else ""
-    return f"<figure><h3>{escape(block.title)}</h3>{block.svg}{caption}{table}</figure>"
+    return f"<figure><h3>{escape(block.title)}</h3>{block.drawing}{caption}{table}</figure>"
 
 
 def _table(table: Table) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from bln_train.records import MemoryRecord, TimelineRecord
 from bln_train.report.blocks import Block, Figure, Section, Table, Text
+from bln_train.report.charts import Bar, Series, area_chart, bar_chart, line_chart
 from bln_train.report.groups import Group
+from bln_train.report.palette import NUM_COLORS
 from bln_train.report.source import Sweep, cell_name
-from bln_train.report.svg import NUM_COLORS, Bar, Series, area_chart, bar_chart, line_chart
+from bln_train.report.svg import Axis, Drawing
 from bln_train.system.units import format_bytes, format_number
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
@@ -65,31 +68,38 @@ def memory_of_sweep(sweep: Sweep) -> Section:
         Text(f"{sweep.title}; {sweep.environment.get('device', '-')}. Random images; nothing is learned.")
     ]
     if measured:
-        unit, name = _unit([row["peak_bytes"] for row in measured])
         title = "Peak memory of training by what it is for"
-        floor = sweep.floor_bytes
-        bars = [
-            Bar(cell_name(row), [(row.get(key) or 0) / unit for key in _KEYS], format_bytes(row["peak_bytes"]))
-            for row in measured
-        ]
-        levels = [] if floor is None else [(floor / unit, f"floor: one image, no norm, {format_bytes(floor)}")]
-        drawing = bar_chart(title, bars, PARTS, x_label=f"peak memory of training, {name}", levels=levels)
-        blocks.append(Figure(title, drawing, _SPLIT_CAPTION))
+        blocks.append(Figure(title, cell_bars(title, measured, sweep.floor_bytes), _SPLIT_CAPTION))
         sizes = [(r["norm"], r["micro_batch_size"], r["effective_batch_size"], r["peak_bytes"]) for r in measured]
         blocks += _peaks_against_batch(_against_effective(sizes))
     blocks += _timelines(
         [(f"{norm}, micro-batch {t.micro_batch_size} of {t.effective_batch_size}", t) for norm, t in sweep.timelines]
     )
-    headings = (
-        "norm, batches",
-        "peak",
-        *PARTS,
-        "saved/image",
-        "peak/floor",
-        "ms/image",
-        "x none",
-        "not measured because",
+    blocks.append(_cell_table(sweep))
+    return Section(f"Memory sweep {sweep.path}", blocks)
+
+
+def cell_bars(title: str, rows: Sequence[dict[str, Any]], floor_bytes: int | None) -> Drawing:
+    """The peaks of a sweep's cells, each split by what it is for."""
+    unit, name = _unit([row.get("peak_bytes") for row in rows])
+    bars = [
+        Bar(
+            cell_name(row),
+            [(row.get(key) or 0) / unit for key in _KEYS],
+            "not measured" if row.get("peak_bytes") is None else format_bytes(row["peak_bytes"]),
+        )
+        for row in rows
+    ]
+    levels = (
+        [] if floor_bytes is None else [(floor_bytes / unit, f"floor: one image, no norm, {format_bytes(floor_bytes)}")]
     )
+    return bar_chart(title, bars, PARTS, x_label=f"peak memory of training, {name}", levels=levels)
+
+
+def _cell_table(sweep: Sweep) -> Table:
+    headings = (
+        "norm, batches", "peak", *PARTS, "saved/image", "peak/floor", "ms/image", "x none", "not measured because",
+    )  # fmt: skip
     rows = [
         (
             cell_name(row),
@@ -99,8 +109,7 @@ def memory_of_sweep(sweep: Sweep) -> Section:
         )
         for row in sweep.rows
     ]
-    blocks.append(Table("Memory and time of training", headings, rows))
-    return Section(f"Memory sweep {sweep.path}", blocks)
+    return Table("Memory and time of training", headings, rows)
 
 
 def _largest(group: Group) -> MemoryRecord | None:
@@ -147,9 +156,8 @@ def _peaks_against_batch(lines: dict[str, list[tuple[float, float]]]) -> list[Bl
     unit, name = _unit(int(peak) for line in lines.values() for _, peak in line)
     title = "Peak memory against the effective batch"
     series = [Series(label, [(e, peak / unit) for e, peak in line]) for label, line in list(lines.items())[:NUM_COLORS]]
-    drawing = line_chart(
-        title, series, x_label="effective batch, images", y_label=f"peak memory, {name}", log2_x=True, from_zero=True
-    )
+    x, y = Axis("effective batch, images", log=2), Axis(f"peak memory, {name}", from_zero=True)
+    drawing = line_chart(title, series, x, y)
     return [Figure(title, drawing, _left_out(len(lines), "lines"))]
 
 

@@ -1,4 +1,4 @@
-"""The report's sections below the verdict and memory: curves, speed, layers, recipes, environments. No torch here."""
+"""The report's sections on curves, speed, layers, recipes and environments. No torch here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 from bln_train.recipe.load import dump_recipe
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.report.blocks import Block, Figure, Listing, Section, Table, Text
+from bln_train.report.charts import Series, band_chart, line_chart
 from bln_train.report.groups import Group
+from bln_train.report.palette import NUM_COLORS
 from bln_train.report.source import Run, Sources
-from bln_train.report.svg import NUM_COLORS, Series, band_chart, line_chart
+from bln_train.report.svg import Axis
 from bln_train.system.units import format_number, format_percent
 
 _IN_ORDER = "layer, in order of the table below"
@@ -49,7 +51,7 @@ def _by_epoch(
         notes.append("Means over seeds.")
     if len(series) > NUM_COLORS:
         notes.append(f"The first {NUM_COLORS} of {len(series)} lines.")
-    drawing = line_chart(title, series[:NUM_COLORS], x_label="epoch", y_label=label)
+    drawing = line_chart(title, series[:NUM_COLORS], Axis("epoch"), Axis(label))
     return Figure(title, drawing, " ".join(notes))
 
 
@@ -106,8 +108,8 @@ def _layer_figures(shown: Sequence[tuple[Group, StepRecord]]) -> Iterator[Figure
     bands = [(r.ratio_low, r.ratio_mean, r.ratio_high) for _, (_, r) in places[0][1]]
     if len(shown) == 1 and all(value and value > 0 for band in bands for value in band):
         drawing = band_chart(
-            title, bands, x_label=_IN_ORDER, y_label="ratio", level=(1.0, "they agree"),
-            key="channels: smallest to largest, geometric mean", log=_is_wide(bands),
+            title, bands, Axis(_IN_ORDER), Axis("ratio", log=2 if _is_wide(bands) else 0), level=(1.0, "they agree"),
+            key="channels: smallest to largest, geometric mean",
         )  # fmt: skip
         yield Figure(title, drawing, seen)
     else:
@@ -146,7 +148,7 @@ def _lines(
     caption: str,
 ) -> Figure:
     series = [Series(name, [(float(x), y) for x, y in points if y is not None]) for name, points in lines]
-    drawing = line_chart(title, series, x_label=x_label, y_label=y_label, level=level, from_zero=level is None)
+    drawing = line_chart(title, series, Axis(x_label), Axis(y_label, from_zero=level is None), level=level)
     return Figure(title, drawing, caption)
 
 

@@ -1,4 +1,4 @@
-"""What a report is about, read from run, comparison and memory folders. Nothing in them is trusted. No torch here."""
+"""Reading the folders of runs, comparisons and memory sweeps for a report. Nothing in them is trusted. No torch here."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bln_train.errors import BlnError, UsageError, first_line
-from bln_train.experiments.compare import BASE_RECIPE
-from bln_train.recipe.load import load_recipe_of_run
+from bln_train.recipe.load import load_any_recipe
 from bln_train.recipe.recipe import Recipe
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, TimelineRecord
-from bln_train.runs.folder import ENVIRONMENT, MEMORY_TABLE, RECIPE, RunFolder
+from bln_train.runs.folder import BASE_RECIPE, CELLS, ENVIRONMENT, FAILED, MEMORY_TABLE, RECIPE, RunFolder
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _read_run(path: Path) -> Run:
         raise UsageError("is a file, not a folder")
     if not (path / RECIPE).is_file():
         raise UsageError("holds no run, no comparison and no memory sweep")
-    recipe = load_recipe_of_run(path / RECIPE)
+    recipe = load_any_recipe(path / RECIPE)
     if not isinstance(recipe, Recipe):
         raise UsageError("holds a synthetic experiment, which has its own plots and tables there")
     folder = RunFolder(path)
@@ -138,11 +137,11 @@ def _read_run(path: Path) -> Run:
 
 
 def _read_comparison(path: Path) -> tuple[dict[Path, Run], dict[Path, str]]:
-    cells = path / "cells"
+    cells = path / CELLS
     runs = {folder.parent.resolve(): _read_run(folder.parent) for folder in sorted(cells.glob(f"*/{RECIPE}"))}
     failures = {
         file.resolve(): f"{file.stem}: {file.read_text(encoding='utf-8', errors='replace').strip()[:500]}"
-        for file in sorted(cells.glob("*.failed"))
+        for file in sorted(cells.glob(f"*{FAILED}"))
     }
     if not runs and not failures:
         raise UsageError("is a comparison of which no cell was begun")

@@ -1,4 +1,4 @@
-"""What a report says first: did it finish, does it fit, how good is it, against what. No torch here."""
+"""The first section of a report: whether runs finished and fit their budget, and how accuracies compare. No torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def verdict(sources: Sources, groups: Sequence[Group]) -> Section:
     blocks: list[Block] = [*_finished(sources, groups), *_budgets(groups)]
     references = [reference_of(group, groups) for group in groups]
     pairs = zip(groups, references, strict=True)
-    # What others are compared with needs no sentence of its own.
+    # The reference needs no sentence of its own.
     compared = [(group, reference) for group, reference in pairs if all(group is not other for other in references)]
     blocks += [_accuracy(group, reference) for group, reference in compared[:_MAX_GROUPS]]
     if len(compared) > _MAX_GROUPS:

@@ -1,1 +1,1 @@
-"""What lies on disk of a run."""
+"""The files of a run: its folder, its checkpoints, its events for TensorBoard."""

@@ -1,27 +1,18 @@
-"""Checkpoints: written whole or not at all, the newest whole one found, loaded without executing anything."""
+"""Checkpoints: written whole or not at all, found again even when newer ones are damaged, loaded without executing anything."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from bln_train.errors import CheckpointError, first_line
-from bln_train.runs.checkpoint_list import (
-    CHECKPOINT,
-    LIST,
-    Entry,
-    checkpoint_files,
-    keep,
-    open_known,
-    read_list,
-    replacing_checkpoint,
-)
+from bln_train.runs.checkpoint_files import CHECKPOINT, checkpoint_files, replacing_checkpoint, rotate
 
 FORMAT_KEY, FORMAT = "bln_train_format", 1
 
@@ -32,39 +23,36 @@ class Found(NamedTuple):
     file: Path
     state: dict[str, Any]
     notices: list[str]
-    """What is wrong with newer ones, and which was taken; empty where nothing is."""
+    """What is wrong with newer checkpoints, and which file was used; empty where nothing is wrong."""
 
 
-class _Summing:
-    """A file that sums what is written to it, and keeps the error of a write: torch raises one of its own in its place."""
+class _ErrorKeeping:
+    """A file that remembers the error of a failed write: torch raises a RuntimeError without a reason in its place."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.num_bytes = file, hashlib.sha256(), 0
+        self.file = file
         self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         try:
             self.file.write(data)
-            self.digest.update(data)
         except BaseException as error:
             self.error = error
             raise
-        self.num_bytes += len(data)
         return len(data)
 
     def flush(self) -> None:  # torch calls it; `replacing` flushes in the end
         pass
 
 
-def _write(file: BinaryIO, state: dict[str, Any]) -> Entry:
-    summing = _Summing(file)
+def _write(state: dict[str, Any], file: BinaryIO) -> None:
+    keeping = _ErrorKeeping(file)
     try:
-        torch.save({FORMAT_KEY: FORMAT, **state}, summing)  # type: ignore[arg-type]  # it only writes
+        torch.save({FORMAT_KEY: FORMAT, **state}, keeping)  # type: ignore[arg-type]  # torch only writes to it
     except RuntimeError as error:
-        if summing.error is not None:
-            raise summing.error from error
+        if keeping.error is not None:
+            raise keeping.error from error
         raise
-    return Entry(int(state.get("step", 0)), summing.num_bytes, summing.digest.hexdigest())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -74,16 +62,26 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         RunFolderError: the disk is full or the folder cannot be written; an earlier checkpoint at `path` is intact.
     """
     with replacing_checkpoint(path) as file:
-        _write(file, state)
+        _write(state, file)
 
 
 def keep_checkpoint(folder: Path, state: dict[str, Any], num_kept: int) -> None:
-    """Make `state` the folder's checkpoint.pt, and keep the last ones before it, `num_kept` in all; see `checkpoint_list`.
+    """Make `state` the folder's checkpoint.pt, and keep the last states before it, `num_kept` in all; see `rotate`.
 
     Raises:
         RunFolderError: the disk is full or the folder cannot be written; the checkpoints that were there are intact.
     """
-    keep(folder, lambda file: _write(file, state), num_kept)
+    old_step = _step_of(folder / CHECKPOINT) if num_kept > 1 else None
+    rotate(folder, partial(_write, state), step=state["step"], old_step=old_step, num_kept=num_kept)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step of a checkpoint, of which no tensor is read; None where there is none, or a damaged one."""
+    try:
+        step = torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"]
+    except Exception:  # a damaged file ends in whatever error its damage leads to
+        return None
+    return step if type(step) is int else None
 
 
 def find_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Found:
@@ -98,8 +96,6 @@ def find_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Found:
             f"no checkpoint at {folder / CHECKPOINT}", "Give a run folder or a checkpoint file that exists."
         )
     notices: list[str] = []
-    if read_list(folder) is None and (folder / LIST).exists():
-        notices.append(f"{folder / LIST} is damaged; checkpoints are checked by the checksums of their parts alone")
     if files[0].name != CHECKPOINT:
         notices.append(f"{folder / CHECKPOINT} is missing")
     for file in files:
@@ -117,16 +113,16 @@ def find_checkpoint(folder: Path, device: torch.device | str = "cpu") -> Found:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Load a checkpoint by torch's weights-only unpickler, which builds tensors and plain containers and nothing else.
 
-    A file of a run folder has to be one that the folder's list knows by its SHA-256; one without a list is checked by the CRC-32
-    of its parts. No part may be compressed, so nothing takes more memory than the file is long.
+    The file is a zip archive, and the CRC-32 of each part is checked. No part may be compressed, so loading takes no more memory
+    than the file is long.
 
     Raises:
-        CheckpointError: missing, damaged, or not written by bln-train.
+        CheckpointError: missing, damaged, not written by bln-train, or of another format than `FORMAT`.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}", "Give a run folder or a checkpoint file that exists.")
     try:
-        with open_known(path) as file:
+        with open(path, "rb") as file:
             _check_parts(path, file)
             file.seek(0)
             with warnings.catch_warnings():

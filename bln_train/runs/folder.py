@@ -3,12 +3,12 @@
 recipe.yaml       the resolved recipe: every default, and the number that each `auto` stood for
 environment.json  versions, device, threads
 metrics.jsonl     one record per line (records.py), each with its `kind`
-checkpoint.pt     the latest state (checkpoint.py); those before it and checkpoints.json: checkpoint_list.py
-events.out.tfevents.*   the metrics for TensorBoard, where the recipe has logging.tensorboard (board.py)
+checkpoint.pt     the latest state (checkpoint.py); those before it: checkpoint_files.py
+events.out.tfevents.*   the metrics for TensorBoard, where the recipe has logging.tensorboard (tensorboard.py)
 summary.json      the end result; there only when the run finished
 run.lock          there while a process trains here (system/lock.py)
 
-A synthetic experiment leaves errors.csv, recoveries.csv and plots in the place of metrics and checkpoint.
+A synthetic experiment leaves errors.csv, recoveries.csv and drawings in the place of metrics and checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import as_begun
 from bln_train.recipe.synthetic import SyntheticRecipe
 from bln_train.records import EpochRecord, MemoryRecord, Record, record_from_dict, record_to_dict
-from bln_train.runs.checkpoint_list import CHECKPOINT
+from bln_train.runs.checkpoint_files import CHECKPOINT
 from bln_train.system.atomic import TEMPORARY, write_atomically
 from bln_train.system.lock import LOCK
 
@@ -37,6 +37,10 @@ SUMMARY = "summary.json"
 EVENTS = "events.out.tfevents.*"
 MEMORY_TABLE = "memory.json"
 """What a memory sweep leaves in a folder of its own."""
+BASE_RECIPE = "comparison.yaml"
+"""A comparison's recipe. It has another name than a run's, so that no folder passes for one of the other kind."""
+CELLS, FAILED = "cells", ".failed"
+"""Folder of a comparison's runs; suffix of a file beside a run that says why it failed."""
 
 
 def json_text(data: Any, *, indent: int | None = None) -> str:
@@ -63,7 +67,7 @@ def same_trajectory(old: Recipe | SyntheticRecipe, new: Recipe | SyntheticRecipe
         if recipe.norm.name != "batch":  # with BatchNorm the micro-batch changes the result
             free.append("micro_batch_size")
         data["train"] = {key: value for key, value in data["train"].items() if key not in free}
-        if recipe.optimizer.clip_norm is None:  # then where the sum is kept changes nothing
+        if recipe.optimizer.clip_norm is None:  # without clipping the place of the sum changes no result
             data["optimizer"].pop("accumulate_into", None)
         return data
 
@@ -125,7 +129,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot create {self.path}: {error.strerror}", "Choose another --out.") from error
-        self.keep_recipe(recipe)  # first: with it alone the folder is a run's, which --resume begins anew
+        self.keep_recipe(recipe)  # first: a folder with a recipe alone is a run, which --resume begins anew
         write_atomically(self.path / ENVIRONMENT, json_text(environment, indent=2))
         for path in (self.path / METRICS, *self.event_files()):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A run for TensorBoard: event files in its folder, of the records that its metrics.jsonl has. No torch before one is opened.
+"""Event files for TensorBoard in a run folder, with the records of its metrics.jsonl. torch is imported when one is opened.
 
 train/...            loss, accuracy, nll, learning_rate, grad_norm or update_norm, images_per_second: of each logged step
 epoch/...            what training saw of a whole epoch
@@ -6,7 +6,7 @@ validation/, test/   loss, accuracy
 memory_mib/...       the peak and its parts
 layer_nll/...        of each batchless layer, where a step's record has it
 layer_mean/..., layer_log_std/...   histograms over channels, at the end of each epoch
-notices              what the user should know, as text
+notices              notices to the user, as text
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def open_board(
         yield None
         return
     require_tensorboard(recipe)
-    # A run that was killed may have written steps that come again, and an epoch's end stands at the step before it: what is of
-    # the checkpoint's step or later counts as not written, and is written from the metrics. All is where there was no board.
+    # A killed run may have written steps that come again, and an epoch's end has the number of its last step. So records of the
+    # checkpoint's step and later ones count as not written, and are written from the metrics. Without a board before, all are.
     from_step = resumed_at if resumed_at is not None and folder.event_files() else None
     board = Board(folder, layers, from_step)
     try:
@@ -75,7 +75,7 @@ class Board:
             self._writer = SummaryWriter(
                 str(folder.path), purge_step=from_step, max_queue=1000, flush_secs=_SECONDS_BETWEEN_WRITES
             )
-        self._step = 0  # of the last record that has one; a peak has none
+        self._step = 0  # of the last record that has a step; a memory record has none
         self._memory: MemoryRecord | None = None
 
     def catch_up(self, records: Iterable[Record], from_step: int, step: int) -> None:
@@ -106,7 +106,7 @@ class Board:
             if with_layers:
                 self._histograms()
         elif isinstance(record, MemoryRecord):
-            if record != self._memory:  # the last one of a run may be the one before
+            if record != self._memory:  # a run may end with the same record again
                 sizes = {key.removesuffix("_bytes"): n for key, n in asdict(record).items() if key.endswith("_bytes")}
                 self._scalars("memory_mib", {key: None if n is None else n / 2**20 for key, n in sizes.items()})
             self._memory = record

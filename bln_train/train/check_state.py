@@ -69,9 +69,8 @@ def check_sums(sums: Any, num_images: int) -> None:
 
 
 def check_counts(state: dict[str, Any]) -> None:
-    """Raise ValueError unless micro-batches and skipped steps, which older states lack, are counts that can be."""
-    found, asked = state.get("micro_batch_size", 1), state.get("asked_micro_batch_size", 1)
-    skipped = state.get("skipped", [0, 0])
+    """Raise ValueError unless micro-batches and skipped steps are counts that can be."""
+    found, asked, skipped = state["micro_batch_size"], state["asked_micro_batch_size"], state["skipped"]
     if not isinstance(skipped, list) or len(skipped) != 2:
         raise ValueError("its counts of skipped steps are not two")
     if not all(type(count) is int and count >= 0 for count in (found, asked, *skipped)):

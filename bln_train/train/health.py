@@ -97,10 +97,6 @@ class HealthWatch:
     def __init__(self, layers: Mapping[str, _BatchlessNorm]) -> None:
         self.layers = layers
         self._said: dict[str, dict[str, int]] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """Take the standard deviations as they are now for those of the start."""
         self._initial_std = {name: layer.std.detach().clone() for name, layer in self.layers.items()}
 
     def notices(self) -> Iterator[str]:
@@ -129,7 +125,7 @@ class HealthWatch:
     def check_state_dict(self, state: Any) -> None:
         """Raise ValueError unless `state_dict` could have given this for these layers."""
         if not isinstance(state, dict) or state.keys() != {"initial_std", "said"}:
-            raise ValueError("what it says of statistics is not of this version")
+            raise ValueError("what it says of statistics is no state of it")
         check_tensors(self._initial_std, state["initial_std"], "its statistics at the start")
         said = state["said"]
         if not isinstance(said, dict) or not said.keys() <= _KINDS.keys():

@@ -313,8 +313,7 @@ class Trainer:
             check_optimizer(step.optimizer, state["optimizer"])
             check_sums(state["epoch_sums"], len(self.data.train))
             check_counts(state)
-            if "health" in state:
-                self.health.check_state_dict(state["health"])
+            self.health.check_state_dict(state["health"])
             if step.scaler is not None:
                 check_numbers("its loss scale", state["scaler"])
             check_rng(torch.get_rng_state(), state["torch_rng"])
@@ -327,18 +326,15 @@ class Trainer:
                 step.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_rng"])
             self.step, self._epoch_sums = state["step"], epoch_sums
-            found, asked = state.get("micro_batch_size"), state.get("asked_micro_batch_size")  # older states have none
-            if found is not None and asked == step.micro_batch_size != found:
-                self.recovering_step.go_on_with(int(found))
+            found, asked = state["micro_batch_size"], state["asked_micro_batch_size"]
+            if asked == step.micro_batch_size != found:
+                self.recovering_step.go_on_with(found)
                 self._notices.append(
                     f"goes on with micro-batch {found}, not {asked}, for which memory ran out; another "
                     "train.micro_batch_size is taken as asked."
                 )
-            self._skipped, self._skipped_in_a_row = state.get("skipped", (0, 0))
-            if "health" in state:
-                self.health.load_state_dict(state["health"])
-            else:  # of an earlier version
-                self.health.restart()
+            self._skipped, self._skipped_in_a_row = state["skipped"]
+            self.health.load_state_dict(state["health"])
         except KeyError as error:
             raise CheckpointError(f"the checkpoint does not fit this recipe: it lacks {error}") from error
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -21,7 +21,7 @@ from bln_train.errors import InterruptedRunError, RunFolderError
 from bln_train.experiments.run import evaluate_checkpoint, run
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from bln_train.runs.checkpoint_list import checkpoint_files
+from bln_train.runs.checkpoint_files import checkpoint_files
 from bln_train.runs.folder import RunFolder
 from bln_train.system.lock import LOCK, locked
 from bln_train.system.signals import StopRequested

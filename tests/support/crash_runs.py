@@ -13,7 +13,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.experiments.run import run
 from bln_train.records import EpochRecord, StepRecord, record_to_dict
 from bln_train.runs.checkpoint import find_checkpoint, load_checkpoint
-from bln_train.runs.checkpoint_list import checkpoint_files
+from bln_train.runs.checkpoint_files import checkpoint_files
 from bln_train.runs.folder import RunFolder
 from bln_train.system.lock import LOCK
 

@@ -94,6 +94,19 @@ def zeros(content, draw):
     return content[:at] + bytes(len(content[at : at + 4096])) + content[at + 4096 :]
 
 
+def not_whole(path):
+    """By name: damage after which a file is no whole archive of uncompressed parts; `longer` and `twice` may leave it one."""
+    return {
+        "empty": lambda content, draw: b"",
+        "text": lambda content, draw: b"not a checkpoint\n" * 99,
+        "pickle": lambda content, draw: pickle.dumps(Trap()),
+        "bomb": lambda content, draw: deflated(content, zipfile.ZipFile(path).namelist()[0]),
+        "nul": lambda content, draw: bytes(len(content)),
+        "longer": lambda content, draw: content + bytes(draw.randrange(1, 99999)),
+        "twice": lambda content, draw: content + content[len(content) // 2 :],
+    }
+
+
 def in_file_mutations(path):
     """By name: what may happen to a file without its being a whole checkpoint of this run afterwards."""
     saved = {
@@ -141,13 +154,4 @@ def in_file_mutations(path):
         "trap-in-torch": lambda found, draw: {**found, "recipe": Trap()},
         "trap-in-model": lambda found, draw: {**found, "model": {**found["model"], "x": Trap()}},
     }
-    plain = {
-        "empty": lambda content, draw: b"",
-        "text": lambda content, draw: b"not a checkpoint\n" * 99,
-        "pickle": lambda content, draw: pickle.dumps(Trap()),
-        "bomb": lambda content, draw: deflated(content, zipfile.ZipFile(path).namelist()[0]),
-        "nul": lambda content, draw: bytes(len(content)),
-        "longer": lambda content, draw: content + bytes(draw.randrange(1, 99999)),
-        "twice": lambda content, draw: content + content[len(content) // 2 :],
-    }
-    return {**{name: resaved(change, path) for name, change in saved.items()}, **plain}
+    return {**{name: resaved(change, path) for name, change in saved.items()}, **not_whole(path)}

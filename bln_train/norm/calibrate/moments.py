@@ -103,19 +103,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def observe(
     model: nn.Module,
     micro_batches: MicroBatches,
-    uses: Mapping[nn.Module, frozenset[int] | None],
+    uses: Mapping[nn.Module, frozenset[int]],
     passes: Passes,
 ) -> dict[nn.Module, Moments]:
     """Moments of what enters some norms; `model` runs as it is, no further than the last use that counts.
 
     Args:
-        uses: for each norm which of its uses in a forward count, from 0; None for all, and then the forward runs to its end.
+        uses: for each norm which of its uses in a forward count, from 0.
         passes: over the sample, see `Moments`.
 
     Returns: the moments of each norm; one that no forward reached is left out.
     """
     found = {norm: Moments() for norm in uses}
-    wanted = None if None in uses.values() else sum(len(counted or ()) for counted in uses.values())
+    wanted = sum(len(counted) for counted in uses.values())
     for n in range(passes):
         if n == 1:
             found = {norm: moments for norm, moments in found.items() if moments.count}
@@ -129,9 +129,9 @@ def observe(
 def _observe_one(
     model: nn.Module,
     x: Tensor,
-    uses: Mapping[nn.Module, frozenset[int] | None],
+    uses: Mapping[nn.Module, frozenset[int]],
     found: Mapping[nn.Module, Moments],
-    wanted: int | None,
+    wanted: int,
 ) -> None:
     seen: Counter[nn.Module] = Counter()
     num_counted = 0
@@ -140,7 +140,7 @@ def _observe_one(
         nonlocal num_counted
         counted, n = uses[norm], seen[norm]
         seen[norm] += 1
-        if counted is None or n in counted:
+        if n in counted:
             found[norm].add(x)
             num_counted += 1
             if num_counted == wanted:

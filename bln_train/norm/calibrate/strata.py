@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,6 @@ Norms = frozenset[nn.Module]
 Stratum = dict[nn.Module, frozenset[int]]
 """Its norms, and which of each one's uses in a forward count, from 0."""
 _NONE: Norms = frozenset()
-
-
-class Strata(NamedTuple):
-    """In what order norms can be settled."""
-
-    strata: list[Stratum]
-    """Norms of one stratum can be settled together once those of all earlier ones are."""
-    needs: dict[nn.Module, Norms]
-    """Norms that those uses of a norm that count depend on directly or through others."""
 
 
 class _Dependencies(TorchDispatchMode):
@@ -62,13 +53,13 @@ class _Dependencies(TorchDispatchMode):
         """What a computation on `values` depends on."""
         found = self._escaped
         for value in values:
-            if isinstance(value, Tensor) and (key := storage_key(value)) in self._of:
+            if isinstance(value, Tensor) and (key := _storage_key(value)) in self._of:
                 found |= self._of[key]
         return found
 
     def add(self, tensor: Tensor, needs: Norms) -> None:
         """Note that a tensor depends on `needs`, besides what it did before."""
-        key = storage_key(tensor)
+        key = _storage_key(tensor)
         if key is None:
             self._escaped |= needs
         elif key in self._of:
@@ -81,7 +72,7 @@ class _Dependencies(TorchDispatchMode):
             self._of[key], self._alive[key] = needs, weakref.ref(tensor.untyped_storage(), forget)
 
 
-def storage_key(tensor: Tensor) -> int | None:
+def _storage_key(tensor: Tensor) -> int | None:
     """What tensors of one storage have in common while it lives; None where there is none, as of sparse ones."""
     try:
         return tensor.untyped_storage()._cdata
@@ -99,8 +90,10 @@ def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable
 
 
 @torch.no_grad()
-def find_strata(model: nn.Module, norms: Iterable[nn.Module], x: Tensor) -> Strata:
-    """Run `model` once on x, as it is, and find which norms depend on which.
+def find_strata(model: nn.Module, norms: Iterable[nn.Module], x: Tensor) -> list[Stratum]:
+    """Run `model` once on x, as it is, and put norms in the order in which they can be settled.
+
+    Norms of one stratum can be settled together once those of all earlier strata are.
 
     All uses of a norm count, so it is settled when all its inputs are. Where that goes in a circle (a norm whose output comes
     back into it), the first norm of the circle in execution order is settled from those of its uses whose inputs are, its
@@ -125,17 +118,15 @@ def find_strata(model: nn.Module, norms: Iterable[nn.Module], x: Tensor) -> Stra
     return _in_strata(uses)
 
 
-def _in_strata(uses: dict[nn.Module, list[Norms]]) -> Strata:
-    left, settled, needs, strata = dict(uses), set[nn.Module](), dict[nn.Module, Norms](), list[Stratum]()
+def _in_strata(uses: dict[nn.Module, list[Norms]]) -> list[Stratum]:
+    left, settled, strata = dict(uses), set[nn.Module](), list[Stratum]()
     while left:
         ready = {norm: frozenset(range(len(of))) for norm, of in left.items() if all(need <= settled for need in of)}
         if not ready:  # a circle
             norm, of = next(iter(left.items()))  # nothing that is not settled ran before it
             ready = {norm: frozenset(n for n, need in enumerate(of) if need <= settled)}
-        for norm, counted in ready.items():
-            of = left.pop(norm)
-            direct = _NONE.union(*(of[n] for n in counted))
-            needs[norm] = direct.union(*(needs[other] for other in direct))
+        for norm in ready:
+            del left[norm]
         settled.update(ready)
         strata.append(ready)
-    return Strata(strata, needs)
+    return strata

@@ -4,11 +4,11 @@ import csv
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers import tiny_recipe
-from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,6 +20,7 @@ from bln_train.errors import BlnError, RunFolderError, UsageError
 from bln_train.experiments import sweep
 from bln_train.norm.batchless import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
+from bln_train.system.units import format_bytes
 from bln_train.train.step import AccumulationStep
 
 SMALL = ["--set", "model.name=resnet8", "--set", "data={name: folder, root: nowhere, image_size: 16}"]
@@ -158,7 +159,7 @@ def test_batch_keeps_more_than_none_and_peaks_are_flat(measured):
 
 
 def test_files_agree(measured):
-    """JSON on stdout is memory.json and the folder; the CSV has the same rows and what they need beside; the PNG opens."""
+    """JSON on stdout is memory.json and the folder; the CSV has the same rows and what they need beside; so has the drawing."""
     folder, document, result = measured
     assert {**json.loads((folder / "memory.json").read_text()), "folder": str(folder)} == document
     lines = list(csv.DictReader((folder / "memory.csv").read_text().splitlines()))
@@ -167,9 +168,14 @@ def test_files_agree(measured):
         assert line["peak_bytes"] == str(row["peak_bytes"])
         assert line["reserved_bytes"] == ""
         assert all(line[key] for key in ("device", "torch", "num_threads", "date", "floor_bytes", "data"))
-    with Image.open(folder / "memory.png") as image:
-        image.verify()
-    assert sorted(p.name for p in folder.iterdir()) == ["memory.csv", "memory.json", "memory.png"]
+    texts = [
+        element.text for element in ElementTree.parse(folder / "memory.svg").iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert {"micro-batch 1", "micro-batch 2"} <= set(texts)
+    for row in document["rows"]:
+        name = f"{row['norm']}, micro-batch {row['micro_batch_size']} of {row['effective_batch_size']}"
+        assert f"{name}: {format_bytes(row['peak_bytes'])}" in texts
+    assert sorted(p.name for p in folder.iterdir()) == ["memory.csv", "memory.json", "memory.svg"]
     assert "memory: batchless, micro-batch 1 of 4" in result.stderr
     assert "[17/17] speed: micro-batch 2 of 4" in result.stderr
 

@@ -312,7 +312,7 @@ def test_run_leaves_a_folder_and_prints_what_it_holds(bln):
     assert code == 0, err
     summary, folder = json.loads(out), Path("a")
     assert load_any_recipe(folder / "recipe.yaml") == load_any_recipe("tiny.yaml")
-    plots = ["jump_batch1.png", "jump_batch8.png"]
+    plots = ["jump_batch1.svg", "jump_batch8.svg"]
     assert summary["plots"] == plots
     files = ["environment.json", "errors.csv", "recipe.yaml", "recoveries.csv", "summary.json", *plots]
     assert sorted(p.name for p in folder.iterdir()) == sorted(files)

@@ -1,24 +1,22 @@
 """Initialisation by strata: against the whole sample in float64; warnings are errors."""
 
 import copy
-import threading
 
 import pytest
 import torch
-from helpers import TINY, tiny_recipe
-from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from bln_train.build.experiment import build_experiment
-from bln_train.errors import UsageError
-from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, fuse, initialize_statistics
+from bln_train.norm import (
+    BatchlessNorm1d,
+    BatchlessNorm2d,
+    BatchlessStatistics,
+    fuse,
+    initialize_statistics,
+    layer_likelihoods,
+)
 from bln_train.norm.calibrate.moments import Moments
-from bln_train.norm.calibrate.paused import PausedForward
 from bln_train.norm.calibrate.strata import find_strata
-from bln_train.recipe.recipe import Recipe
-
-WAYS = [(1, False), (2, False), (1, True), (2, True)]
 
 
 def conv(cin, cout):
@@ -89,7 +87,7 @@ def sample(num=30):
 def named_strata(net, x):
     names = {module: name for name, module in net.named_modules()}
     norms = [m for m in names if isinstance(m, BatchlessNorm1d | BatchlessNorm2d)]
-    return [[names[n] for n in stratum] for stratum in find_strata(net.eval(), norms, x).strata]
+    return [[names[n] for n in stratum] for stratum in find_strata(net.eval(), norms, x)]
 
 
 def inputs_of(net, x):
@@ -117,24 +115,24 @@ def check_statistics(net, x, only_first=()):
         torch.testing.assert_close(norm.std.detach(), variance.sqrt(), rtol=1e-12, atol=0, msg=name)
 
 
-@pytest.mark.parametrize(("passes", "cache"), WAYS)
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("split", [1, 7, 64])
-def test_branches_are_observed_together_and_equal_the_whole_sample(split, passes, cache):
-    """Parallel branches are one stratum; statistics are the whole sample's to 1e-12 for any split, passes and cache."""
+def test_branches_are_observed_together_and_equal_the_whole_sample(split, passes):
+    """Parallel branches are one stratum; statistics are the whole sample's to 1e-12 for any split and passes."""
     net, x = double(Branches()), sample()
     assert named_strata(net, x[:1]) == BRANCH_STRATA
     net.train()
-    assert initialize_statistics(net, lambda: x.split(split), passes=passes, cache=cache) == []
+    assert initialize_statistics(net, lambda: x.split(split), passes=passes) == []
     assert net.training
     check_statistics(net, x)
 
 
-@pytest.mark.parametrize(("passes", "cache"), WAYS)
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("kind", ["parallel", "later", "itself", "circle"])
-def test_a_norm_at_several_places_sees_all_inputs_that_do_not_need_it(kind, passes, cache):
+def test_a_norm_at_several_places_sees_all_inputs_that_do_not_need_it(kind, passes):
     """All uses count where they can; where the output comes back into the norm, those whose inputs are settled."""
     net, x = double(Shared(kind)), sample()
-    initialize_statistics(net, lambda: x.split(7), passes=passes, cache=cache)
+    initialize_statistics(net, lambda: x.split(7), passes=passes)
     check_statistics(net, x, {"itself": ("norm",), "circle": ("norm",)}.get(kind, ()))
 
 
@@ -162,9 +160,8 @@ def test_dependencies_through_numbers_and_in_place_writes_are_seen():
     assert named_strata(net, sample(1)) == [["first", "second"], ["third"]]
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_forwards_end_at_the_stratum(cache):
-    """Without cache a forward ends at its stratum's last norm; with it, no module runs twice on an image."""
+def test_forwards_end_at_the_stratum():
+    """A forward ends at its stratum's last norm."""
     net, x = double(Branches()), sample(8)
     images = dict.fromkeys(("stem.0", "left.1.0", "dense.0", "head"), 0)
 
@@ -173,17 +170,16 @@ def test_forwards_end_at_the_stratum(cache):
 
     for name in images:
         net.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: count(name, args))
-    initialize_statistics(net, lambda: x.split(3), cache=cache)
-    expected = {"stem.0": 8, "left.1.0": 8, "dense.0": 8, "head": 8}
-    if not cache:  # `down` of the second stratum runs last; it, the third, fourth and fifth run the stem
-        expected = {"stem.0": 40, "left.1.0": 32, "dense.0": 24, "head": 8}
+    initialize_statistics(net, lambda: x.split(3))
+    # `down` of the second stratum runs last; it, the third, fourth and fifth run the stem
+    expected = {"stem.0": 40, "left.1.0": 32, "dense.0": 24, "head": 8}
     assert images == {name: number + 1 for name, number in expected.items()}  # one image shows the strata
 
 
 @pytest.mark.parametrize("where", ["network", "sample", "interrupt"])
-def test_failures_leave_no_thread_and_no_hook(where):
-    """Whatever a forward or the sample raises comes out; threads are joined, hooks and modes are as before."""
-    net, calls, threads = double(Branches()), 0, threading.enumerate()
+def test_failures_leave_no_hook(where):
+    """Whatever a forward or the sample raises comes out; hooks and modes are as before."""
+    net, calls = double(Branches()), 0
 
     def fail(*_):
         nonlocal calls
@@ -201,55 +197,10 @@ def test_failures_leave_no_thread_and_no_hook(where):
         net.dense.register_forward_pre_hook(fail)
     net.left.eval()
     with pytest.raises(KeyboardInterrupt if where == "interrupt" else ValueError):
-        initialize_statistics(net, micro_batches, cache=True) or initialize_statistics(net, micro_batches, cache=True)
-    assert threading.enumerate() == threads
+        initialize_statistics(net, micro_batches)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules() if m is not net.dense)
     assert net.training
     assert not net.left.training
-
-
-def test_micro_batches_that_part_ways_are_refused_with_cache():
-    """Cached forwards must wait at the same norm: RuntimeError names the way out."""
-    net, threads = double(Shared("parallel")), threading.enumerate()
-    net.forward = lambda x: net.norm(net.a(x)) if len(x) > 1 else net.other(net.b(x))
-    with pytest.raises(RuntimeError, match="cache=False"):
-        initialize_statistics(net, lambda: sample(4).split(3), cache=True)
-    assert threading.enumerate() == threads
-
-
-def test_more_waiting_forwards_than_threads_are_refused(monkeypatch):
-    """A thread for each micro-batch and OpenMP helper, up to a bound; beyond it ValueError, and none is left."""
-    threads = threading.enumerate()
-    monkeypatch.setattr("bln_train.norm.calibrate.initialize.MAX_THREADS", 3)
-    with pytest.raises(ValueError, match="use larger micro-batches"):
-        initialize_statistics(double(Branches()), lambda: sample(4).split(1), cache=True)
-    assert threading.enumerate() == threads
-    with pytest.raises(UsageError, match="use larger micro-batches"):
-        build_experiment(tiny_recipe(norm={**TINY["norm"], "init_cache": True}, train__eval_batch_size=1))
-
-
-def test_waiting_forwards_leave_the_device_and_come_back():
-    """Moved out and back, storages and the views of them are the same; weights and the caller's input never move."""
-    net, x = double(Branches()), sample(3)
-    with torch.no_grad():
-        expected = net.eval()(x)
-    outputs = []
-    forward = PausedForward(lambda y: outputs.append(net(y)), x)
-    net.dense.register_forward_pre_hook(lambda m, args: forward.wait(m, args[0]))
-    try:
-        forward.resume()
-        assert forward.norm is net.dense
-        held = forward.input
-        forward.to_host()
-        assert held.untyped_storage().nbytes() == 0
-        assert x.untyped_storage().nbytes()
-        assert all(p.untyped_storage().nbytes() for p in net.parameters())
-        forward.to_device()
-        forward.resume()
-        assert forward.norm is None
-    finally:
-        forward.end()
-    assert torch.equal(outputs[0], expected)
 
 
 def test_two_passes_are_the_stable_ones():
@@ -278,53 +229,43 @@ def test_what_cannot_be_initialised_is_refused():
         initialize_statistics(net, lambda: [torch.randn(2, 3, 5, 5)])
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_constant_channels_are_floored_and_named(cache):
+def test_constant_channels_are_floored_and_named():
     """A channel without variance gets std = eps, its layer is named; BatchNorm's gets variance 0."""
     net = nn.Sequential(nn.Conv2d(3, 2, 1), BatchlessNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
     nn.init.zeros_(net[0].weight)
-    assert initialize_statistics(net, lambda: [torch.randn(4, 3, 5, 5)], cache=cache) == ["1", "3"]
+    assert initialize_statistics(net, lambda: [torch.randn(4, 3, 5, 5)]) == ["1", "3"]
     assert torch.allclose(net[1].std, torch.tensor(1e-3))
     assert float(net[3].running_var.max()) == 0
 
 
-def test_autocast_reaches_waiting_forwards():
-    """Under autocast the cached and the plain way see the same, lower precision."""
-    x = sample().float()
-    nets = [double(Branches()).float() for _ in range(2)]
-    with torch.autocast("cpu", torch.bfloat16):
-        for net, cache in zip(nets, (False, True), strict=True):
-            initialize_statistics(net, lambda: x.split(7), cache=cache)
-    plain, cached = (net.state_dict() for net in nets)
-    assert all(torch.equal(plain[key], cached[key]) for key in plain)
-    exact = copy.deepcopy(nets[0])
-    initialize_statistics(exact, lambda: x.split(7))
-    assert not torch.equal(exact.stem[1].mean, nets[0].stem[1].mean)
+def trained(parametrization, share, **settings):
+    """Three norms with statistics far from their inputs' and weights of every kind."""
+    settings = {"parametrization": parametrization, "share": share, "eps": 1e-2, **settings}
+    net = double(
+        nn.Sequential(conv(3, 6), BatchlessNorm2d(6, **settings), nn.ReLU(), conv(6, 6), BatchlessNorm2d(6, **settings),
+                      nn.Flatten(), nn.Linear(216, 4, bias=False), BatchlessNorm1d(4, **settings))
+    )  # fmt: skip
+    for norm in (net[1], net[4], net[7]):
+        norm.set_statistics(torch.randn_like(norm.mean), 0.3 + torch.rand_like(norm.mean))
+        for tensor in (norm.weight, norm.bias):
+            nn.init.normal_(tensor)
+        norm.weight.data[0] = 0.0
+        norm.weight.data[1] = -1e-9
+    return net
 
 
-def test_a_recipe_initialises_in_one_evaluation_the_same_to_the_bit():
-    """`norm.init_cache` changes the work, not the result."""
-    norm = {**TINY["norm"], "init_images": 20}
-    plain, cached = (
-        build_experiment(tiny_recipe(norm={**norm, "init_cache": cache}, train__micro_batch_size=2)).model.state_dict()
-        for cache in (False, True)
-    )
-    assert all(torch.equal(plain[key], cached[key]) for key in plain)
-
-
-@pytest.mark.parametrize(
-    ("norm", "message"),
-    [
-        ({"reestimate_images": 8}, "set model.init"),
-        ({"init_cache": True, "init_images": 0}, "nothing to initialise"),
-    ],
-)
-def test_a_recipe_refuses_what_would_do_nothing(norm, message):
-    """Every setting acts, or is an error."""
-    with pytest.raises(ValidationError, match=message):
-        tiny_recipe(norm={"name": "batchless", **norm})
-    model = {"name": "torchvision:resnet18", "init": "x.pth"}
-    with pytest.raises(ValidationError, match="nothing is initialised from images"):
-        tiny_recipe(model=model, norm={"name": "batchless", "init_cache": True})
-    recipe = tiny_recipe(model=model, norm={"name": "batchless", "reestimate_images": 8})
-    assert Recipe.model_validate(recipe.untrained().model_dump()).norm.reestimate_images == 0
+@pytest.mark.parametrize("gauge", [True, False])
+@pytest.mark.parametrize("share", ["channel", "layer"])
+def test_likelihood_at_inference_is_trainings(gauge, share):
+    """Over the same images, each layer's nll in eval mode is what `update` reports of a training forward, for any split."""
+    net, x = trained("abs", share, gauge=gauge), sample()
+    kept = copy.deepcopy(net.state_dict())
+    with layer_likelihoods(net.eval()) as found:
+        for part in x.split(7):
+            net(part)
+    assert all(torch.equal(kept[key], value) for key, value in net.state_dict().items())
+    statistics = BatchlessStatistics(net)
+    statistics.begin(None)
+    ((net.train()(x).sum() + statistics.nll()) / len(x)).backward()
+    expected = dict(zip(statistics.layers, statistics.update(len(x)).tolist(), strict=True))
+    assert found == pytest.approx(expected, rel=1e-10)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from bln_train.build.experiment import build_experiment
-from bln_train.errors import BlnError
 from bln_train.experiments.sweep import measure_saved_bytes
 from bln_train.models.build import build_model, norm_factory
 from bln_train.norm import (
@@ -22,7 +21,6 @@ from bln_train.norm import (
     fold_once,
     folded_layers,
     fuse,
-    reestimate_statistics,
     unfuse,
 )
 from bln_train.norm.kernels.feedback import regression
@@ -232,15 +230,12 @@ def test_low_precision_is_close():
 
 
 def test_trained_weights_have_no_groups():
-    """With model.init a network computes what it was trained to: auto has none, and no scale takes up new statistics."""
+    """With model.init a network computes what it was trained to: auto has none."""
     recipe = load_recipe("finetune_resnet50")
     assert recipe.norm.name == "batchless"
     assert recipe.channel_groups == recipe.untrained().channel_groups == 0
     assert load_recipe("finetune_resnet50", ["norm=batch"]).untrained().with_norm("batchless").channel_groups == 0
     assert load_recipe("quickstart", ["norm=batch"]).untrained().with_norm("batchless").channel_groups == 8
-    assert load_recipe("finetune_resnet50", ["norm.reestimate_images=8"])
-    with pytest.raises(BlnError, match=r"norm\.reestimate_images=8: no scale in front of channel_groups"):
-        load_recipe("finetune_resnet50", ["norm.reestimate_images=8", "norm.channel_groups=8"])
 
 
 @pytest.mark.parametrize(
@@ -270,15 +265,6 @@ def test_groups_need_statistics_of_each_channel():
     """Refused and not ignored."""
     with pytest.raises(ValueError, match="share: the correction under channel_groups"):
         tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "share": "layer"})
-
-
-def test_nothing_takes_up_new_statistics():
-    """Re-estimation needs a scale behind the statistics: it says so, and changes nothing."""
-    model = resnet8(8).eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="nothing can take up a change"):
-        reestimate_statistics(model, lambda: [torch.randn(2, 3, 32, 32)])
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_groups_of_one_value_are_refused():

@@ -148,10 +148,6 @@ BAD_RECIPES = {
         text_of(norm="norm:\n  name: batchless\n  nll_weight: 2"),
         ["r.yaml:5: norm.nll_weight: natural statistics do not depend on it"],
     ),
-    "of an earlier version": (
-        text_of(norm="norm:\n  name: batchless\n  probe_gain: 0.25"),
-        ["r.yaml:5: norm.probe_gain: is no setting any more, the statistics follow in full"],
-    ),
     "ignored by frozen statistics": (
         text_of(norm="norm:\n  name: batch-frozen\n  momentum: 0.2"),
         ["r.yaml:5: norm.momentum: batch-frozen does not use it"],

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from bln_train.cli.app import app
 from bln_train.errors import RunFolderError, UsageError
+from bln_train.report.charts import Bar, Series, band_chart, bar_chart, line_chart
 from bln_train.report.document import write_report
+from bln_train.report.sheet import sheet
 from bln_train.report.source import read_sources
-from bln_train.report.svg import Bar, Series, band_chart, bar_chart, line_chart
+from bln_train.report.svg import Axis
 from bln_train.system.units import format_bytes
 
 
@@ -207,11 +209,14 @@ def test_memory_timeline(tmp_path, monkeypatch):
     """memory --timeline draws a file, puts each cell's timeline into memory.json and the report, and leaves the CSV as it is."""
     monkeypatch.chdir(tmp_path)
     command = "memory quickstart --norm none,batchless --micro-batch 2 --effective-batch 4 --repeats 1 --out swept --device cpu"
-    picture = tmp_path / "new" / "t.png"
+    picture = tmp_path / "new" / "t.svg"
     result = CliRunner().invoke(app, [*command.split(), "--timeline", str(picture)], catch_exceptions=False)
     assert result.exit_code == 0
     assert str(picture) in result.stdout.replace("\n", "")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    texts = [element.text or "" for element in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+    for norm in ("none", "batchless"):
+        assert f"One optimizer step: {norm}, micro-batch 2 of 4" in texts
+    assert sum(text.startswith("peak, ") for text in texts) == 2
     rows = json.loads((tmp_path / "swept" / "memory.json").read_text())["rows"]
     for row in rows:
         values = zip(
@@ -231,8 +236,8 @@ def test_memory_timeline(tmp_path, monkeypatch):
 
 def test_timelines_that_cannot_be_drawn_are_refused_before_anything_is_measured(tmp_path):
     """Too many panels, or a file of another kind: exit code 2 with the way out."""
-    for arguments, words in (([], "cells are more than 12 panels"), (["--norm", "none"], "is no .png file")):
-        place = tmp_path / ("t.png" if not arguments else "t.jpg")
+    for arguments, words in (([], "cells are more than 12 panels"), (["--norm", "none"], "is no .svg file")):
+        place = tmp_path / ("t.svg" if not arguments else "t.jpg")
         result = CliRunner().invoke(app, ["memory", *arguments, "--out", str(tmp_path / "m"), "--timeline", str(place)])
         assert isinstance(result.exception, UsageError)
         assert words in result.exception.problem
@@ -248,7 +253,7 @@ def test_cuda_snapshots_are_written(tmp_path, monkeypatch):
     command = (
         "memory quickstart --norm batchless --micro-batch 2 --effective-batch 8 --repeats 1 --out swept --device cuda"
     )
-    result = CliRunner().invoke(app, [*command.split(), "--timeline", "t.png"], catch_exceptions=False)
+    result = CliRunner().invoke(app, [*command.split(), "--timeline", "t.svg"], catch_exceptions=False)
     assert result.exit_code == 0
     snapshot = pickle.loads((tmp_path / "t-batchless-micro2-effective8.pickle").read_bytes())
     events = [event for trace in snapshot["device_traces"] for event in trace]
@@ -261,16 +266,20 @@ def test_cuda_snapshots_are_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "values", [(1e299, 1e299), (0.0, 0.0), (5.0,), (-1e-300, 1e-300), (-1e299, 1e299), (), (3.0, math.nan)]
 )
-@pytest.mark.parametrize("log", [False, True])
-def test_drawings_of_any_numbers_are_well_formed(values, log):
+@pytest.mark.parametrize("base", [0, 2, 10])
+def test_drawings_of_any_numbers_are_well_formed(values, base):
     """Equal, huge, tiny, single, absent: XML that parses, every number in it finite, whatever text is in the labels."""
     points = [(2.0**n, value) for n, value in enumerate(values)]
     drawings = [
-        line_chart("<t>&'\"", [Series("]]>", points)], x_label="x", y_label="<y>", log2_x=log, level=(0.0, "<l>")),
+        line_chart("<t>&'\"", [Series("]]>", points)], Axis("x", log=base), Axis("<y>"), level=(0.0, "<l>")),
+        line_chart("t", [Series("s", points, [(y, 2 * y) for _, y in points], shaded=True)], Axis("x"),
+                   Axis("y", log=10, limits=(0.1, 10.0)), legend=False),
+        line_chart("t", [Series("s", points, [(y, math.inf) for _, y in points])], Axis("x"), Axis("y", from_zero=True)),
         bar_chart("t", [Bar("<b>", [abs(v) for _, v in points if v == v], "-")], ("<p>", "q"), x_label="x"),
-        band_chart("t", [(abs(v), abs(v), abs(v)) for _, v in points if v == v] or [(1.0, 1.0, 1.0)], x_label="x", y_label="y",
-                   level=(1.0, "l"), key="k", log=log),
+        band_chart("t", [(abs(v), abs(v), abs(v)) for _, v in points if v == v] or [(1.0, 1.0, 1.0)], Axis("x"),
+                   Axis("y", log=base), level=(1.0, "l"), key="k"),
     ]  # fmt: skip
     for drawing in drawings:
-        ElementTree.fromstring(drawing)
-        assert re.search(r"[\"\s,(](nan|inf)", drawing) is None
+        for text in (str(drawing), sheet("\x01\ud800<t>", [("<h>", drawing), ("", drawing)], columns=2)):
+            ElementTree.fromstring(text)
+            assert re.search(r"[\"\s,(](nan|inf)", text) is None

@@ -116,14 +116,11 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path, left_at):
     assert [r.step for r in records if isinstance(r, StepRecord)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_older_run_goes_on_with_it(tmp_path):
-    """A run folder from before there was `logging` goes on, and its board begins with the first step; a new run clears it."""
+def test_a_run_without_a_board_goes_on_with_one(tmp_path):
+    """A run that had none goes on with a board that begins with the first step; a new run clears it."""
     folder = RunFolder(tmp_path / "run")
     run(recipe(train__max_steps=3, logging__tensorboard=False), folder, name="tiny")
     assert not folder.event_files()
-    written_out = yaml.safe_load((folder.path / "recipe.yaml").read_text())
-    del written_out["logging"]
-    (folder.path / "recipe.yaml").write_text(yaml.safe_dump(written_out))
     longer = recipe()
     folder.check_usable(longer, resume=True)
     run(longer, folder, name="tiny", resume=True)
@@ -159,7 +156,7 @@ def test_nothing_is_imported_where_it_is_off(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
     program = (
         "import sys; from bln_train.cli.app import app; app(['run', 'r.yaml', '--out', 'run', '--json'], standalone_mode=False);"
-        "assert not [name for name in sys.modules if 'tensorboard' in name]"
+        "assert not [name for name in sys.modules if 'tensorboard' in name and not name.startswith('bln_train')]"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
     assert not RunFolder(tmp_path / "run").event_files()

@@ -8,6 +8,12 @@ from torch import nn
 
 from bln_train.train.check_state import check_counts, check_optimizer, check_rng, check_sums, check_tensors
 
+COUNTS = {"micro_batch_size": 1, "asked_micro_batch_size": 1, "skipped": [0, 0]}
+
+
+def counts(changes):
+    check_counts(COUNTS | changes)
+
 
 def make_optimizer(kind):
     """An optimizer with state over two parameters."""
@@ -92,11 +98,15 @@ def test_tensors_of_another_network_are_refused(given, message):
         (lambda sums: check_sums(sums, 10), {"images": 5, "correct": -1}, "not those of one"),
         (lambda sums: check_sums(sums, 10), {"timed_seconds": -1.0}, "not those of one"),
         (lambda sums: check_sums(sums, 10), {"loss": math.inf}, "no numbers"),
-        (check_counts, {"micro_batch_size": 0}, "not one of 1 to 1"),
-        (check_counts, {"micro_batch_size": 4, "asked_micro_batch_size": 2}, "not one of 1 to 2"),
-        (check_counts, {"micro_batch_size": True}, "not a count"),
-        (check_counts, {"skipped": [1]}, "not two"),
-        (check_counts, {"skipped": [-1, 0]}, "not a count"),
+        (counts, {"micro_batch_size": 0}, "not one of 1 to 1"),
+        (
+            lambda counts: check_counts({**COUNTS, **counts}),
+            {"micro_batch_size": 4, "asked_micro_batch_size": 2},
+            "not one of 1 to 2",
+        ),
+        (counts, {"micro_batch_size": True}, "not a count"),
+        (counts, {"skipped": [1]}, "not two"),
+        (counts, {"skipped": [-1, 0]}, "not a count"),
         (lambda rng: check_rng(torch.get_rng_state(), rng), torch.zeros(3, dtype=torch.uint8), r"\(3,\)"),
         (lambda rng: check_rng(torch.get_rng_state(), rng), torch.get_rng_state().float(), "float32"),
     ],

@@ -236,14 +236,14 @@ def test_comparison_shows_the_best_epochs(cells, tmp_path, capsys):
     assert "2-4" in printed
     names = ["accuracy", "peak_memory", "validation_loss", "validation_accuracy"]
     assert [path.stem for path in plot_comparison(tmp_path, rows, "cpu")] == names
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in names)
+    assert all(b"<polyline" in (tmp_path / f"{name}.svg").read_bytes() for name in names)
 
 
 def test_without_a_split_a_comparison_is_as_before(cells, tmp_path, capsys):
-    """Summaries without validation figures, an earlier version's among them: no second table, no further plots."""
+    """Summaries without validation figures: no second table, no further plots."""
     for cell in cells[:-1]:
         summary = cell.folder.summary()
-        cell.folder.finish({key: value for key, value in summary.items() if "validation" not in key})
+        cell.folder.finish({key: None if "validation" in key else value for key, value in summary.items()})
     rows = compare.rows(cells)
     assert rows[0]["best_validation_loss_mean"] is None
     assert rows[0]["best_validation_loss_by_run"] == []

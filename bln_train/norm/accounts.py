@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from bln_train.norm.batchless import _BatchlessNorm
+from torch import Tensor, nn
 
 
 class Account:
@@ -58,16 +55,24 @@ class Account:
         self.nll = nll if self.nll is None else self.nll + nll
 
 
+class HasAccount(Protocol):
+    """A layer as this file sees it."""
+
+    account: Account
+    num_features: int
+    mean: nn.Parameter
+
+
 _NUM_COUNTS = 4
 
 
-def counts_of(layers: Sequence[_BatchlessNorm]) -> list[int]:
+def counts_of(layers: Sequence[HasAccount]) -> list[int]:
     """Of each layer: images, positions of them, positions of the probe's images, and whether a relu follows."""
     accounts = [layer.account for layer in layers]
     return [n for a in accounts for n in (a.num_images, a.num_positions, a.num_watched, int(a.shows_relu))]
 
 
-def watched_sums(layers: Sequence[_BatchlessNorm]) -> list[Tensor]:
+def watched_sums(layers: Sequence[HasAccount]) -> list[Tensor]:
     """Of each layer the sums over the probe's images, (4, C), in units of its input; zeros where it saw none of them.
 
     To be added up in place. A layer whose account watched in another unit is converted: only who saw an image knows the unit.
@@ -84,7 +89,7 @@ def watched_sums(layers: Sequence[_BatchlessNorm]) -> list[Tensor]:
     return [layer.account.watched for layer in layers if layer.account.watched is not None]
 
 
-def set_counts(layers: Sequence[_BatchlessNorm], counts: Sequence[int]) -> None:
+def set_counts(layers: Sequence[HasAccount], counts: Sequence[int]) -> None:
     """Put the sums of `counts_of` in the place of each layer's own counts."""
     for n, layer in enumerate(layers):
         account, own = layer.account, counts[n * _NUM_COUNTS : (n + 1) * _NUM_COUNTS]

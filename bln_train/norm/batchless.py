@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
 from bln_train.norm.balance import BalanceRow, begin_balance
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchnorm_state import holds_batchnorm, take_batchnorm
 from bln_train.norm.functional import Parametrization, batchless_norm, raw_from_std, std_from_raw, sums_about
 from bln_train.norm.loop_checks import USE_PROCESSES, check_forward
@@ -17,7 +18,7 @@ from bln_train.norm.probe import Following, settle_following
 from bln_train.norm.update import update_layers
 
 
-class _BatchlessNorm(nn.Module):
+class _BatchlessNorm(LikelihoodNorm):
     """Normalise each channel by a learned mean and standard deviation, for any number of images, down to one.
 
         out = weight * (x - mean) / std + bias
@@ -59,7 +60,6 @@ class _BatchlessNorm(nn.Module):
     """
 
     _version = 1
-    _dims: tuple[int, ...] = ()
 
     correction: Tensor | None
     balance: Tensor | None
@@ -158,6 +158,11 @@ class _BatchlessNorm(nn.Module):
         """Standard deviation, (C,) or (1,), in units of the input."""
         return std_from_raw(self.raw_std, self.parametrization, self.eps)
 
+    @property
+    def largest_std(self) -> float:
+        """The standard deviation that no parameter can reach."""
+        return 1 / self.eps if self.parametrization == "inv" else super().largest_std
+
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set mean and standard deviation, (C,) or (1,) each; the standard deviation is floored at eps."""
@@ -178,13 +183,6 @@ class _BatchlessNorm(nn.Module):
         else:
             scale, shift = self.affine_map()
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
-
-    def affine_map(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift per channel, (C,) or (1,) each, that the layer applies outside training."""
-        scale = self.std.detach().reciprocal()
-        scale = scale if self.weight is None else self.weight * scale
-        shift = -self.mean.detach() * scale
-        return scale, shift if self.bias is None else self.bias + shift
 
     def watch(
         self, num_images: int, num_positions: int, unit: Tensor | None = None, shows_relu: bool = False
@@ -213,11 +211,7 @@ class _BatchlessNorm(nn.Module):
             begin_balance([self], None)
 
     def _check_input(self, x: Tensor, *, trains: bool) -> None:
-        fits = x.dim() in self._dims and x.shape[1] == self.num_features
-        if not fits or (x.numel() == 0 and (trains or len(x))):
-            dims = " or ".join(f"{d}-dimensional" for d in self._dims)
-            raise ValueError(f"{type(self).__name__}({self.num_features}) takes {dims} input, not empty, with {self.num_features} "
-                             f"channels on axis 1, got shape {tuple(x.shape)}")  # fmt: skip
+        super()._check_input(x, trains=trains)
         if len(x):
             self._check_groups(x.numel() // (x.shape[0] * x.shape[1]))
 
@@ -274,7 +268,7 @@ class _BatchlessNorm(nn.Module):
 
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
-        self.account = Account()
+        super().discard()
         begin_balance([self], None)
         self.old_moments = None
         self.drop_gradients()
@@ -291,11 +285,6 @@ class _BatchlessNorm(nn.Module):
         if self.affine or self.weight is None or self.bias is None:
             return natural
         return [*natural, self.weight, self.bias]
-
-    @property
-    def weight_version(self) -> int:
-        """Changes whenever an optimizer moves the layer's weight; see `Account`."""
-        return (self.mean if self.weight is None else self.weight)._version
 
     def _replicate_for_data_parallel(self) -> Any:
         raise RuntimeError(f"nn.DataParallel cannot share the statistics of {type(self).__name__}: {USE_PROCESSES}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
 from bln_train.norm.balance import begin_balance
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.dropout import InstanceDropout, begin_masks, first_masks_again, go_on_with_masks
 from bln_train.norm.loop_checks import USE_PROCESSES, LoopChecks
@@ -48,9 +49,10 @@ class BatchlessStatistics:
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
                 raise ValueError(f"{type(module).__name__} cannot share batchless statistics: {USE_PROCESSES}")
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchlessNorm)}
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, LikelihoodNorm)}
+        self._followers = {name: m for name, m in self.layers.items() if isinstance(m, _BatchlessNorm)}
         self._dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
-        self._checks = LoopChecks(self.layers)
+        self._checks = LoopChecks(self.layers, self._followers)
 
     @property
     def natural_parameters(self) -> list[nn.Parameter]:
@@ -60,7 +62,8 @@ class BatchlessStatistics:
     @property
     def gradient_parameters(self) -> list[nn.Parameter]:
         """Means and raw_stds that belong into the optimizer."""
-        return [p for m in self.layers.values() if m.statistics == "gradient" for p in (m.mean, m.raw_std)]
+        natural = {id(parameter) for parameter in self.natural_parameters}
+        return [p for m in self.layers.values() for p in (m.mean, m.raw_std) if id(p) not in natural]
 
     def nll(self) -> Tensor | float:
         """Sum of the layers' negative log likelihoods of the last forward's images, (); to be added to a summed loss.
@@ -104,7 +107,11 @@ class BatchlessStatistics:
             self.discard()
             raise
         self._checks.reset()
-        return update_layers(list(self.layers.values()), num_images, run) if self.layers else None
+        nll = {layer: layer.update(num_images) for name, layer in self.layers.items() if name not in self._followers}
+        followers = list(self._followers.values())
+        if followers:
+            nll |= dict(zip(followers, update_layers(followers, num_images, run).unbind(0), strict=True))
+        return torch.stack([nll[layer] for layer in self.layers.values()]) if nll else None
 
     def discard(self) -> None:
         """Forget a half-done effective batch."""
@@ -131,7 +138,7 @@ class BatchlessStatistics:
 
     def begin_part(self, num_images: int | None) -> None:
         """Begin a part of the effective batch whose correction is balanced by itself, of `num_images`; see norm/balance.py."""
-        begin_balance(self.layers.values(), num_images)
+        begin_balance(self._followers.values(), num_images)
 
     def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
         """After the step run `forward(*inputs)`, a call of the network in training mode on the images that were watched.
@@ -142,7 +149,7 @@ class BatchlessStatistics:
             RuntimeError: `update` was not called, the network is in eval mode, or the images are not as many as were watched.
         """
         self._checks.follow()
-        layers = list(self.layers.values())
+        layers = list(self._followers.values())
 
         def kind() -> tuple[Hashable, ...]:
             old = [moment for layer in layers for moment in layer.old_moments or (None, None)]
@@ -155,7 +162,7 @@ class BatchlessStatistics:
     @torch.no_grad()
     def _follow(self, forward: Callable[[], object]) -> list[tuple[Tensor, Tensor] | None]:
         """Returns what is left of each layer's `old_moments`."""
-        layers = list(self.layers.values())
+        layers = list(self._followers.values())
         try:
             prepare_following(layers)
             with first_masks_again(self._dropouts), self._checks.following():

@@ -253,8 +253,6 @@ def test_trained_weights_have_no_groups():
         ({"name": "batchless-plain", "channel_groups": 2}, 2),
         ({"name": "batchless-paper"}, 0),
         ({"name": "group"}, 0),
-        ({"statistics": "gradient"}, 0),
-        ({"share": "layer"}, 0),
         ({"correction_mode": "imputed"}, 0),
     ],
 )
@@ -273,8 +271,6 @@ def test_nothing_is_imputed():
         assert tiny_recipe(norm={"name": name}).norm.correction_mode == "exact"
     with pytest.raises(ValueError, match="correction_mode: with channel_groups"):
         tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "correction_mode": "imputed"})
-    with pytest.raises(ValueError, match="share: the correction under channel_groups"):
-        tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "share": "layer"})
 
 
 def test_nothing_takes_up_new_statistics():

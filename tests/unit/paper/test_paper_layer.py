@@ -22,6 +22,7 @@ from bln_train.norm import (
     merge_norms,
 )
 from bln_train.norm.base import LikelihoodNorm
+from bln_train.norm.convert.layers import copy_batchnorm
 from bln_train.paper.layer import PaperNorm, PaperNorm1d, PaperNorm2d, raw_from_std, std_from_raw, std_slope
 from bln_train.train.health import layer_health, layer_records
 
@@ -258,6 +259,29 @@ def test_what_handles_norms_handles_this_one(share):
     torch.testing.assert_close(batch(x), expected, rtol=1e-10, atol=1e-10)
     assert len(merge_norms(merged).merged) == 3
     torch.testing.assert_close(merged(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trained_batchnorm_keeps_its_function(form):
+    """Its statistics become the layer's; a standard deviation that the layer cannot store, or one pair for all, is refused."""
+    batch = nn.BatchNorm2d(3).double()
+    for tensor in (*batch.parameters(), batch.running_mean):
+        nn.init.normal_(tensor)
+    batch.running_var.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    norm, x = (
+        PaperNorm2d(3, parametrization=form, eps=EPS).double().eval(),
+        torch.randn(2, 3, 4, 4, dtype=torch.float64),
+    )
+    copy_batchnorm(batch, norm)
+    torch.testing.assert_close(norm(x), batch.eval()(x), rtol=1e-12, atol=1e-12)
+    for variance, settings, what in (
+        (1e-6, {}, "norm.eps is 0.05, above a trained"),
+        (500.0, {"parametrization": "inv"}, "norm.eps is 0.05, which bounds standard deviations by 20"),
+        (1.0, {"share": "layer"}, "norm.share: a trained BatchNorm"),
+    ):
+        batch.running_var.fill_(variance)
+        with pytest.raises(ValueError, match=what):
+            copy_batchnorm(batch, PaperNorm2d(3, eps=EPS, **settings).double())
 
 
 def test_both_layers_in_one_network():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
 from bln_train.norm.base import LikelihoodNorm
-from bln_train.norm.loop_checks import check_forward
+from bln_train.norm.loop_checks import USE_PROCESSES, check_forward
 
 Parametrization = Literal["log", "abs", "inv"]
 
@@ -186,6 +186,9 @@ class PaperNorm(LikelihoodNorm):
         self.second_moment = excess + 1
         nll = excess.mean() / 2
         return nll if self.gauge else nll + 0.5 + std.log().mean()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(f"nn.DataParallel cannot share the statistics of {type(self).__name__}: {USE_PROCESSES}")
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""

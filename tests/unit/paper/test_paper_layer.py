@@ -341,6 +341,8 @@ def test_arguments_and_shapes_are_checked():
     for x in (torch.zeros(2, 3), torch.zeros(2, 4, 5, 5), torch.zeros(0, 3, 5, 5)):
         with pytest.raises(ValueError, match=r"PaperNorm2d\(3\) takes 4-dimensional input"):
             PaperNorm2d(3)(x)
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel cannot share the statistics of PaperNorm2d"):
+        PaperNorm2d(3)._replicate_for_data_parallel()
     assert "3, parametrization=inv, share=layer" in repr(PaperNorm2d(3, parametrization="inv", share="layer"))
 
 

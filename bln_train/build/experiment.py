@@ -24,6 +24,7 @@ from bln_train.norm.kernels.library import why_not_compiled
 from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import resolve
 from bln_train.recipe.sections import CosineSection, SgdSection, StepSection
@@ -239,7 +240,7 @@ def build_network(
     """
     section = recipe.norm
     settings: dict[str, Any] = {}
-    name = section.name
+    name: str = section.name
     if isinstance(section, BatchlessNormSection):
         name = "batchless"  # the presets are one layer
         of_the_run = {
@@ -252,8 +253,11 @@ def build_network(
         }
         settings = section.model_dump(exclude=of_the_run)
         settings |= {"channel_groups": recipe.channel_groups}
-        if section.statistics == "gradient":
-            settings.pop("statistics_rate")  # the optimizer's business
+    elif isinstance(section, PaperNormSection):
+        name = "paper"
+        settings = section.model_dump(
+            exclude={"name", "statistics_rate", "init_images"}
+        )  # the optimizer's and the run's business
     elif isinstance(section, GroupNormSection):
         settings = {"num_groups": section.num_groups}
     elif isinstance(section, BatchNormSection):
@@ -331,7 +335,7 @@ def _notices_of_trained_weights(recipe: Recipe) -> Iterator[str]:
         if bound is None
         else f"a gradient norm of at most {bound:g} (optimizer.clip_norm)"
     )
-    if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.statistics == "natural":
+    if isinstance(recipe.norm, BatchlessNormSection):
         text = (
             f"statistics that keep to the trained ones (norm.statistics_rate {recipe.norm.statistics_rate:g}) and follow the "
             f"weights by the probe, {text}"
@@ -341,7 +345,7 @@ def _notices_of_trained_weights(recipe: Recipe) -> Iterator[str]:
 
 def _optimizer(recipe: Recipe, model: nn.Module, statistics: BatchlessStatistics) -> torch.optim.Optimizer:
     section = recipe.optimizer
-    statistics_lr = recipe.norm.statistics_rate if isinstance(recipe.norm, BatchlessNormSection) else None
+    statistics_lr = recipe.norm.statistics_rate if isinstance(recipe.norm, PaperNormSection) else None
     groups = parameter_groups(model, statistics, weight_decay=section.weight_decay, statistics_lr=statistics_lr)
     if isinstance(section, SgdSection):
         settings: dict[str, Any] = {"momentum": section.momentum, "nesterov": section.nesterov}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import shlex
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -28,15 +27,12 @@ from bln_train.cli.options import (
     sizes,
     split,
 )
+from bln_train.cli.paper import paper_app
 from bln_train.cli.recipes import recipes_app
 from bln_train.cli.report import report
 from bln_train.cli.sizes import expand_dots, parse_size
 from bln_train.errors import EXIT_FAILED, EXIT_INTERRUPTED, BlnError, DivergedError, InterruptedRunError, UsageError
 from bln_train.system.launch import launch, refuse_several_processes
-
-if TYPE_CHECKING:
-    from bln_train.recipe.synthetic import SyntheticRecipe
-    from bln_train.runs.folder import RunFolder
 
 app = typer.Typer(
     name="bln-train",
@@ -46,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(paper_app, name="paper")
 
 _FIRST_WORD_SECONDS = 2.0
 
@@ -70,15 +67,12 @@ def run(
     """Train a recipe; the run folder keeps recipe, metrics, checkpoint and summary."""
     from bln_train.console import output, tables
     from bln_train.console.progress import Progress, show_progress
-    from bln_train.recipe.load import load_any_recipe
-    from bln_train.recipe.recipe import Recipe
+    from bln_train.recipe.load import load_recipe
     from bln_train.runs.folder import RunFolder, free_folder, latest_folder
 
-    loaded = load_any_recipe(recipe, overrides(set_, device))
+    loaded = load_recipe(recipe, overrides(set_, device))
     name = Path(recipe).stem
     base = Path("runs") / name
-    if not isinstance(loaded, Recipe):
-        return _run_synthetic(loaded, RunFolder(out or free_folder(base)), recipe, resume=resume, json_=json_)
     if out is None:
         out = (latest_folder(base) or base) if resume else free_folder(base)
     folder = RunFolder(out)
@@ -120,29 +114,6 @@ def run(
         output.print_json({**summary, "folder": str(out)})
     else:
         tables.print_summary(summary, str(out))
-
-
-def _run_synthetic(loaded: SyntheticRecipe, folder: RunFolder, recipe: str, *, resume: bool, json_: bool) -> None:
-    from bln_train.console import output
-
-    refuse_several_processes("a synthetic experiment")
-    if resume:
-        raise UsageError(
-            "--resume: a synthetic experiment keeps no state to go on from",
-            f"Run it from the start: bln-train run {shlex.quote(recipe)}",
-        )
-    folder.check_usable(loaded, resume=False)
-
-    from bln_train.console.progress import show_share
-    from bln_train.console.synthetic import print_synthetic
-    from bln_train.experiments.run_synthetic import run_synthetic  # torch, from here on
-
-    with show_share() as progress:
-        summary = run_synthetic(loaded, folder, name=recipe, progress=progress)
-    if json_:
-        output.print_json({**summary, "folder": str(folder.path)})
-    else:
-        print_synthetic(summary, str(folder.path))
 
 
 @app.command()

@@ -22,6 +22,7 @@ from bln_train.norm.fused.network import unfuse
 from bln_train.plan.micro_batch import planned_advice, settle_micro_batch
 from bln_train.recipe.load import dump_recipe, parse_recipe
 from bln_train.recipe.norms import BatchlessNormSection
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.resolve import as_begun, resolve_batch_sizes
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord, best_validation
@@ -369,7 +370,7 @@ def evaluate_checkpoint(
         UsageError: `layers` of a network whose norms have no likelihood.
     """
     recipe, state = read_checkpoint(path, device, notify)
-    if layers and not isinstance(recipe.norm, BatchlessNormSection):
+    if layers and not isinstance(recipe.norm, BatchlessNormSection | PaperNormSection):
         raise UsageError(f"--layers: norm {recipe.norm.name} has no likelihood; batchless norms have", "Leave it out.")
     experiment = build_experiment(recipe, initialize=False)
     experiment.trainer.load_state_dict(state)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +38,10 @@ from bln_train.norm.convert.state_dicts import (
     state_to_batchless,
 )
 from bln_train.norm.standardize import standardize_weight
+from bln_train.paper.layer import std_from_raw
 from bln_train.recipe.load import parse_recipe
 from bln_train.recipe.norms import BatchlessNormSection
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.runs.checkpoint import FORMAT_KEY, Found, find_checkpoint, load_checkpoint
 from bln_train.runs.checkpoint_files import CHECKPOINT, has_checkpoint
@@ -189,7 +193,7 @@ def _from_run(found: Found) -> _Source:
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
     norm = recipe.norm
-    if norm.name not in ("batch", "batch-frozen") and not isinstance(norm, BatchlessNormSection):
+    if norm.name not in ("batch", "batch-frozen") and not isinstance(norm, BatchlessNormSection | PaperNormSection):
         raise BlnError(f"{file} is of a run with norm {norm.name}, which has no counterpart; nothing was written")
     state = state_dict_in(content, file)
     network = _network(recipe, state)
@@ -205,15 +209,18 @@ def _from_run(found: Found) -> _Source:
             state = groups_as_one_layer(state, recipe.channel_groups)
         except ValueError as error:
             raise CheckpointError(f"{file} does not fit its recipe\n{error}") from error
-    if isinstance(norm, BatchlessNormSection):
+    if isinstance(norm, BatchlessNormSection | PaperNormSection):
         # By way of a BatchNorm with eps 0, which has the function of any form; corrections start anew.
         none = dict.fromkeys(batchless_layers(state), 0.0)
+        form: Callable[[Tensor], Tensor] = torch.exp
+        if isinstance(norm, PaperNormSection):
+            form = partial(std_from_raw, parametrization=norm.parametrization, eps=norm.eps)
         try:
-            state, _ = state_to_batch(state, none, parametrization=norm.parametrization, batchless_eps=norm.eps)
+            state, _ = state_to_batch(state, none, std_from_raw=form)
             state, done = state_to_batchless(state, none)
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged\n{error}") from error
-        if norm.parametrization != "log" or norm.share != "channel":
+        if isinstance(norm, PaperNormSection) and (norm.parametrization, norm.share) != ("log", "channel"):
             before = f"batchless, {norm.parametrization}, per {norm.share}"
             changes += [LayerChange(c.layer, before, "batchless", *c[1:]) for c in done]
     return _Source(state, network, tuple(changes), tuple(found.notices), is_run=True)

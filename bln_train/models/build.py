@@ -15,6 +15,7 @@ from bln_train.models.paper_cnn import PaperCnn
 from bln_train.norm.batchless import BatchlessNorm1d, BatchlessNorm2d
 from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.standardize import StandardizedConv2d
+from bln_train.paper.layer import PaperNorm1d, PaperNorm2d
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -38,13 +39,13 @@ class FrozenBatchNorm1d(nn.BatchNorm1d):
 def norm_factory(
     name: str, *, num_groups: int = 8, momentum: float = 0.1, channel_groups: int = 0, **settings: Any
 ) -> NormFactory:
-    """Factory of norm layers by the field's short name: batch, batch-frozen, group, layer, instance, none, batchless.
+    """Factory of norm layers by the field's short name: batch, batch-frozen, group, layer, instance, none, batchless, paper.
 
     Args:
         num_groups: of `group`, the greatest common divisor with the channels where those do not divide.
         momentum: of `batch`, rate of its running averages.
         channel_groups: of `batchless`, groups of a BatchlessChannelNorm; 0 for none.
-        settings: of `batchless`, the arguments of BatchlessNorm2d.
+        settings: of `batchless` and `paper`, the arguments of BatchlessNorm2d and of PaperNorm2d.
 
     Raises:
         ValueError: `instance` is asked for a dense layer, whose single position has no variance, or groups of one channel are.
@@ -77,6 +78,7 @@ def norm_factory(
         "instance": instance,
         "none": lambda _num_features, _num_axes: nn.Identity(),
         "batchless": with_channels if channel_groups else pick(BatchlessNorm2d, BatchlessNorm1d, **settings),
+        "paper": pick(PaperNorm2d, PaperNorm1d, **settings),
     }
     make = makers[name]
 

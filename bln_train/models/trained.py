@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bln_train.errors import CheckpointError, UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.layers import NormFactory
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchless_channel import BatchlessChannelNorm
 from bln_train.norm.convert.layers import (
     copy_batchnorm,
@@ -86,7 +86,7 @@ def trained_norm(old: Any, norm: NormFactory, eps: float, dtype: torch.dtype) ->
     if isinstance(new, BatchlessChannelNorm):
         copy_batchnorm_statistics(old, new.batchless)
         new[1].load_state_dict({key: getattr(old, key) for key in ("weight", "bias")})
-    elif isinstance(new, _BatchlessNorm):
+    elif isinstance(new, LikelihoodNorm):
         copy_batchnorm(old, new)
     elif isinstance(new, _BatchNorm):
         if old.eps != eps:

@@ -9,18 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
 from bln_train.norm.following import Following
 from bln_train.norm.functional import Parametrization, batchless_norm, raw_from_std, std_from_raw, sums_about
 from bln_train.norm.kernels.feedback import begin_feedback
 from bln_train.norm.kernels.table import StateRow
 
-USE_PROCESSES = (
-    "train with `torchrun -m bln_train run`, or with Trainer, which share statistics, correction and probe themselves"
-)
 
-
-class _BatchlessNorm(nn.Module):
+class _BatchlessNorm(LikelihoodNorm):
     """Normalise each channel by a learned mean and standard deviation, for any number of images, down to one.
 
         out = weight * (x - mean) / std + bias
@@ -57,7 +54,6 @@ class _BatchlessNorm(nn.Module):
     """
 
     _version = 1
-    _dims: tuple[int, ...] = ()
 
     correction: Tensor | None
     feedback: Tensor | None
@@ -176,6 +172,11 @@ class _BatchlessNorm(nn.Module):
         """Standard deviation, (C,) or (1,), in units of the input."""
         return std_from_raw(self.raw_std, self.parametrization, self.eps)
 
+    @property
+    def largest_std(self) -> float:
+        """The standard deviation that no parameter can reach."""
+        return 1 / self.eps if self.parametrization == "inv" else super().largest_std
+
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set mean and standard deviation, (C,) or (1,) each; the standard deviation is floored at eps."""
@@ -196,13 +197,6 @@ class _BatchlessNorm(nn.Module):
         else:
             scale, shift = self.affine_map()
         return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
-
-    def affine_map(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift per channel, (C,) or (1,) each, that the layer applies outside training."""
-        scale = self.std.detach().reciprocal()
-        scale = scale if self.weight is None else self.weight * scale
-        shift = -self.mean.detach() * scale
-        return scale, shift if self.bias is None else self.bias + shift
 
     def watch(self, num_images: int, num_positions: int, unit: Tensor | None = None) -> tuple[int, Tensor]:
         """How many of a training forward's `num_images` belong to the probe, and where their sums are to be added, (2, C).
@@ -227,35 +221,13 @@ class _BatchlessNorm(nn.Module):
             self.is_reused = True
             self._end_feedback()
 
-    def _check_forward(self) -> None:
-        """Check a training forward before it is counted.
-
-        Raises:
-            RuntimeError: weights moved since a forward whose likelihood no loss took, or DistributedDataParallel runs the network.
-        """
-        account = self.account
-        if not account.num_images:
-            if getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) is not None:
-                raise RuntimeError(f"DistributedDataParallel cannot share batchless statistics: {USE_PROCESSES}")
-            account.weight_version = self.weight_version
-        elif account.nll is not None and account.weight_version != self.weight_version and self.mean.requires_grad:
-            raise RuntimeError(
-                "weights moved since a training forward whose likelihood no loss took: batchless statistics would never move "
-                "again. An ordinary training loop lacks the calls of BatchlessStatistics: begin(N), nll() in the loss, update(N), "
-                "follow(...). To keep them on purpose put the norms into eval()"
-            )
-
     def _end_feedback(self) -> None:
         """No batch is under way: each image's correction is the running one."""
         if self.feedback is not None:
             begin_feedback([self.feedback], None)
 
     def _check_input(self, x: Tensor, *, trains: bool) -> None:
-        fits = x.dim() in self._dims and x.shape[1] == self.num_features
-        if not fits or (x.numel() == 0 and (trains or len(x))):
-            dims = " or ".join(f"{d}-dimensional" for d in self._dims)
-            raise ValueError(f"{type(self).__name__}({self.num_features}) takes {dims} input, not empty, with {self.num_features} "
-                             f"channels on axis 1, got shape {tuple(x.shape)}")  # fmt: skip
+        super()._check_input(x, trains=trains)
         if len(x):
             self._check_groups(x.numel() // (x.shape[0] * x.shape[1]))
 
@@ -296,7 +268,7 @@ class _BatchlessNorm(nn.Module):
 
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
-        self.account = Account()
+        super().discard()
         self._end_feedback()
         self.old_moments = None
         self.drop_gradients()
@@ -313,14 +285,6 @@ class _BatchlessNorm(nn.Module):
         if self.affine or self.weight is None or self.bias is None:
             return natural
         return [*natural, self.weight, self.bias]
-
-    @property
-    def weight_version(self) -> int:
-        """Changes whenever an optimizer moves the layer's weight; see `Account`."""
-        return (self.mean if self.weight is None else self.weight)._version
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError(f"nn.DataParallel cannot share the statistics of {type(self).__name__}: {USE_PROCESSES}")
 
     def take_following(self) -> Following | None:
         """Its part in the probe's forward, where this is its first use there."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.update import likelihood_moments
 
@@ -34,11 +35,12 @@ class LoopChecks:
     the trainer does, takes care of the rest.
 
     Args:
-        layers: by name.
+        layers: all of a network, by name.
+        followers: those of them that have a correction and follow the probe, which the published layer does not.
     """
 
-    def __init__(self, layers: Mapping[str, _BatchlessNorm]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, LikelihoodNorm], followers: Mapping[str, _BatchlessNorm]) -> None:
+        self.layers, self.followers = layers, followers
         self.is_proven = False
         """Whether the loss of an effective batch of more than one image had the right weight."""
         self.is_first = True
@@ -61,7 +63,7 @@ class LoopChecks:
     @property
     def has_feedback(self) -> bool:
         """Whether what is taken out of an image's gradient depends on the images before it."""
-        return any(layer.feedback is not None for layer in self.layers.values())
+        return any(layer.feedback is not None for layer in self.followers.values())
 
     def begin(self, num_images: int | None, num_watched: int) -> None:
         """An effective batch begins."""
@@ -142,15 +144,17 @@ class LoopChecks:
         if self.is_first:
             self._check_statistics(num_images)
             self.is_first = False
-        accounts = {layer: layer.account for layer in self.layers.values()}
-        self.num_watched = self.num_to_watch - min((a.num_to_watch for a in accounts.values()), default=0)
+        accounts = {layer: layer.account for layer in self.followers.values()}
+        self.num_watched = self.num_to_watch - min(
+            (a.num_to_watch for a in accounts.values()), default=self.num_to_watch
+        )
         self._positions = {layer: account.num_watched for layer, account in accounts.items()}
 
     @torch.no_grad()
     def _check_weight(self, ratio: float, num_images: int) -> None:
         """Check the first weight of an image in the loss, times the number of images: 1, or a loss scale."""
-        natural = [layer for layer in self.layers.values() if layer.statistics == "natural"]
-        if abs(ratio - 1) < 1e-2 or not (natural or self.has_feedback):
+        natural = list(self.followers.values())
+        if abs(ratio - 1) < 1e-2 or not natural:
             return
         exponent = math.log2(ratio) if ratio > 0 else 0.5
         # A loss that was not divided has a ratio of num_images, one that was divided by a micro-batch a smaller one.
@@ -170,7 +174,7 @@ class LoopChecks:
     def _check_statistics(self, num_images: int) -> None:
         """Warn where statistics are none of any data, and the first effective batch has others."""
         untouched = []
-        for name, layer in self.layers.items():
+        for name, layer in self.followers.items():
             if layer.mean.grad is None or layer.raw_std.grad is None or layer.statistics != "natural":
                 continue
             if bool(layer.mean.any()) or bool(((layer.std - 1).abs() > 1e-3).any()):
@@ -188,7 +192,7 @@ class LoopChecks:
         """The probe's forward begins."""
         if self.num_begun is not None and self.num_taken:
             self._fail(f"update({self.num_begun}) was not called before follow()")
-        watched = [layer.training for layer in self.layers.values() if layer.old_moments is not None]
+        watched = [layer.training for layer in self.followers.values() if layer.old_moments is not None]
         if watched and not any(watched):
             self._fail(
                 "follow() takes a forward in training mode, and the norms are in eval mode: call model.train() before"
@@ -198,11 +202,11 @@ class LoopChecks:
     def following(self) -> Iterator[None]:
         """Around the probe's forward, after which no layer has moved for good but those used twice."""
         counted = {layer: num for layer, num in self._positions.items() if num and layer.following is not None}
-        before = after = None if self.is_told or not counted else _random_state(self.layers)
+        before = after = None if self.is_told or not counted else _random_state(self.followers)
 
         def note() -> None:
             nonlocal after
-            after = _random_state(self.layers)
+            after = _random_state(self.followers)
 
         for layer in counted if before is not None else ():
             assert layer.following is not None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm.accounts import Account
-from bln_train.norm.batchless import USE_PROCESSES, _BatchlessNorm
+from bln_train.norm.base import USE_PROCESSES, LikelihoodNorm
+from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.dropout import InstanceDropout, begin_masks, first_masks_again, go_on_with_masks
 from bln_train.norm.kernels.feedback import begin_feedback
 from bln_train.norm.loop_checks import LoopChecks
@@ -48,9 +49,10 @@ class BatchlessStatistics:
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
                 raise ValueError(f"{type(module).__name__} cannot share batchless statistics: {USE_PROCESSES}")
-        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchlessNorm)}
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, LikelihoodNorm)}
+        self._followers = {name: m for name, m in self.layers.items() if isinstance(m, _BatchlessNorm)}
         self._dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
-        self._checks = LoopChecks(self.layers)
+        self._checks = LoopChecks(self.layers, self._followers)
 
     @property
     def natural_parameters(self) -> list[nn.Parameter]:
@@ -60,7 +62,8 @@ class BatchlessStatistics:
     @property
     def gradient_parameters(self) -> list[nn.Parameter]:
         """Means and raw_stds that belong into the optimizer."""
-        return [p for m in self.layers.values() if m.statistics == "gradient" for p in (m.mean, m.raw_std)]
+        natural = {id(parameter) for parameter in self.natural_parameters}
+        return [p for m in self.layers.values() for p in (m.mean, m.raw_std) if id(p) not in natural]
 
     def nll(self) -> Tensor | float:
         """Sum of the layers' negative log likelihoods of the last forward's images, (); to be added to a summed loss.
@@ -104,7 +107,11 @@ class BatchlessStatistics:
             self.discard()
             raise
         self._checks.reset()
-        return update_layers(list(self.layers.values()), num_images, run) if self.layers else None
+        nll = {layer: layer.end_batch(num_images) for name, layer in self.layers.items() if name not in self._followers}
+        followers = list(self._followers.values())
+        if followers:
+            nll |= dict(zip(followers, update_layers(followers, num_images, run).unbind(0), strict=True))
+        return torch.stack([nll[layer] for layer in self.layers.values()]) if nll else None
 
     def discard(self) -> None:
         """Forget a half-done effective batch."""
@@ -132,7 +139,9 @@ class BatchlessStatistics:
     def begin_part(self, num_images: int | None) -> None:
         """Begin a part of the effective batch with a feedback of its own, of `num_images`; see kernels/feedback.py."""
         for is_reused in (False, True):
-            states = [x.feedback for x in self.layers.values() if x.feedback is not None and x.is_reused == is_reused]
+            states = [
+                x.feedback for x in self._followers.values() if x.feedback is not None and x.is_reused == is_reused
+            ]
             begin_feedback(states, None if is_reused else num_images)
 
     def follow(self, forward: Callable[..., object], inputs: Sequence[Tensor] = (), run: Run = at_once) -> None:
@@ -144,7 +153,7 @@ class BatchlessStatistics:
             RuntimeError: `update` was not called, the network is in eval mode, or the images are not as many as were watched.
         """
         self._checks.follow()
-        layers = list(self.layers.values())
+        layers = list(self._followers.values())
 
         def kind() -> tuple[Hashable, ...]:
             old = [moment for layer in layers for moment in layer.old_moments or (None, None)]
@@ -157,7 +166,7 @@ class BatchlessStatistics:
     @torch.no_grad()
     def _follow(self, forward: Callable[[], object]) -> list[tuple[Tensor, Tensor] | None]:
         """Returns what is left of each layer's `old_moments`."""
-        layers = list(self.layers.values())
+        layers = list(self._followers.values())
         try:
             prepare_following(layers)
             with first_masks_again(self._dropouts), self._checks.following():

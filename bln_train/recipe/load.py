@@ -55,6 +55,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _training(load_any_recipe(source, overrides), str(source))
 
 
+def load_synthetic_recipe(source: str | Path, overrides: Sequence[str] = ()) -> SyntheticRecipe:
+    """Load a recipe with `experiment: synthetic`; UsageError for one that trains a network, otherwise as `load_recipe`."""
+    recipe = load_any_recipe(source, overrides)
+    if isinstance(recipe, SyntheticRecipe):
+        return recipe
+    name = printable(str(source))
+    raise UsageError(
+        f"{name}: trains a network and is no synthetic experiment", f"Run it: bln-train run {shlex.quote(name)}"
+    )
+
+
 def load_any_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | SyntheticRecipe:
     """Load a YAML file, or a shipped recipe by its name, with overrides as in `parse_any_recipe`.
 
@@ -72,8 +83,10 @@ def parse_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Re
 def _training(recipe: Recipe | SyntheticRecipe, origin: str) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    again = f"bln-train run {shlex.quote(printable(origin))}"
-    raise UsageError(f"{printable(origin)}: a synthetic experiment trains no network", f"It can only be run: {again}")
+    name = printable(origin)
+    raise UsageError(
+        f"{name}: a synthetic experiment trains no network", f"Run it: bln-train paper synthetic {shlex.quote(name)}"
+    )
 
 
 def parse_any_recipe(text: str, *, origin: str, overrides: Sequence[str] = ()) -> Recipe | SyntheticRecipe:

@@ -6,51 +6,28 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.sections import Positive, PositiveFloat, Section
 
 DEFAULT_INIT_IMAGES = 128
 DEFAULT_CHANNEL_GROUPS = 8
-_PAPER = {"statistics": "gradient", "eps": 1e-5, "correction_rate": 0.0, "probe_images": 0}
-NORM_PRESETS: dict[str, dict[str, Any]] = {
-    "batchless": {"parametrization": "log", "statistics": "natural"},
-    "batchless-plain": {"parametrization": "log", "statistics": "natural"},
-    "batchless-paper": {"parametrization": "log", **_PAPER},
-    "batchless-paper-abs": {"parametrization": "abs", **_PAPER},
-    "batchless-paper-inv": {"parametrization": "inv", **_PAPER},
-}
 
 
 class BatchlessNormSection(Section):
-    """Batchless Normalization; the presets differ in the defaults of the settings below."""
+    """Batchless Normalization as this package trains with it; the two names differ in the default of `channel_groups`."""
 
-    name: Literal["batchless", "batchless-plain", "batchless-paper", "batchless-paper-abs", "batchless-paper-inv"]
+    name: Literal["batchless", "batchless-plain"]
     """`batchless`: what to train with, learned statistics and behind them groups of channels of each image; `batchless-plain`: the
-    learned statistics alone, faster, and a BatchNorm for inference; `batchless-paper` and its other parametrisations: the method as
-    published."""
-    parametrization: Literal["log", "abs", "inv", "var"]
-    """What is stored for the standard deviation: its logarithm, |s|+eps, its inverse, or the variance."""
-    share: Literal["channel", "layer"] = "channel"
-    """One mean and standard deviation per channel, or one pair for the whole layer."""
+    learned statistics alone, faster, and a BatchNorm for inference."""
     channel_groups: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Groups of channels of each image over which its normalised values are normalised again; a layer whose channels do not divide
     uses the greatest common divisor; 0 turns it off. auto is 8 for `batchless`, but 0 with model.init, whose weights state how many
-    they were trained with, and with statistics: gradient or share: layer; for the other names it is 0."""
+    they were trained with; for `batchless-plain` it is 0."""
     eps: PositiveFloat = 1e-3
-    """The smallest standard deviation that data can set, in units of the layer's input; `abs` adds it to |s|, `inv` to |s|
-    before inverting. The paper's presets take 1e-5."""
-    statistics: Literal["natural", "gradient"]
-    """`natural`: scale-free moving averages after each step; `gradient`: parameters of the optimizer, as in the
-    paper."""
-    statistics_rate: PositiveFloat | None = None
-    """natural: rate of the moving averages, at most 1, outside the schedule, default 0.1, and 0.01 with model.init, whose
-    statistics follow the weights by the probe; gradient: learning rate of the statistics (under the schedule), default that of the
-    weights."""
-    nll_weight: PositiveFloat = 1.0
-    """Factor of the likelihood in the loss; `gradient` only, a natural gradient does not depend on it."""
-    nll_reduction: Literal["mean", "sum"] = "mean"
-    """Over channels: the paper's mean, or their sum; `gradient` only."""
-    gauge: bool = True
-    """Report the likelihood shifted to be 0 for inputs that follow the statistics; changes no gradient."""
+    """The smallest standard deviation that data can set, in units of the layer's input."""
+    statistics_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Rate of the moving averages that the statistics are, outside the schedule; 0.01 with model.init, whose statistics follow the
+    weights by the probe."""
     correction_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Rate of the running averages from which the backward correction of each batch starts; 0 turns the correction off."""
     correction_parts: Positive | Literal["auto"] = "auto"
@@ -69,34 +46,14 @@ class BatchlessNormSection(Section):
     fold: bool = True
     """Run convolution, norm and relu as one operation, which keeps no tensor of its own for backward."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_preset(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        filled = {**NORM_PRESETS.get(str(data.get("name")), {}), **data}
-        if filled.get("statistics") == "natural":
-            filled.setdefault("statistics_rate", 0.1)
-        return filled
-
     @model_validator(mode="after")
     def _check(self) -> BatchlessNormSection:
-        if self.channel_groups not in ("auto", 0) and self.share == "layer":
-            raise ValueError("share: the correction under channel_groups is that of each channel; use channel")
         if self.correction_parts != "auto" and not self.correction_rate:
             raise ValueError("correction_parts: there is no correction with correction_rate 0")
         if self.recompute is False and not self.fold:
             raise ValueError(
                 "recompute: norms that are not folded keep their input anyway; leave it out, or set fold: true"
             )
-        if self.statistics == "natural":
-            if self.statistics_rate is None or self.statistics_rate > 1:
-                raise ValueError("statistics_rate: natural statistics need a rate of at most 1")
-            for key, neutral in (("nll_weight", 1.0), ("nll_reduction", "mean")):
-                if getattr(self, key) != neutral:
-                    raise ValueError(
-                        f"{key}: natural statistics do not depend on it; set statistics_rate, or statistics: gradient"
-                    )
         return self
 
 
@@ -139,7 +96,8 @@ class PlainNormSection(Section):
 
 
 Norm = Annotated[
-    BatchlessNormSection | GroupNormSection | BatchNormSection | PlainNormSection, Field(discriminator="name")
+    BatchlessNormSection | PaperNormSection | GroupNormSection | BatchNormSection | PlainNormSection,
+    Field(discriminator="name"),
 ]
 NORM_NAMES: tuple[str, ...] = tuple(
     name for section in get_args(get_args(Norm)[0]) for name in get_args(section.model_fields["name"].annotation)

@@ -18,6 +18,7 @@ from bln_train.recipe.norms import (
     BatchNormSection,
     Norm,
 )
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.sections import (
     ConstantSection,
     Data,
@@ -67,7 +68,7 @@ class Recipe(Section):
         if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or data["model"].get("init") is None:
             return data
         norm, optimizer = data.get("norm"), data.get("optimizer")
-        if isinstance(norm, dict) and norm.get("name") in _OURS and norm.get("statistics", "natural") == "natural":
+        if isinstance(norm, dict) and norm.get("name") in _OURS:
             data = {**data, "norm": {"statistics_rate": TRAINED_STATISTICS_RATE, **norm}}
         if isinstance(optimizer, dict) and isinstance(optimizer.get("lr"), int | float) and optimizer["lr"] > 0:
             data = {**data, "optimizer": {"clip_norm": TRAINED_CLIP_STEP / optimizer["lr"], **optimizer}}
@@ -79,12 +80,14 @@ class Recipe(Section):
         classes = {"cifar10": 10, "cifar100": 100, "shapes": 10}.get(self.data.name)
         if classes and self.model.num_classes not in (None, classes):
             problems.append(f"model.num_classes: {self.model.num_classes}, but {self.data.name} has {classes} classes")
-        if self.model.init is not None and not isinstance(self.norm, BatchlessNormSection | BatchNormSection):
+        if self.model.init is not None and not isinstance(
+            self.norm, BatchlessNormSection | PaperNormSection | BatchNormSection
+        ):
             problems.append(
                 f"model.init: norm {self.norm.name} would throw the trained statistics away; "
                 "use batchless, batch or batch-frozen"
             )
-        elif self.model.init is not None and getattr(self.norm, "share", "channel") == "layer":
+        elif self.model.init is not None and isinstance(self.norm, PaperNormSection) and self.norm.share == "layer":
             problems.append("norm.share: with model.init, statistics are those of each channel; use channel")
         if self.model.init is not None and getattr(self.norm, "init_images", "auto") not in ("auto", 0):
             problems.append("norm.init_images: with model.init the statistics are the trained ones; leave it out")
@@ -145,12 +148,7 @@ class Recipe(Section):
             return 0
         if norm.channel_groups != "auto":
             return norm.channel_groups
-        without = (
-            norm.name != "batchless"
-            or self.model.init is not None
-            or norm.statistics == "gradient"
-            or norm.share == "layer"
-        )
+        without = norm.name != "batchless" or self.model.init is not None
         return 0 if without else DEFAULT_CHANNEL_GROUPS
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bln_train.recipe.norms import BatchlessNormSection, BatchNormSection
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.recipe import Recipe
 
 # By section; in `train` no number changes the result but BatchNorm's micro-batch.
@@ -25,7 +26,9 @@ def resolve(recipe: Recipe, *, probe_images: int, num_processes: int) -> Recipe:
         }
         if recipe.norm.correction_rate:
             norm["correction_parts"] = num_processes
-    elif isinstance(recipe.norm, BatchNormSection) and recipe.num_init_images:
+    elif isinstance(recipe.norm, PaperNormSection) or (
+        isinstance(recipe.norm, BatchNormSection) and recipe.num_init_images
+    ):
         norm = {"init_images": recipe.num_init_images}
     return _filled(recipe, {"model": {"weight_standardization": recipe.weight_standardization}, "norm": norm})
 

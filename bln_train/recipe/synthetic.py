@@ -1,7 +1,7 @@
 """What a recipe with `experiment: synthetic` may say: streams of known mean and scale, and what estimates them. No torch here.
 
-No network and no images: the layer's statistics alone follow a stream of numbers. A list of estimators holds grids: each
-entry stands for every pair of its parametrisations and rates.
+No network and no images: a layer's statistics alone follow a stream of numbers. A list of estimators holds grids: each entry
+stands for every pair of its parametrisations and rates.
 """
 
 from __future__ import annotations
@@ -104,26 +104,24 @@ Stream = Annotated[
 ]
 Rates = Annotated[tuple[PositiveFloat, ...], Field(strict=False), AtLeastOne]
 Averages = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(strict=False), AtLeastOne]
-Parametrizations = Annotated[tuple[Literal["log", "abs", "inv", "var"], ...], Field(strict=False), AtLeastOne]
+Parametrizations = Annotated[tuple[Literal["log", "abs", "inv"], ...], Field(strict=False), AtLeastOne]
 
 
 class NaturalEstimator(Section):
-    """The batchless layer with `statistics: natural`."""
+    """The layer of `batchless-plain`, which moves itself."""
 
     name: Literal["natural"]
     """The batchless layer's own moving averages."""
-    parametrizations: Parametrizations = ("log",)
-    """What stores the standard deviation; a natural step is the same in each, up to rounding."""
     rates: Averages
     """Rates of the moving averages."""
 
 
 class GradientEstimator(Section):
-    """The batchless layer with `statistics: gradient`, as in the paper: the optimizer moves mean and standard deviation."""
+    """The published layer, `batchless-paper`: the optimizer moves mean and standard deviation."""
 
     name: Literal["sgd", "adam"]
     """The optimizer that moves mean and standard deviation."""
-    parametrizations: Parametrizations = ("log", "abs", "inv", "var")
+    parametrizations: Parametrizations = ("log", "abs", "inv")
     """What stores the standard deviation, and so what the optimizer moves."""
     rates: Rates
     """Learning rates, constant; no momentum in SGD, Adam's other settings are PyTorch's."""
@@ -229,7 +227,7 @@ def cells_of(estimator: Estimator) -> list[tuple[str, str | None, float | None]]
     """Every (name, parametrisation, rate) an entry stands for."""
     if isinstance(estimator, ExactEstimator):
         return [(estimator.name, None, None)]
-    kinds = () if isinstance(estimator, BatchNormEstimator) else estimator.parametrizations
+    kinds = estimator.parametrizations if isinstance(estimator, GradientEstimator) else ()
     return [(estimator.name, kind, rate) for kind in kinds or (None,) for rate in estimator.rates]
 
 

@@ -23,7 +23,7 @@ from bln_train.train.micro_step import MicroBatch, Sums
 from bln_train.train.step import AccumulationStep
 
 if TYPE_CHECKING:
-    from bln_train.norm.batchless import _BatchlessNorm
+    from bln_train.norm.base import LikelihoodNorm
 
 MOST_PIXELS = 131_072
 """Of a micro-batch, or of the probe, for which launching is likely to take longer than computing: for 128 images of ResNet-20 an
@@ -124,11 +124,11 @@ class GraphedSteps:
         if step.standardized:
             raise ValueError("CUDA graphs need standardised convolutions to be folded with their norms")
         self.step, self.most_pixels, self.recorder = step, most_pixels, recorder or Recorder(step.device)
-        self.layers: list[_BatchlessNorm] = list(step.statistics.layers.values())
+        self.layers: list[LikelihoodNorm] = list(step.statistics.layers.values())
         self._recordings: dict[tuple[Hashable, ...], _Recording] = {}
         self._num_eager: Counter[tuple[Hashable, ...]] = Counter()
         self._gradients: dict[Tensor, Tensor] = {}
-        self._watched: dict[_BatchlessNorm, Tensor] = {}
+        self._watched: dict[LikelihoodNorm, Tensor] = {}
         self._constants: tuple[int, ...] = ()
         self._sums: Sums | None = None
         self.image_size = image_size

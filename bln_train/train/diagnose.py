@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.data.datasets import ImageSet
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.fused.network import unfuse
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.train.step import AccumulationStep
@@ -61,13 +61,13 @@ def _in_forward(
         if found:
             return
         bad = isinstance(out, Tensor) and not bool(out.isfinite().all())
-        if isinstance(module, _BatchlessNorm):
+        if isinstance(module, LikelihoodNorm):
             shape = (1, -1, *[1] * (args[0].dim() - 2))
             xhat = (args[0] - module.mean.view(shape)) / module.std.view(shape)
             bad = bad or not bool(xhat.square().mean().isfinite())  # what its statistics learn from
         if bad:
             found.append(f"in the forward pass, {_describe(step.model, name, args)}{norm_before}")
-        elif isinstance(module, _BatchlessNorm):
+        elif isinstance(module, LikelihoodNorm):
             norm_before = f"; the last norm before it, {_describe(step.model, name, args)}"
 
     with torch.no_grad(), _watched(model, see):
@@ -140,7 +140,7 @@ def _describe(model: nn.Module, name: str, args: Any) -> str:
     """A layer with its statistics, what it gets, and the norm of its gradients."""
     module = model.get_submodule(name)
     facts = []
-    if isinstance(module, _BatchlessNorm):
+    if isinstance(module, LikelihoodNorm):
         mean, std = module.mean.detach(), module.std.detach()
         facts += [f"mu {_range(mean)}", f"sigma {_range(std)}"]
         if module.second_moment is not None:

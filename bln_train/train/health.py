@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.records import LayerRecord
 from bln_train.train.check_state import check_numbers, check_tensors
 
@@ -43,7 +43,7 @@ _KINDS = {
 
 
 @torch.no_grad()
-def layer_health(layer: _BatchlessNorm, initial_std: Tensor) -> LayerHealth:
+def layer_health(layer: LikelihoodNorm, initial_std: Tensor) -> LayerHealth:
     """What has become of a layer since its standard deviations were `initial_std`, (C,) or (1,)."""
     std, floor = layer.std, _highest_floor(layer)
     ratio = std / initial_std
@@ -59,7 +59,7 @@ def layer_health(layer: _BatchlessNorm, initial_std: Tensor) -> LayerHealth:
 
 
 @torch.no_grad()
-def layer_records(layers: Mapping[str, _BatchlessNorm]) -> dict[str, LayerRecord]:
+def layer_records(layers: Mapping[str, LikelihoodNorm]) -> dict[str, LayerRecord]:
     """Learned statistics of each layer, and what the last effective batch showed of them; layers that saw none are left out."""
     found = {}
     for name, layer in layers.items():
@@ -82,7 +82,7 @@ def layer_records(layers: Mapping[str, _BatchlessNorm]) -> dict[str, LayerRecord
     return found
 
 
-def _highest_floor(layer: _BatchlessNorm) -> float:
+def _highest_floor(layer: LikelihoodNorm) -> float:
     """The smallest standard deviation that there is, with room for rounding."""
     return layer.eps * (1 + 1e-3)
 
@@ -94,7 +94,7 @@ class HealthWatch:
         layers: by name, with the standard deviations that the run starts from.
     """
 
-    def __init__(self, layers: Mapping[str, _BatchlessNorm]) -> None:
+    def __init__(self, layers: Mapping[str, LikelihoodNorm]) -> None:
         self.layers = layers
         self._said: dict[str, dict[str, int]] = {}
         self._initial_std = {name: layer.std.detach().clone() for name, layer in self.layers.items()}

@@ -33,7 +33,7 @@ def test_torchrun_is_read_off_its_environment(monkeypatch):
     assert launch() == Launch(0, 2, 0)
 
 
-@pytest.mark.parametrize("command", [["compare"], ["memory"], ["check", "quickstart"], ["run", "paper_synthetic"]])
+@pytest.mark.parametrize("command", [["compare"], ["memory"], ["check", "quickstart"], ["paper", "synthetic"]])
 def test_only_training_runs_take_several_processes(command, tmp_path):
     """Other commands refuse torchrun, and say what it is for."""
     run = [sys.executable, "-m", "bln_train", *command]

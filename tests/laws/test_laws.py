@@ -97,14 +97,15 @@ def test_law_1_in_bfloat16(norm):
     "changes",
     [
         {},
-        {"norm": {"name": "batchless-plain", "parametrization": "var", "share": "layer", "probe_images": 5}},
+        {"norm": {"name": "batchless-plain", "probe_images": 5}},
+        {"norm": {"name": "batchless-paper-inv", "share": "layer"}},
         {"norm": {"name": "batchless-paper"}, "optimizer": {"name": "adam", "lr": 0.003}},
         {"norm": {"name": "group"}, "optimizer": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05}},
         {"model__name": "paper_cnn"},
         {"norm": {"name": "batchless", "channel_groups": 4}, "model__name": "wrn10_1"},
         {"norm__name": "batchless-plain"},
     ],
-    ids=["preset", "shared-variance", "paper-adam", "group-adamw", "dropout", "groups", "plain"],
+    ids=["preset", "plain-probe", "paper-shared", "paper-adam", "group-adamw", "dropout", "groups", "plain"],
 )
 def test_law_2_whole_runs_do_not_depend_on_the_split(changes):
     """Law 2: runs of two epochs, short last batches included, end in the same weights for any micro-batch."""

@@ -89,7 +89,7 @@ def test_a_runs_recipe_states_what_auto_stood_for(norm, tmp_path):
     asked = tiny_recipe(norm={"name": norm}, train__micro_batch_size=4, train__max_steps=2, train__precision="fp32")
     run(asked, first, name="first")
     written = load_recipe(first.path / RECIPE)
-    unused = {"batch": {"norm.init_images"}, "batchless-paper": {"norm.correction_parts"}}.get(norm, set())
+    unused = {"batch": {"norm.init_images"}}.get(norm, set())
     assert set(autos(written.model_dump())) == {"runtime.graphs"} | unused
     run(written, second, name="second")
     states = [load_checkpoint(folder.checkpoint)["model"] for folder in (first, second)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.calibrate.moments import Moments, Passes, evaluating, observe
 from bln_train.norm.calibrate.strata import find_strata
 from bln_train.norm.fused.network import folded_layers
@@ -17,7 +17,7 @@ from bln_train.norm.fused.network import folded_layers
 def initialize_statistics(
     model: nn.Module,
     micro_batches: Callable[[], Iterable[Tensor]],
-    kinds: tuple[type[nn.Module], ...] = (_BatchlessNorm, nn.modules.batchnorm._BatchNorm),
+    kinds: tuple[type[nn.Module], ...] = (LikelihoodNorm, nn.modules.batchnorm._BatchNorm),
     *,
     passes: Passes = 1,
 ) -> list[str]:
@@ -62,8 +62,8 @@ def initialize_statistics(
 
 def _set_statistics(norm: nn.Module, moments: Moments) -> bool:
     """Write the observed moments into the norm; True if a channel had no variance."""
-    if isinstance(norm, _BatchlessNorm):
-        mean, variance = moments.read(shared=norm.share == "layer")
+    if isinstance(norm, LikelihoodNorm):
+        mean, variance = moments.read(shared=norm.is_shared)
         norm.set_statistics(mean.to(norm.mean.dtype), variance.sqrt().to(norm.mean.dtype))
         return bool((variance.sqrt() < norm.eps).any())
     mean, variance = moments.read()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.calibrate.moments import on_input
 from bln_train.norm.functional import sums_about
 from bln_train.norm.fused.network import folded_layers
@@ -28,12 +28,12 @@ def layer_likelihoods(model: nn.Module) -> Iterator[dict[str, float]]:
     """
     if folded_layers(model):
         raise ValueError("a fused network's norms never see their input: unfuse it first")
-    norms = {module: name for name, module in model.named_modules() if isinstance(module, _BatchlessNorm)}
+    norms = {module: name for name, module in model.named_modules() if isinstance(module, LikelihoodNorm)}
     sums: dict[nn.Module, tuple[Tensor | float, int]] = {}
 
     @torch.no_grad()
     def see(norm: nn.Module, x: Tensor) -> None:
-        assert isinstance(norm, _BatchlessNorm)
+        assert isinstance(norm, LikelihoodNorm)
         squares, num = sums.get(norm, (0.0, 0))
         sums[norm] = squares + sums_about(x, norm.mean.detach())[1].double(), num + x.numel() // x.shape[1]
 

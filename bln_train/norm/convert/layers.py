@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchless import BatchlessNorm, BatchlessNorm1d, BatchlessNorm2d, BatchlessNorm3d, _BatchlessNorm
 from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
 from bln_train.norm.dropout import keep_masks
@@ -21,7 +22,7 @@ _TO_BATCHLESS: dict[type[_BatchNorm], type[_BatchlessNorm]] = {
     nn.BatchNorm3d: BatchlessNorm3d,
     nn.SyncBatchNorm: BatchlessNorm,
 }
-_TO_BATCH = {batchless: batch for batch, batchless in _TO_BATCHLESS.items()}
+_TO_BATCH = {batchless._dims: batch for batch, batchless in _TO_BATCHLESS.items()}
 # Classes whose forward is their own, and known: library and name. The frozen ones are no subclasses of BatchNorm.
 _WITH_ACTIVATION = {("timm", "BatchNormAct2d"), ("timm", "SyncBatchNormAct"), ("timm", "FrozenBatchNormAct2d")}
 _FROZEN = {("torchvision", "FrozenBatchNorm2d"), ("timm", "FrozenBatchNormAct2d")}
@@ -121,7 +122,7 @@ def with_activation_of(norm: nn.Module, layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def copy_batchnorm(norm: nn.Module, layer: _BatchlessNorm) -> None:
+def copy_batchnorm(norm: nn.Module, layer: LikelihoodNorm) -> None:
     """Give an existing batchless layer the function of `norm`, which has running statistics; see `to_batchless`.
 
     Raises:
@@ -131,27 +132,29 @@ def copy_batchnorm(norm: nn.Module, layer: _BatchlessNorm) -> None:
     _copy_affine(norm, layer)
 
 
-def copy_batchnorm_statistics(norm: nn.Module, layer: _BatchlessNorm) -> None:
+def copy_batchnorm_statistics(norm: nn.Module, layer: LikelihoodNorm) -> None:
     """`copy_batchnorm` without weight and bias."""
     mean, std = _statistics(norm)
-    if layer.share == "layer":
+    if layer.is_shared:
         raise ValueError("norm.share: a trained BatchNorm has a mean and standard deviation per channel; use channel")
     smallest, largest = float(std.min()), float(std.max())
     if smallest < layer.eps * (1 - 1e-6):  # lower only by rounding is the layer's default
         raise ValueError(f"norm.eps is {layer.eps:g}, above a trained standard deviation, {smallest:.3g}; lower it")
-    if layer.parametrization == "inv" and largest >= 1 / layer.eps:
-        raise ValueError(f"norm.eps is {layer.eps:g}, which bounds standard deviations by {1 / layer.eps:g}; lower it")
+    if largest >= layer.largest_std:
+        raise ValueError(
+            f"norm.eps is {layer.eps:g}, which bounds standard deviations by {layer.largest_std:g}; lower it"
+        )
     layer.set_statistics(mean, std)
 
 
-def to_batch(norm: _BatchlessNorm, *, eps: float = 1e-5, momentum: float | None = 0.1) -> _BatchNorm:
+def to_batch(norm: LikelihoodNorm, *, eps: float = 1e-5, momentum: float | None = 0.1) -> _BatchNorm:
     """BatchNorm that computes in eval mode what `norm` computes: running_mean = mean, running_var = std^2 - eps.
 
     Raises:
         ValueError: a standard deviation below sqrt(eps), which no BatchNorm with that eps can express.
     """
     variance = variance_from_std(norm.std.detach(), eps)
-    layer = _TO_BATCH[type(norm)](
+    layer = _TO_BATCH[norm._dims](
         norm.num_features,
         eps=eps,
         momentum=momentum,
@@ -226,10 +229,10 @@ def convert_to_batchnorm(model: nn.Module, *, eps: float = 1e-5) -> nn.Module:
     """
 
     def convert(norm: nn.Module) -> nn.Module:
-        assert isinstance(norm, _BatchlessNorm)
+        assert isinstance(norm, LikelihoodNorm)
         return to_batch(norm, eps=eps)
 
-    return _replace_all(model, lambda module: isinstance(module, _BatchlessNorm), convert)
+    return _replace_all(model, lambda module: isinstance(module, LikelihoodNorm), convert)
 
 
 def _replace_all(

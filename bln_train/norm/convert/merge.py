@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.fused.network import unfuse
 from bln_train.norm.fused.trace import calls, module_before, trace
 from bln_train.norm.replace import replace_modules
 from bln_train.norm.standardize import StandardizedConv2d, conv_like, standardize_weight
 
-_AFFINE_IN_EVAL = (_BatchlessNorm, _BatchNorm)
+_AFFINE_IN_EVAL = (LikelihoodNorm, _BatchNorm)
 _NORMS = (*_AFFINE_IN_EVAL, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 # Exactly these: a subclass may do something else with its weight.
 _LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -160,7 +160,7 @@ def _why_not_merged(
 @torch.no_grad()
 def _affine_map(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of a norm in eval mode, (C,) each."""
-    if isinstance(norm, _BatchlessNorm):
+    if isinstance(norm, LikelihoodNorm):
         scale, shift = norm.affine_map()
     else:
         assert isinstance(norm, _BatchNorm)

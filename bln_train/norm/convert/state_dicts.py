@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bln_train.norm.convert.layers import variance_from_std
-from bln_train.norm.functional import Parametrization, std_from_raw
 
 State = dict[str, Tensor]
 _BATCHNORM = ("running_mean", "running_var")
@@ -79,14 +78,13 @@ def state_to_batch(
     state: Mapping[str, Tensor],
     eps: Mapping[str, float],
     *,
-    parametrization: Parametrization = "log",
-    batchless_eps: float = 1e-3,
+    std_from_raw: Callable[[Tensor], Tensor] = torch.exp,
 ) -> tuple[State, list[Change]]:
     """State dict with every batchless layer a BatchNorm: running_mean = mean, running_var = std^2 - eps.
 
     Args:
         eps: of the BatchNorm in place of each of `batchless_layers`.
-        parametrization, batchless_eps: of the batchless layers; log needs no eps.
+        std_from_raw: the standard deviation that a `raw_std` in float64 stands for; the published layer has others.
 
     Raises:
         ValueError: a line for every layer that is incomplete, of contradicting shapes, or without a BatchNorm form.
@@ -98,7 +96,7 @@ def state_to_batch(
         if weight is not None and mean.shape == raw.shape == (1,):  # shared by the channels
             mean, raw = mean.expand(len(weight)), raw.expand(len(weight))
         _check(mean, raw, weight, state.get(f"{name}.bias"))
-        std = std_from_raw(raw.double(), parametrization, batchless_eps)
+        std = std_from_raw(raw.double())
         if not bool(std.isfinite().all() and (std > 0).all()):
             raise ValueError("its standard deviation is not positive and finite")
         variance = variance_from_std(std, eps[name])

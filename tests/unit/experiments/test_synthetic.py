@@ -11,20 +11,13 @@ import yaml
 from torch import nn
 
 from bln_train.errors import RecipeError
-from bln_train.experiments.synthetic import (
-    Cell,
-    Truth,
-    draw_stream,
-    errors_of,
-    estimate,
-    measure,
-    record_points,
-    truth_of,
-)
+from bln_train.experiments.synthetic import draw_stream, measure, record_points, truth_of
 from bln_train.norm import BatchlessNorm1d, BatchlessStatistics
-from bln_train.recipe.load import dump_recipe, load_any_recipe, load_recipe, parse_any_recipe
+from bln_train.paper.estimators import Cell, Start, Truth, errors_of, estimate
+from bln_train.paper.layer import PaperNorm1d
+from bln_train.recipe.load import dump_recipe, load_any_recipe, load_recipe, load_synthetic_recipe, parse_any_recipe
 from bln_train.recipe.messages import recipe_schema
-from bln_train.recipe.synthetic import SyntheticRecipe
+from bln_train.recipe.synthetic import LEAST_STD, SyntheticRecipe
 
 TINY = {
     "experiment": "synthetic",
@@ -39,12 +32,13 @@ TINY = {
     "estimators": [
         {"name": "exact"},
         {"name": "batchnorm", "rates": [0.2]},
-        {"name": "natural", "parametrizations": ["log", "abs", "inv", "var"], "rates": [0.2]},
-        {"name": "sgd", "parametrizations": ["log"], "rates": [0.05]},
+        {"name": "natural", "rates": [0.2]},
+        {"name": "sgd", "parametrizations": ["log", "abs", "inv"], "rates": [0.05]},
         {"name": "adam", "parametrizations": ["abs"], "rates": [0.05]},
     ],
     "runtime": {"device": "cpu"},
 }
+START = Start(0.0, 1.0, LEAST_STD)
 STREAMS = [
     {"name": "gaussian", "mean": -3.0, "std": 2.0},
     {"name": "skewed", "mean": 3.0, "std": 2.0, "shape": 0.5},
@@ -65,7 +59,7 @@ def stream_of(data):
 
 
 def cells(*labels):
-    """Cells from labels such as `natural log 0.2`."""
+    """Cells from labels such as `sgd log 0.2`."""
     parts = [label.split() for label in labels]
     return [Cell(p[0], p[1] if len(p) == 3 else None, float(p[-1])) for p in parts]
 
@@ -117,24 +111,23 @@ def test_seeds_reproduce():
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_the_natural_update_is_the_moving_average_it_claims_to_be(batch_size):
-    """mean <- (1-r) mean + r E[x], var <- (1-r) var + r E[(x - old mean)^2], for every parametrisation, to 1e-10."""
+    """mean <- (1-r) mean + r E[x], var <- (1-r) var + r E[(x - old mean)^2], to 1e-10."""
     recipe = recipe_of()
     x = draw_stream(recipe.streams[0], 64, 3, seed=0, position=0)
-    found = estimate(recipe, cells(*(f"natural {p} 0.2" for p in ("log", "abs", "inv", "var"))), x, batch_size, [64])
+    (estimates,) = estimate(cells("natural 0.2"), x, batch_size, [64], start=START).values()
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for batch in x.split(batch_size):
         second = (batch - mean).square().mean(0)
         mean, var = 0.8 * mean + 0.2 * batch.mean(0), 0.8 * var + 0.2 * second
-    for cell, estimates in found.items():
-        torch.testing.assert_close(estimates[0, 0], mean, rtol=1e-10, atol=1e-10, msg=cell.label)
-        torch.testing.assert_close(estimates[0, 1], var.sqrt(), rtol=1e-10, atol=1e-10, msg=cell.label)
+    torch.testing.assert_close(estimates[0, 0], mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(estimates[0, 1], var.sqrt(), rtol=1e-10, atol=1e-10)
 
 
 def test_natural_means_are_batchnorms():
     """At the same rate the natural mean is BatchNorm's running mean; the standard deviations differ by their definition."""
     recipe = recipe_of()
     x = draw_stream(recipe.streams[1], 64, 3, seed=0, position=0)
-    natural, batch = estimate(recipe, cells("natural log 0.2", "batchnorm 0.2"), x, 8, [8, 64]).values()
+    natural, batch = estimate(cells("natural 0.2", "batchnorm 0.2"), x, 8, [8, 64], start=START).values()
     torch.testing.assert_close(natural[:, 0], batch[:, 0], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(natural[:, 1], batch[:, 1], rtol=1e-3)
 
@@ -146,25 +139,20 @@ def test_batchnorm_is_left_out_where_it_cannot_train():
     errors, _ = measure(recipe_of(), torch.device("cpu"))
     labels = {size: {r["label"] for r in errors if r["batch_size"] == size} for size in (1, 8)}
     assert labels[8] - labels[1] == {"batchnorm 0.2"}
-    assert len(labels[8]) == 1 + 1 + 4 + 1 + 1
+    assert len(labels[8]) == 1 + 1 + 1 + 3 + 1
 
 
-@pytest.mark.parametrize("label", ["natural log 0.2", "sgd abs 0.05", "sgd inv 0.05", "adam log 0.05", "adam var 0.05"])
+@pytest.mark.parametrize("label", ["natural 0.2", "sgd abs 0.05", "sgd inv 0.05", "adam log 0.05", "adam inv 0.05"])
 def test_micro_batches_of_one_give_the_whole_batch(label):
     """What the experiment estimates from batches of 8 is what the layer learns from 8 accumulated micro-batches of 1."""
     recipe, (cell,) = recipe_of(), cells(label)
     x = draw_stream(recipe.streams[0], 64, 3, seed=0, position=0)
-    (whole,) = estimate(recipe, [cell], x, 8, [64]).values()
-    layer = BatchlessNorm1d(
-        3,
-        parametrization=cell.parametrization,
-        affine=False,
-        correction_rate=0.0,
-        statistics="natural" if cell.name == "natural" else "gradient",
-        statistics_rate=cell.rate,
-        nll_reduction="sum",
-        dtype=torch.float64,
-    )
+    (whole,) = estimate([cell], x, 8, [64], start=START).values()
+    if cell.name == "natural":
+        layer = BatchlessNorm1d(3, affine=False, correction_rate=0.0, statistics_rate=cell.rate, dtype=torch.float64)
+    else:
+        form = {"parametrization": cell.parametrization, "nll_reduction": "sum", "eps": LEAST_STD}
+        layer = PaperNorm1d(3, affine=False, dtype=torch.float64, **form)
     statistics = BatchlessStatistics(layer)
     optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}.get(cell.name, torch.optim.SGD)(
         layer.parameters(), lr=cell.rate
@@ -182,10 +170,10 @@ def test_micro_batches_of_one_give_the_whole_batch(label):
 def test_repetitions_do_not_meet():
     """A channel's estimates do not depend on the channels beside it, not even on one that overflows."""
     recipe = recipe_of()
-    grid = cells("natural log 0.2", "sgd abs 0.05", "sgd log 0.05", "adam inv 0.05", "batchnorm 0.2")
+    grid = cells("natural 0.2", "sgd abs 0.05", "sgd log 0.05", "adam inv 0.05", "batchnorm 0.2")
     x = draw_stream(recipe.streams[0], 64, 3, seed=0, position=0)
-    alone = estimate(recipe, grid, x[:, :1], 8, [64])
-    beside = estimate(recipe, grid, torch.cat((x[:, :1], 1e200 * x[:, 1:]), 1), 8, [64])
+    alone = estimate(grid, x[:, :1], 8, [64], start=START)
+    beside = estimate(grid, torch.cat((x[:, :1], 1e200 * x[:, 1:]), 1), 8, [64], start=START)
     for cell in grid:
         torch.testing.assert_close(alone[cell][..., 0], beside[cell][..., 0], rtol=1e-12, atol=1e-12)
 
@@ -203,7 +191,7 @@ def test_recovery_is_read_off_the_errors():
     """The samples until recovery are those of the first row after the jump whose two medians are below the bound."""
     recipe = recipe_of()
     errors, recoveries = measure(recipe, torch.device("cpu"))
-    assert len(recoveries) == 7 + 8
+    assert len(recoveries) == 6 + 7
     assert any(row["num_samples"] for row in recoveries)
     for row in recoveries:
         own = [e for e in errors if all(e[k] == row[k] for k in ("stream", "label", "batch_size"))]
@@ -228,8 +216,11 @@ def test_a_recipe_round_trips():
     recipe = load_any_recipe("paper_synthetic")
     assert parse_any_recipe(dump_recipe(recipe), origin="r.yaml") == recipe
     assert not set(recipe_schema({})["$defs"]) & set(recipe_schema({"experiment": "synthetic"})["$defs"])
+    assert load_synthetic_recipe("paper_synthetic") == recipe
     with pytest.raises(ValueError, match="trains no network"):
         load_recipe("paper_synthetic")
+    with pytest.raises(ValueError, match="quickstart: trains a network"):
+        load_synthetic_recipe("quickstart")
 
 
 BAD = """\
@@ -246,7 +237,8 @@ streams:
 estimators:
   - {name: sgd, rates: [1e-3]}
   - {name: adam, rates: []}
-  - {name: natural, parametrizations: [logg], rates: [2.0]}
+  - {name: natural, parametrizations: [log], rates: [2.0]}
+  - {name: adam, parametrizations: [logg], rates: [0.1]}
 """
 
 
@@ -262,8 +254,9 @@ def test_a_bad_recipe_gives_all_problems_at_once():
         "r.yaml:10: streams[3].degrees_of_fredom",
         "r.yaml:12: estimators[0].rates[0]",
         "r.yaml:13: estimators[1].rates",
-        "r.yaml:14: estimators[2].parametrizations[0]",
         "r.yaml:14: estimators[2].rates[0]",
+        "r.yaml:14: estimators[2].parametrizations",
+        "r.yaml:15: estimators[3].parametrizations[0]",
         "--set runtime.device=gpu",
     ]
     text = caught.value.problem
@@ -308,7 +301,7 @@ def test_run_leaves_a_folder_and_prints_what_it_holds(bln):
     """The folder holds recipe, environment, errors, recoveries, a plot per stream and batch size; `--json`, the tables and
     the CSV give the same errors; an equal run repeats them; the same or another recipe's folder is refused, unchanged."""
     Path("tiny.yaml").write_text(yaml.safe_dump({**TINY, "streams": TINY["streams"][1:]}))
-    code, out, err = bln("run", "tiny.yaml", "--out", "a", "--json")
+    code, out, err = bln("paper", "synthetic", "tiny.yaml", "--out", "a", "--json")
     assert code == 0, err
     summary, folder = json.loads(out), Path("a")
     assert load_any_recipe(folder / "recipe.yaml") == load_any_recipe("tiny.yaml")
@@ -318,23 +311,23 @@ def test_run_leaves_a_folder_and_prints_what_it_holds(bln):
     assert sorted(p.name for p in folder.iterdir()) == sorted(files)
     with (folder / "errors.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["num_samples"] in ("32", "64")]
-    assert len(rows) == len(summary["errors"]) == 2 * (7 + 8)
+    assert len(rows) == len(summary["errors"]) == 2 * (6 + 7)
     for row, told in zip(rows, summary["errors"], strict=True):
         assert row == {key: "" if value is None else str(value) for key, value in told.items()}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     for arguments, problem in (
-        (("tiny.yaml", "--out", "a"), "already holds this run"),
-        (("tiny.yaml", "--out", "a", "--set", "seed=1"), "run of another recipe"),
-        (("quickstart", "--out", "a", "--resume"), "run of another recipe"),
+        (("paper", "synthetic", "tiny.yaml", "--out", "a"), "already holds this run"),
+        (("paper", "synthetic", "tiny.yaml", "--out", "a", "--set", "seed=1"), "run of another recipe"),
+        (("run", "quickstart", "--out", "a", "--resume"), "run of another recipe"),
     ):
-        code, _, err = bln("run", *arguments)
+        code, _, err = bln(*arguments)
         assert code == 1
         assert problem in err
         assert "--resume" not in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    code, out, err = bln("run", "tiny.yaml")
+    code, out, err = bln("paper", "synthetic", "tiny.yaml")
     assert code == 0, err
     assert (Path("runs/tiny/errors.csv")).read_bytes() == before["errors.csv"]
     lines = out.splitlines()
@@ -350,7 +343,7 @@ def test_estimates_that_are_not_finite_are_counted_and_printed(bln):
     """A rate that overflows gives infinite errors: null in JSON, `>99` in the table, with a line that counts them."""
     diverging = {"estimators": [{"name": "sgd", "parametrizations": ["inv"], "rates": [50.0]}], "batch_sizes": [8]}
     Path("bad.yaml").write_text(yaml.safe_dump({**TINY, "streams": TINY["streams"][:1], **diverging}))
-    code, out, err = bln("run", "bad.yaml")
+    code, out, err = bln("paper", "synthetic", "bad.yaml")
     assert code == 0, err
     assert ">99" in out
     assert "not finite: 3 of 3, sgd inv 50, gaussian, batches of 8" in out.splitlines()
@@ -359,15 +352,18 @@ def test_estimates_that_are_not_finite_are_counted_and_printed(bln):
 
 
 def test_what_makes_no_sense_is_refused(bln):
-    """--resume, a device that is not there, and commands that train are refused with the way out; nothing is written."""
+    """--resume, a device that is not there, and commands that train are refused with the command to type; nothing is written."""
     code, out, _ = bln("check", "tiny.yaml")
     assert (code, out) == (0, "tiny.yaml: ok (synthetic, 2 streams of 64 samples, 3 repetitions, batches of 1, 8)\n")
     for arguments, problem in (
-        (("run", "tiny.yaml", "--resume"), "--resume: a synthetic experiment keeps no state"),
+        (("paper", "synthetic", "tiny.yaml", "--resume"), "No such option: --resume"),
+        (("run", "tiny.yaml"), "Run it: bln-train paper synthetic tiny.yaml"),
+        (("run", "tiny.yaml", "--resume"), "Run it: bln-train paper synthetic tiny.yaml"),
+        (("paper", "synthetic", "quickstart"), "Run it: bln-train run quickstart"),
         (("compare", "tiny.yaml"), "trains no network"),
         (("memory", "tiny.yaml"), "trains no network"),
-        (("run", "tiny.yaml", "--device", "gpu"), "runtime.device"),
-        (("run", "tiny.yaml", "--device", "cuda:99"), "runtime.device is cuda:99"),
+        (("paper", "synthetic", "tiny.yaml", "--device", "gpu"), "runtime.device"),
+        (("paper", "synthetic", "tiny.yaml", "--device", "cuda:99"), "runtime.device is cuda:99"),
         (("check", "tiny.yaml", "--set", "train.epochs=3"), "no such setting"),
     ):
         code, out, err = bln(*arguments)

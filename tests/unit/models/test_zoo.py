@@ -182,8 +182,8 @@ def test_law_1_with_stochastic_depth_and_squeeze_and_excitation():
 
 @pytest.mark.parametrize(
     ("norm", "settings"),
-    [("batchless", {"parametrization": p}) for p in ("log", "abs", "inv", "var")]
-    + [("batch", {}), ("batch-frozen", {})],
+    [("paper", {"parametrization": p}) for p in ("log", "abs", "inv")]
+    + [("batchless", {}), ("batch", {}), ("batch-frozen", {})],
 )
 def test_trained_weights_keep_their_function(norm, settings, reference, init_file):
     """Before any step a network started from trained weights computes what the trained one does."""
@@ -346,7 +346,7 @@ optimizer: {{name: sgd, lr: 0.1}}
         ("name: 'torchvision:resnet18', init: ''", "batchless", "r.yaml:2: model.init: is empty"),
         ("name: 'torchvision:resnet18', init: a.pth", "group", "r.yaml:2: model.init: norm group would throw the trained"),
         ("name: 'torchvision:resnet18', init: a.pth", "none", "use batchless, batch or batch-frozen"),
-        ("name: 'torchvision:resnet18', init: a.pth", "batchless, share: layer", "r.yaml:3: norm.share: with model.init"),
+        ("name: 'torchvision:resnet18', init: a.pth", "batchless-paper, share: layer", "r.yaml:3: norm.share: with model.init"),
         ("name: 'torchvision:resnet18', init: a.pth, weight_standardization: true", "batchless",
          "r.yaml:2: model.weight_standardization: would change"),
         ("name: 'torchvision:resnet18', shortcut: B", "batch", "r.yaml:2: model.shortcut: only the CIFAR ResNets"),
@@ -385,7 +385,7 @@ def test_memory_is_measured_without_trained_weights():
 
 def test_the_library_refuses_what_the_recipe_refuses(init_file):
     assert "would throw the trained statistics away" in refusal(init_file, ValueError, norm="group")
-    assert "norm.share" in refusal(init_file, ValueError, share="layer")
+    assert "norm.share" in refusal(init_file, ValueError, norm="paper", share="layer")
     assert "norm.eps is 0.9, above a trained standard deviation" in refusal(init_file, ValueError, eps=0.9)
 
 

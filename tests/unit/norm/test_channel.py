@@ -248,8 +248,6 @@ def test_trained_weights_have_no_groups():
         ({"name": "batchless-plain", "channel_groups": 2}, 2),
         ({"name": "batchless-paper"}, 0),
         ({"name": "group"}, 0),
-        ({"statistics": "gradient"}, 0),
-        ({"share": "layer"}, 0),
     ],
 )
 def test_auto_groups(norm, groups):
@@ -259,12 +257,6 @@ def test_auto_groups(norm, groups):
     network = build_experiment(recipe).trainer.take_step.model
     found = [m[1].num_groups for m in network.modules() if isinstance(m, BatchlessChannelNorm)]
     assert found == ([groups] * 7 if groups else [])
-
-
-def test_groups_need_statistics_of_each_channel():
-    """Refused and not ignored."""
-    with pytest.raises(ValueError, match="share: the correction under channel_groups"):
-        tiny_recipe(norm={"name": "batchless", "channel_groups": 8, "share": "layer"})
 
 
 def test_groups_of_one_value_are_refused():

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bln_train.build.experiment import build_network
 from bln_train.norm import BatchlessNorm1d, BatchlessNorm2d, StandardizedConv2d
-from bln_train.norm.batchless import _BatchlessNorm
+from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.convert.merge import ChannelMap, merge_norms
 
 PLAIN = {"name": "batchless-plain", "probe_images": 6}
@@ -43,7 +43,7 @@ def merged_difference(model, *shape, merge=merge_norms):
         ({}, 7, 0),
         ({"model": {"name": "resnet8", "shortcut": "B"}}, 9, 0),
         ({"model": {"name": "resnet8", "zero_init_residual": True}}, 7, 0),
-        ({"norm": {**PLAIN, "parametrization": "var", "share": "layer"}}, 7, 0),
+        ({"norm": {"name": "batchless-paper-abs", "share": "layer"}}, 7, 0),
         ({"norm": {"name": "batchless-paper"}}, 7, 0),
         ({"norm": {"name": "batchless-paper-abs"}}, 7, 0),
         ({"norm": {"name": "batchless-paper-inv"}}, 7, 0),
@@ -67,7 +67,7 @@ def test_merged_networks_compute_the_same(changes, num_merged, num_maps):
     difference, report = merged_difference(model, 3, 3, 32, 32)
     assert difference < 1e-10
     assert (len(report.merged), len(report.maps), report.kept) == (num_merged, num_maps, {})
-    assert not any(isinstance(m, _BatchlessNorm | _BatchNorm | StandardizedConv2d) for m in model.modules())
+    assert not any(isinstance(m, LikelihoodNorm | _BatchNorm | StandardizedConv2d) for m in model.modules())
     assert [name for name, _ in model.named_modules()] == names
     assert not any(m.training for m in model.modules())
 
@@ -159,7 +159,7 @@ def test_only_what_may_be_merged_is(model, shape, maps):
     """Every use of a norm keeps its function (1e-10): merged where nothing else sees the convolution, else a map, with why."""
     difference, report = merged_difference(model, *shape)
     assert difference < 1e-10
-    assert not any(isinstance(m, _BatchlessNorm | _BatchNorm) for m in model.modules())
+    assert not any(isinstance(m, LikelihoodNorm | _BatchNorm) for m in model.modules())
     if maps is None:
         assert report.merged == ("norm",)
         assert report.maps == {}

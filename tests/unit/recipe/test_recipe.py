@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bln_train.errors import EXIT_USAGE, RecipeError
 from bln_train.recipe.load import (
@@ -19,6 +20,7 @@ from bln_train.recipe.load import (
     shipped_recipes,
 )
 from bln_train.recipe.norms import NORM_NAMES, BatchlessNormSection, BatchNormSection
+from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.recipe.sections import AdamSection
 
@@ -144,9 +146,17 @@ BAD_RECIPES = {
         text_of(model="model: {name: paper_cnn, shortcut: B}"),
         ["r.yaml:2: model.shortcut: only the CIFAR ResNets"],
     ),
-    "ignored by natural statistics": (
+    "of the published layer": (
         text_of(norm="norm:\n  name: batchless\n  nll_weight: 2"),
-        ["r.yaml:5: norm.nll_weight: natural statistics do not depend on it"],
+        [
+            "r.yaml:5: norm.nll_weight: `batchless` has no such setting; it belongs to batchless-paper, batchless-paper-abs"
+        ],
+    ),
+    "of the product's layer": (
+        text_of(norm="norm:\n  name: batchless-paper\n  correction_rate: 0.1"),
+        [
+            "r.yaml:5: norm.correction_rate: `batchless-paper` has no such setting; it belongs to batchless, batchless-plain"
+        ],
     ),
     "ignored by frozen statistics": (
         text_of(norm="norm:\n  name: batch-frozen\n  momentum: 0.2"),
@@ -261,8 +271,8 @@ def test_a_bare_name_replaces_the_section_and_dot_name_keeps_it() -> None:
     text = text_of(norm="norm: {name: batchless, eps: 1.0e-3}")
     assert parse(text, "norm=batch").norm == BatchNormSection(name="batch")
     kept = parse(text, "norm.name=batchless-paper").norm
-    assert isinstance(kept, BatchlessNormSection)
-    assert (kept.eps, kept.statistics) == (0.001, "gradient")
+    assert isinstance(kept, PaperNormSection)
+    assert kept.eps == 0.001
     assert "r.yaml:3: norm.eps: `batch` has no such setting; it belongs to batchless" in refusal(
         text, "norm.name=batch"
     )
@@ -273,12 +283,23 @@ def test_a_bare_name_replaces_the_section_and_dot_name_keeps_it() -> None:
 @pytest.mark.parametrize(("name", "parametrization"), [("", "log"), ("-abs", "abs"), ("-inv", "inv")])
 def test_paper_presets_are_filled_in(name: str, parametrization: str) -> None:
     norm = parse(text_of(), f"norm=batchless-paper{name}").norm
-    assert isinstance(norm, BatchlessNormSection)
-    assert (norm.statistics, norm.statistics_rate, norm.parametrization) == ("gradient", None, parametrization)
-    assert (norm.correction_rate, norm.probe_images) == (0, 0)
+    assert isinstance(norm, PaperNormSection)
+    assert (norm.statistics_rate, norm.parametrization, norm.eps) == (None, parametrization, 1e-5)
     natural = parse(text_of()).norm
     assert isinstance(natural, BatchlessNormSection)
-    assert (natural.statistics, natural.correction_rate, natural.probe_images) == ("natural", 0.1, "auto")
+    assert (natural.statistics_rate, natural.correction_rate, natural.probe_images) == (0.1, 0.1, "auto")
+    theirs = {"parametrization", "share", "nll_weight", "nll_reduction", "gauge"}
+    assert set(norm.model_dump()) >= theirs
+    assert not theirs & set(natural.model_dump())
+
+
+def test_settings_of_a_norm_never_change_its_groups() -> None:
+    """Once every setting of the likelihood in a recipe meant a run of before there were groups, and took them away."""
+    written = parse(text_of()).norm.model_dump(exclude={"channel_groups"}, mode="json")
+    assert (
+        parse(text_of(norm=f"norm: {yaml.safe_dump(written, default_flow_style=True, width=10_000)}")).channel_groups
+        == 8
+    )
 
 
 def test_settings_without_an_effect_are_refused() -> None:

@@ -50,7 +50,8 @@ streams:
   - {name: gaussian, mean: 3.0, std: 2.0}
   - {name: jump, mean: 0.0, std: 1.0, mean_after: 5.0, at: 32}
 estimators:
-  - {name: natural, parametrizations: [log, var], rates: [0.1]}
+  - {name: natural, rates: [0.1]}
+  - {name: sgd, parametrizations: [log, inv], rates: [0.1]}
   - {name: exact}
 runtime: {device: cpu}
 """

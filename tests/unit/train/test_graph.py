@@ -17,7 +17,8 @@ from bln_train.train.recovery import Snapshot
 CASES = {
     "folded": {},
     "micro-batch 3, short last batch": {"train__micro_batch_size": 3, "data__num_train": 20},
-    "not folded": {"norm": {"name": "batchless-paper", "fold": False}},
+    "published": {"norm": {"name": "batchless-paper"}},
+    "not folded": {"norm": {"name": "batchless-plain", "fold": False}, "model__weight_standardization": False},
     "momentum": {"optimizer": {"name": "sgd", "lr": 0.1, "accumulate_into": "momentum"}},
     "adamw": {"optimizer": {"name": "adamw", "lr": 0.01}},
     "plain": {"norm__name": "batchless-plain"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from bln_train.norm.accounts import Account
 from bln_train.norm.base import LikelihoodNorm
 from bln_train.norm.batchnorm_state import BATCHNORM_KEYS, holds_batchnorm
 from bln_train.norm.following import Following
-from bln_train.norm.functional import Parametrization, batchless_norm, raw_from_std, std_from_raw, sums_about
+from bln_train.norm.functional import batchless_norm, raw_from_std, sums_about
 from bln_train.norm.kernels.feedback import begin_feedback
 from bln_train.norm.kernels.table import StateRow
 
@@ -28,21 +28,15 @@ class _BatchlessNorm(LikelihoodNorm):
 
     Args:
         num_features: C, channels of the input (N, C, *spatial).
-        parametrization: what `raw_std` stores, see `functional.std_from_raw`.
-        share: "channel" for (C,) statistics, "layer" for one pair, shape (1,).
-        eps: the smallest standard deviation that data can set, in units of the input; part of `std_from_raw` for abs, inv
-            (a largest one there, 1/eps) and var, while log, left to an optimizer, has no bound.
+        eps: the smallest standard deviation that data can set, in units of the input.
         affine: learn weight and bias, each (C,). Without, a layer with a correction has both and they stay 1 and 0: the correction
             is read off their gradients.
         init_mean, init_std: statistics before any data, in units of the input. device, dtype: of parameters and buffers.
-        statistics: "natural" updates them by `BatchlessStatistics.update` (a natural-gradient step, an exact moving average
-            of the second moment); "gradient" leaves their gradients to the optimizer, as the paper does.
         statistics_rate: step of the natural update, in (0, 1].
-        nll_weight, nll_reduction, gauge: see `functional.batchless_norm`.
         correction_rate: rate of the running means that correct the input gradient, in [0, 1]; 0 turns it off.
 
     Attributes:
-        mean (C,) or (1,), raw_std the same shape, weight (C,), bias (C,): parameters.
+        mean (C,), raw_std the same shape, weight (C,), bias (C,): parameters.
         correction (2, C): buffer, running means of the coefficients A and B of the output gradient's regression on 1 and xhat, per
             position and for a summed loss.
         feedback (3, C): buffer, not in the state dict: how the batch under way uses it (kernels/feedback.py).
@@ -54,6 +48,7 @@ class _BatchlessNorm(LikelihoodNorm):
     """
 
     _version = 1
+    gauge = True
 
     correction: Tensor | None
     feedback: Tensor | None
@@ -62,17 +57,11 @@ class _BatchlessNorm(LikelihoodNorm):
         self,
         num_features: int,
         *,
-        parametrization: Parametrization = "log",
-        share: Literal["channel", "layer"] = "channel",
         eps: float = 1e-3,
         affine: bool = True,
         init_mean: float = 0.0,
         init_std: float = 1.0,
-        statistics: Literal["natural", "gradient"] = "natural",
         statistics_rate: float = 0.1,
-        nll_weight: float = 1.0,
-        nll_reduction: Literal["mean", "sum"] = "mean",
-        gauge: bool = True,
         correction_rate: float = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,19 +71,17 @@ class _BatchlessNorm(LikelihoodNorm):
             raise ValueError(f"num_features is {num_features}; a norm needs at least one channel")
         if not init_std > eps > 0:
             raise ValueError(f"need init_std > eps > 0, got init_std {init_std} and eps {eps}")
-        if statistics == "natural" and not 0 < statistics_rate <= 1:
+        if not 0 < statistics_rate <= 1:
             raise ValueError(f"statistics_rate is {statistics_rate}; a natural step needs a rate in (0, 1]")
         if not 0 <= correction_rate <= 1:
             raise ValueError(f"correction_rate is {correction_rate}; it is the rate of a moving average, in [0, 1]")
-        self.num_features, self.parametrization, self.share, self.eps = num_features, parametrization, share, eps
-        self.affine, self.statistics, self.statistics_rate = affine, statistics, statistics_rate
-        self.nll_weight, self.nll_reduction, self.gauge = nll_weight, nll_reduction, gauge
+        self.num_features, self.eps = num_features, eps
+        self.affine, self.statistics_rate = affine, statistics_rate
         self.correction_rate = correction_rate
 
-        entries = num_features if share == "channel" else 1
-        self.mean = nn.Parameter(torch.full((entries,), init_mean, device=device, dtype=dtype))
-        std = torch.full((entries,), init_std, device=device, dtype=dtype)
-        self.raw_std = nn.Parameter(raw_from_std(std, parametrization, eps))
+        self.mean = nn.Parameter(torch.full((num_features,), init_mean, device=device, dtype=dtype))
+        std = torch.full((num_features,), init_std, device=device, dtype=dtype)
+        self.raw_std = nn.Parameter(raw_from_std(std, eps))
         if affine or correction_rate:
             self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -116,7 +103,7 @@ class _BatchlessNorm(LikelihoodNorm):
         self._end_feedback()
         self.first_moment: Tensor | None = None
         self.second_moment: Tensor | None = None
-        """(C,) or (1,), of the last effective batch: means of xhat and of xhat^2."""
+        """(C,), of the last effective batch: means of xhat and of xhat^2."""
         self.following: Following | None = None
         """The layer's part in the probe's forward after a step."""
         self.old_moments: tuple[Tensor, Tensor] | None = None
@@ -142,21 +129,15 @@ class _BatchlessNorm(LikelihoodNorm):
 
             mean = running_mean,   std = sqrt(running_var + self.batchnorm_eps),   the same weight and bias
 
-        The correction begins anew. Of parametrization `log` the layer's eps is lowered to the smallest standard deviation.
+        The correction begins anew, and the layer's eps is lowered to the smallest standard deviation.
         """
         mean, std = state[f"{prefix}running_mean"], (state[f"{prefix}running_var"] + self.batchnorm_eps).sqrt()
-        if self.share == "layer":
-            return "a BatchNorm has a mean and a standard deviation per channel, and this layer one for all: share='channel'"
         if not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
             return "the BatchNorm's statistics are not finite, or a variance + eps is not positive"
-        smallest, largest = float(std.min()), float(std.max())
-        if self.parametrization == "log":
-            self.eps = min(self.eps, smallest)
-        elif smallest < self.eps or (self.parametrization == "inv" and largest >= 1 / self.eps):
-            return f"the layer's eps, {self.eps:g}, excludes the BatchNorm's standard deviations, {smallest:.3g} to {largest:.3g}"
+        self.eps = min(self.eps, float(std.min()))
         for key in BATCHNORM_KEYS[2:]:
             state.pop(f"{prefix}{key}", None)
-        found = {"mean": mean, "raw_std": raw_from_std(std.clamp(min=self.eps), self.parametrization, self.eps)}
+        found = {"mean": mean, "raw_std": raw_from_std(std, self.eps)}
         if self.weight is not None and not self.affine:
             found["weight"] = torch.ones_like(mean)
         if self.bias is not None and (not self.affine or f"{prefix}weight" in state):  # BatchNorm's bias=False
@@ -169,19 +150,14 @@ class _BatchlessNorm(LikelihoodNorm):
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation, (C,) or (1,), in units of the input."""
-        return std_from_raw(self.raw_std, self.parametrization, self.eps)
-
-    @property
-    def largest_std(self) -> float:
-        """The standard deviation that no parameter can reach."""
-        return 1 / self.eps if self.parametrization == "inv" else super().largest_std
+        """Standard deviation, (C,), in units of the input."""
+        return self.raw_std.exp()
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set mean and standard deviation, (C,) or (1,) each; the standard deviation is floored at eps."""
+        """Set mean and standard deviation, (C,) each; the standard deviation is floored at eps."""
         self.mean.copy_(mean)
-        self.raw_std.copy_(raw_from_std(std.clamp(min=self.eps), self.parametrization, self.eps))
+        self.raw_std.copy_(raw_from_std(std, self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *spatial) to the same shape and dtype; see the class."""
@@ -247,11 +223,6 @@ class _BatchlessNorm(LikelihoodNorm):
             self.bias,
             correction=self.correction,
             feedback=self.feedback,
-            parametrization=self.parametrization,
-            eps=self.eps,
-            nll_weight=self.nll_weight,
-            nll_reduction=self.nll_reduction,
-            gauge=self.gauge,
         )
         num_images, num_positions = x.shape[0], x.numel() // (x.shape[0] * x.shape[1])
         if self.account.is_open:
@@ -260,11 +231,6 @@ class _BatchlessNorm(LikelihoodNorm):
         self.count(num_images, num_positions)
         self.account.take(result.nll)
         return result.out
-
-    @property
-    def nll_scale(self) -> float:
-        """Weight in the loss of each entry's likelihood of one image."""
-        return self.nll_weight * (1 if self.nll_reduction == "mean" else self.num_features) / self.mean.numel()
 
     def discard(self) -> None:
         """Forget a half-done effective batch, natural gradients included."""
@@ -281,7 +247,7 @@ class _BatchlessNorm(LikelihoodNorm):
     @property
     def natural_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradients `update` takes, and which no optimizer may move."""
-        natural = [self.mean, self.raw_std] if self.statistics == "natural" else []
+        natural = [self.mean, self.raw_std]
         if self.affine or self.weight is None or self.bias is None:
             return natural
         return [*natural, self.weight, self.bias]
@@ -296,8 +262,8 @@ class _BatchlessNorm(LikelihoodNorm):
 
     def extra_repr(self) -> str:
         """Arguments, as torch.nn layers print theirs."""
-        return (f"{self.num_features}, parametrization={self.parametrization}, share={self.share}, eps={self.eps:g}, "
-                f"affine={self.affine}, statistics={self.statistics}, correction_rate={self.correction_rate:g}")  # fmt: skip
+        return (f"{self.num_features}, eps={self.eps:g}, statistics_rate={self.statistics_rate:g}, "
+                f"affine={self.affine}, correction_rate={self.correction_rate:g}")  # fmt: skip
 
 
 class BatchlessNorm1d(_BatchlessNorm):

@@ -2,14 +2,14 @@
 
 Legend of shapes
     N  images of a micro-batch     C  channels     S  positions of one image (1 for a dense layer, H*W for a map)
-    a  (N, C, *spatial)  input     K  entries of the statistics: C (share="channel") or 1 (share="layer")
+    a  (N, C, *spatial)  input
 "Rows" are a memory-order view in which the channel axis broadcasts: (N*S, C) of a channels-last tensor, whose sums over
 axis 0 are the fastest on a CPU, or (N, C, S) otherwise.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,45 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from bln_train.norm.kernels.feedback import corrections, no_feedback, nonzero
 
-Parametrization = Literal["log", "abs", "inv", "var"]
 
-
-def _sign(raw: Tensor) -> Tensor:
-    # Not torch.sign: at exactly 0 a derivative of 0 would freeze the statistic for good.
-    return torch.where(raw < 0, -1.0, 1.0).to(raw.dtype)
-
-
-def std_from_raw(raw: Tensor, parametrization: Parametrization, eps: float) -> Tensor:
-    """Standard deviation from the stored parameter s: log exp(s), abs |s|+eps, inv 1/(|s|+eps), var sqrt(|s|+eps^2)."""
-    if parametrization == "log":
-        return raw.exp()
-    if parametrization == "abs":
-        return raw.abs() + eps
-    if parametrization == "inv":
-        return (raw.abs() + eps).reciprocal()
-    return (raw.abs() + eps * eps).sqrt()
-
-
-def raw_from_std(std: Tensor, parametrization: Parametrization, eps: float) -> Tensor:
-    """Stored parameter whose standard deviation is `std`; the inverse of `std_from_raw` for eps <= std (< 1/eps)."""
-    if parametrization == "log":
-        return std.clamp(min=eps).log()
-    if parametrization == "abs":
-        return (std - eps).clamp(min=0)
-    if parametrization == "inv":
-        return (std.reciprocal() - eps).clamp(min=0)
-    return (std * std - eps * eps).clamp(min=0)
-
-
-def std_slope(raw: Tensor, std: Tensor, parametrization: Parametrization) -> Tensor:
-    """Derivative of the standard deviation with respect to the stored parameter; never 0."""
-    if parametrization == "log":
-        return std
-    if parametrization == "abs":
-        return _sign(raw)
-    if parametrization == "inv":
-        return -_sign(raw) * std * std
-    return _sign(raw) / (2 * std)
+def raw_from_std(std: Tensor, eps: float) -> Tensor:
+    """The stored parameter, log std, of a standard deviation that is floored at eps."""
+    return std.clamp(min=eps).log()
 
 
 class Rows(NamedTuple):
@@ -125,9 +90,9 @@ class NormOutput(NamedTuple):
     nll: Tensor
     """() Gaussian negative log likelihood, summed over the N images, already times its weight."""
     sum_xhat: Tensor
-    """(K,) sum of xhat over images and positions, averaged over channels when shared; carries no gradient."""
+    """(C,) sum of xhat over images and positions; carries no gradient."""
     sum_xhat_sq: Tensor
-    """(K,) the same of xhat squared."""
+    """(C,) the same of xhat squared."""
 
 
 class _BatchlessNormFunction(torch.autograd.Function):
@@ -143,26 +108,17 @@ class _BatchlessNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         correction: Tensor | None,
         feedback: Tensor | None,
-        parametrization: Parametrization,
-        eps: float,
-        nll_scale: float,
-        gauge: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         view = as_rows(a)
         shape = view.broadcast
         num_images = a.shape[0]
         num_positions = a.numel() // (num_images * a.shape[1])
-        std = std_from_raw(raw_std, parametrization, eps)
+        std = raw_std.exp()
 
         xhat = (view.rows - mean.view(shape)).mul_(std.reciprocal().view(shape))  # statistics' dtype under autocast
         sum_xhat, sum_xhat_sq = xhat.sum(view.reduced), (xhat * xhat).sum(view.reduced)
-        if mean.numel() == 1:
-            sum_xhat, sum_xhat_sq = sum_xhat.mean(0, keepdim=True), sum_xhat_sq.mean(0, keepdim=True)
-
-        # nll = scale * sum over entries, images of [log std + mean over positions of xhat^2 / 2 - gauge]
-        nll = sum_xhat_sq.sum() * (nll_scale / (2 * num_positions))
-        constant = -0.5 * num_images * nll_scale * mean.numel()
-        nll = nll + constant if gauge else nll + (num_images * nll_scale) * std.log().sum()
+        # nll = sum over channels, images of [mean over positions of xhat^2 - 1] / 2C
+        nll = sum_xhat_sq.sum() / (2 * num_positions * len(mean)) - 0.5 * num_images
 
         # Written through a view: the output itself must be no view, or nobody could apply a relu to it in place.
         channels_last = a.dim() > 2 and xhat.dim() == 2
@@ -173,10 +129,9 @@ class _BatchlessNormFunction(torch.autograd.Function):
             torch.addcmul(bias.view(shape), xhat, weight.view(shape), out=rows)
         else:
             rows.copy_(torch.addcmul(bias.view(shape), xhat, weight.view(shape)))
-        ctx.save_for_backward(xhat.to(a.dtype), std, raw_std, weight, sum_xhat, sum_xhat_sq)
+        ctx.save_for_backward(xhat.to(a.dtype), std, weight, sum_xhat, sum_xhat_sq)
         ctx.correction, ctx.feedback = correction, feedback  # as they are when backward comes, which moves the latter
         ctx.shape, ctx.channels_last = a.shape, channels_last
-        ctx.parametrization, ctx.nll_scale = parametrization, nll_scale
         ctx.num_images, ctx.num_positions = num_images, num_positions
         ctx.mark_non_differentiable(sum_xhat, sum_xhat_sq)
         ctx.set_materialize_grads(False)
@@ -185,19 +140,18 @@ class _BatchlessNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_nll: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        xhat, std, raw_std, weight, sum_xhat, sum_xhat_sq = ctx.saved_tensors
+        xhat, std, weight, sum_xhat, sum_xhat_sq = ctx.saved_tensors
         correction, feedback = ctx.correction, ctx.feedback
         needs_a, needs_mean, needs_raw, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         grad_a = grad_mean = grad_raw = grad_weight = grad_bias = None
 
         if grad_nll is not None and (needs_mean or needs_raw):  # the likelihood alone moves the statistics
-            slope = grad_nll * ctx.nll_scale / std
-            grad_mean = -slope * sum_xhat / ctx.num_positions
-            grad_std = slope * (ctx.num_images - sum_xhat_sq / ctx.num_positions)
-            grad_raw = grad_std * std_slope(raw_std, std, ctx.parametrization)
+            per_channel = grad_nll / len(std)
+            grad_mean = -per_channel * sum_xhat / (std * ctx.num_positions)
+            grad_raw = per_channel * (ctx.num_images - sum_xhat_sq / ctx.num_positions)
 
         if grad_out is None:
-            return None, grad_mean, grad_raw, *[None] * 8
+            return None, grad_mean, grad_raw, *[None] * 4
         grad_rows, reduced, shape = _rows_in_order(grad_out, ctx.channels_last)
         if needs_bias:
             grad_bias = grad_rows.sum(reduced, dtype=std.dtype)
@@ -224,7 +178,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
                     grad_rows.shape
                 )
             grad_a = _from_rows(rows.to(grad_out.dtype), ctx.shape)
-        return grad_a, grad_mean, grad_raw, grad_weight, grad_bias, *[None] * 6
+        return grad_a, grad_mean, grad_raw, grad_weight, grad_bias, *[None] * 2
 
 
 def batchless_norm(
@@ -236,18 +190,14 @@ def batchless_norm(
     *,
     correction: Tensor | None = None,
     feedback: Tensor | None = None,
-    parametrization: Parametrization = "log",
-    eps: float = 1e-3,
-    nll_weight: float = 1.0,
-    nll_reduction: Literal["mean", "sum"] = "mean",
-    gauge: bool = True,
 ) -> NormOutput:
     r"""Normalise by learned statistics, and give the likelihood that fits them.
 
         xhat = (a - sg(mean)) / sg(std)          sg: stop-gradient
         out  = weight * xhat + bias
-        nll  = nll_weight * sum_n mean_{c,s} [ log std + ((sg(a) - mean) / std)^2 / 2 - gauge ]
-        gauge = sg(log std) + 1/2, so nll is 0 in expectation when a ~ N(mean, std^2)
+        nll  = sum_n mean_{c,s} [ log std + ((sg(a) - mean) / std)^2 / 2 - sg(log std) - 1/2 ]
+
+    So nll is 0 in expectation when a ~ N(mean, std^2).
 
     The gradient of `out` reaches a, weight and bias only; that of `nll` reaches mean and raw_std only. With a correction
     (A, B), a receives (weight / std) * (g - p * (A + B * xhat)), where g is the gradient of `out` and p that of `nll`,
@@ -256,20 +206,12 @@ def batchless_norm(
     Args:
         a: (N, C, *spatial), any memory format, floating point; under autocast it may be of lower precision than the
             statistics, in which sums are taken.
-        mean, raw_std: (C,) or (1,); `raw_std` as in `std_from_raw`.
+        mean, raw_std: (C,); std = exp(raw_std).
         weight, bias: (C,), both or neither.
         correction: (2, C), A and B per position, for a loss that weighs each image with 1.
         feedback: (len(StateRow), C), from which each image has an A and B of its own instead, backward by backward; see
             kernels/feedback.py, where `correction` is `running`.
-        parametrization, eps: what `raw_std` stores, see `std_from_raw`.
-        nll_weight, nll_reduction: weight of the likelihood; over channels its "mean" (the paper's) or "sum".
 
     Source: arXiv 2212.14729, section 3; the correction follows Online Normalization (Chiley et al., arXiv 1905.05894).
     """
-    num_channels, num_entries = a.shape[1], mean.numel()
-    scale = nll_weight / num_entries if nll_reduction == "mean" else nll_weight * num_channels / num_entries
-    return NormOutput(
-        *_BatchlessNormFunction.apply(
-            a, mean, raw_std, weight, bias, correction, feedback, parametrization, eps, scale, gauge
-        )
-    )
+    return NormOutput(*_BatchlessNormFunction.apply(a, mean, raw_std, weight, bias, correction, feedback))

@@ -175,7 +175,7 @@ class LoopChecks:
         """Warn where statistics are none of any data, and the first effective batch has others."""
         untouched = []
         for name, layer in self.followers.items():
-            if layer.mean.grad is None or layer.raw_std.grad is None or layer.statistics != "natural":
+            if layer.mean.grad is None or layer.raw_std.grad is None:
                 continue
             if bool(layer.mean.any()) or bool(((layer.std - 1).abs() > 1e-3).any()):
                 continue

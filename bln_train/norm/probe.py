@@ -22,7 +22,7 @@ import torch
 
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.following import Following
-from bln_train.norm.functional import raw_from_std, std_from_raw
+from bln_train.norm.functional import raw_from_std
 from bln_train.norm.kernels.table import ProbeRow
 from bln_train.norm.update import by_kind, finite_or, may_follow, stack
 
@@ -40,7 +40,7 @@ def prepare_following(layers: Sequence[_BatchlessNorm]) -> None:
         if first.weight is not None:
             gamma, beta = stack(layer.weight for layer in group), stack(layer.bias for layer in group)
         rows = {
-            ProbeRow.STD: std_from_raw(raw, first.parametrization, first.eps),
+            ProbeRow.STD: raw.exp(),
             ProbeRow.OLD_VARIANCE: old_variance,
             ProbeRow.DRIFT: mean - old_mean,
             ProbeRow.GAMMA: torch.ones_like(raw) if gamma is None else gamma,
@@ -58,8 +58,8 @@ def settle_following(layers: Sequence[_BatchlessNorm]) -> None:
     found = {layer: layer.following.found for layer in layers if layer.following is not None}
     for group in by_kind([layer for layer, seen in found.items() if seen is not None], _kind):
         first = group[0]
-        changes, stds = stack(found[layer] for layer in group)[..., : first.mean.numel()].unbind(1)
-        raws = raw_from_std(stds, first.parametrization, first.eps)
+        changes, stds = stack(found[layer] for layer in group).unbind(1)
+        raws = raw_from_std(stds, first.eps)
         raws = finite_or(raws, stack(layer.raw_std for layer in group))
         torch._foreach_add_(
             [layer.mean for layer in group], list(finite_or(changes, torch.zeros_like(changes)).unbind(0))
@@ -74,5 +74,5 @@ def settle_following(layers: Sequence[_BatchlessNorm]) -> None:
 
 def _kind(layer: _BatchlessNorm) -> Hashable:
     mean = layer.mean
-    form = layer.num_features, layer.parametrization, layer.eps, layer.weight is None
+    form = layer.eps, layer.weight is None
     return mean.shape, mean.dtype, mean.device, form

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bln_train.norm.accounts import Account
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.functional import raw_from_std, std_from_raw, std_slope
+from bln_train.norm.functional import raw_from_std
 from bln_train.norm.kernels.feedback import begin_feedback, regression
 from bln_train.norm.replay import Run, addresses, at_once
 
@@ -109,9 +109,8 @@ def _update(layers: Sequence[_BatchlessNorm], num_images: int) -> _Said:
 
 
 def _kind(layer: _BatchlessNorm) -> Hashable:
-    mean, form = layer.mean, (layer.parametrization, layer.eps, layer.share, layer.nll_scale, layer.gauge)
-    rule = (layer.statistics, layer.statistics_rate, layer.account.num_images)
-    return mean.shape, mean.dtype, mean.device, layer.num_features, form, rule
+    mean, rule = layer.mean, (layer.eps, layer.statistics_rate, layer.account.num_images)
+    return mean.shape, mean.dtype, mean.device, rule
 
 
 def _watched_kind(layer: _BatchlessNorm) -> Hashable:
@@ -146,16 +145,14 @@ def _note_watched(layers: Sequence[_BatchlessNorm]) -> dict[_BatchlessNorm, tupl
     shift, square = (stack(layer.account.watched for layer in layers) / first.account.num_watched).unbind(1)
     unit = None if first.account.unit is None else stack(layer.account.unit for layer in layers)
     mean = stack(layer.mean for layer in layers)
-    old_mean, old_variance = moments(mean, shift, square, unit, shared=first.share == "layer")
+    old_mean, old_variance = moments(mean, shift, square, unit)
     return dict(zip(layers, zip(old_mean.unbind(0), old_variance.unbind(0), strict=True), strict=True))
 
 
-def moments(mean: Tensor, shift: Tensor, square: Tensor, unit: Tensor | None, *, shared: bool) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x, (..., C) or (..., 1), from the means of y = (x - mean) / unit and of y^2, (..., C)."""
+def moments(mean: Tensor, shift: Tensor, square: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x, (..., C), from the means of y = (x - mean) / unit and of y^2, (..., C)."""
     if unit is not None:
         shift, square = shift * unit, square * unit * unit
-    if shared:
-        shift, square = shift.mean(-1, keepdim=True), square.mean(-1, keepdim=True)
     return mean + shift, (square - shift * shift).clamp_(min=0)
 
 
@@ -166,8 +163,7 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
     of_bias = stack(layer.bias.grad for layer in layers if layer.bias is not None)
     of_weight = stack(layer.weight.grad for layer in layers if layer.weight is not None)
     seen = (of_bias / positions, of_weight / positions)
-    # Statistics of a whole layer say nothing of its channels' own moments.
-    knows = first.share == "channel" and all(_learns(first))
+    knows = all(_learns(first))  # frozen statistics have no gradient that says what the moments are
     m1, excess = _moments_of(layers, num_images) if knows else (torch.zeros_like(of_bias),) * 2
     found = regression(seen, (m1, excess + 1)).transpose(0, 1)
     corrections = [layer.correction for layer in layers if layer.correction is not None]
@@ -178,41 +174,37 @@ def _learn_correction(layers: Sequence[_BatchlessNorm], num_images: int) -> None
 
 
 def _moments_of(layers: Sequence[_BatchlessNorm], num_images: int) -> tuple[Tensor, Tensor]:
-    """m1 and m2 - 1 of an effective batch, (L, C) or (L, 1), off the gradients of the likelihood; NaN for what is frozen."""
+    """m1 and m2 - 1 of an effective batch, (L, C), off the gradients of the likelihood; NaN for what is frozen."""
     first = layers[0]
-    raw = stack(layer.raw_std for layer in layers)
-    std = std_from_raw(raw, first.parametrization, first.eps)
-    scale = -first.nll_scale * (first.account.num_images / num_images)
-    slope = std_slope(raw, std, first.parametrization)
+    std = stack(layer.raw_std for layer in layers).exp()
+    scale = -(first.account.num_images / num_images) / first.num_features
     unknown = torch.full_like(std, torch.nan)
     has_mean, has_std = _learns(first)
     m1 = stack(layer.mean.grad for layer in layers) * std / scale if has_mean else unknown
-    return m1, stack(layer.raw_std.grad for layer in layers) * std / (scale * slope) if has_std else unknown
+    return m1, stack(layer.raw_std.grad for layer in layers) / scale if has_std else unknown
 
 
 def likelihood_moments(layer: _BatchlessNorm, num_images: int) -> tuple[Tensor, Tensor]:
-    """Means of xhat and of xhat^2 of an effective batch, (C,) or (1,) each, off the gradients of the likelihood."""
+    """Means of xhat and of xhat^2 of an effective batch, (C,) each, off the gradients of the likelihood."""
     m1, excess = _moments_of([layer], num_images)
     return m1[0], excess[0] + 1
 
 
 def _follow_gradients(layers: Sequence[_BatchlessNorm], num_images: int) -> dict[_BatchlessNorm, _Moments]:
-    """Read m1 and m2 off the gradients of the likelihood, and take the natural step if it is ours."""
+    """Read m1 and m2 off the gradients of the likelihood, and take the natural step."""
     first = layers[0]
     mean, raw = stack(layer.mean for layer in layers), stack(layer.raw_std for layer in layers)
-    std = std_from_raw(raw, first.parametrization, first.eps)
+    std = raw.exp()
     m1, excess = _moments_of(layers, num_images)
-    if first.statistics == "natural":
-        rate = first.statistics_rate
-        growth = (1 + rate * excess).clamp(min=0).sqrt()
-        new_raw = raw_from_std((std * growth).clamp(min=first.eps), first.parametrization, first.eps)
-        has_mean, has_std = _learns(first)
-        if has_mean:
-            new_mean = finite_or(torch.addcmul(mean, std, m1, value=rate), mean)
-            torch._foreach_copy_([layer.mean for layer in layers], list(new_mean.unbind(0)))
-        if has_std:
-            torch._foreach_copy_([layer.raw_std for layer in layers], list(finite_or(new_raw, raw).unbind(0)))
+    rate = first.statistics_rate
+    growth = (1 + rate * excess).clamp(min=0).sqrt()
+    new_raw = raw_from_std(std * growth, first.eps)
+    has_mean, has_std = _learns(first)
+    if has_mean:
+        new_mean = finite_or(torch.addcmul(mean, std, m1, value=rate), mean)
+        torch._foreach_copy_([layer.mean for layer in layers], list(new_mean.unbind(0)))
+    if has_std:
+        torch._foreach_copy_([layer.raw_std for layer in layers], list(finite_or(new_raw, raw).unbind(0)))
     nll = excess.mean(1) / 2
-    nll = nll if first.gauge else nll + 0.5 + std.log().mean(1)
     parts = zip(m1.unbind(0), (excess + 1).unbind(0), nll.unbind(0), strict=True)
     return dict(zip(layers, itertools.starmap(_Moments, parts), strict=True))

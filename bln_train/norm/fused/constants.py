@@ -7,7 +7,6 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from bln_train.norm.functional import std_from_raw, std_slope
 from bln_train.norm.fused.parts import Constants, Parts
 from bln_train.norm.kernels.table import Epilogue, Row
 from bln_train.norm.standardize import StandardizedConv2d, standardize_weight
@@ -43,7 +42,7 @@ def measure_once(
 
 def _kind(layer: Parts) -> Hashable:
     norm = layer.norm
-    form = (norm.parametrization, norm.eps, norm.nll_scale, norm.gauge, norm.weight is None, norm.correction is None)
+    form = (norm.weight is None, norm.correction is None)
     return (
         norm.mean.shape,
         norm.mean.dtype,
@@ -68,7 +67,7 @@ def _measure(
     norm, norms = first.norm, [layer.norm for layer in layers]
     size = (len(layers), norm.num_features)
     mean, raw = stack(n.mean for n in norms), stack(n.raw_std for n in norms)
-    std = std_from_raw(raw, norm.parametrization, norm.eps)
+    std = raw.exp()
     bias = (-mean if first.linear.bias is None else stack(layer.linear.bias for layer in layers) - mean).expand(size)
     inverse = std.reciprocal().expand(size)
     if scales[0] is not None:
@@ -82,21 +81,18 @@ def _measure(
         groups = [layer.groups for layer in layers if layer.groups is not None]
         outer, shift = stack(g.weight for g in groups), stack(g.bias for g in groups)
 
-    # As in norm/functional.py, with sums of yc in the place of sums of xhat.
-    per_std = norm.nll_scale / std
-    to_raw = per_std * std_slope(raw, std, norm.parametrization)
-    square = inverse * inverse
-    share = norm.nll_scale * mean.shape[1] / norm.num_features  # of the likelihood's weight that a channel stands for
+    # As in norm/functional.py, with sums of y in the place of sums of xhat.
+    square, share = inverse * inverse, 1 / norm.num_features
     rows = {
         Row.INNER: inner,
         Row.SHIFT: shift,
         Row.INVERSE: inverse,
         Row.OUTER: outer,
         Row.NLL_SQUARE: share / 2 * square,
-        Row.NLL_IMAGE: share * (zero - 0.5 if norm.gauge else std.log()),
-        Row.MEAN_MOMENT: -per_std * inverse,
-        Row.RAW_MOMENT: -to_raw * square,
-        Row.RAW_IMAGE: to_raw,
+        Row.NLL_IMAGE: zero - share / 2,
+        Row.MEAN_MOMENT: -share * inverse / std,
+        Row.RAW_MOMENT: -share * square,
+        Row.RAW_IMAGE: zero + share,
     }
     tables = torch.stack([rows[row].expand(size) for row in Row], 1)
     num = 4 if first.groups is None else 6

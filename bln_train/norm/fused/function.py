@@ -127,7 +127,7 @@ class _ChainFunction(torch.autograd.Function):
             if own.gradients is None:
                 of_parameters[n * _PER_STEP : n * _PER_STEP + 2] = grad_weight, grad_bias
                 reached = (grad_nll is not None, grad_nll is not None, True, True, True, True)
-                for place, value in enumerate(split_gradients(way.layer.norm.share, way.vectors)):
+                for place, value in enumerate(way.vectors.unbind(0)):
                     if needs[first + 2 + place] and reached[place]:
                         of_parameters[n * _PER_STEP + 2 + place] = value
             else:
@@ -302,14 +302,6 @@ class _Gradients:
     def pop(self, number: int) -> tuple[Tensor | None, bool]:
         """Take out the gradient of a value, and whether it may be overwritten."""
         return self._found.pop(number, (None, False))
-
-
-def split_gradients(share: str, vectors: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of mean, raw_std and the others, of their shapes, from (4, C) or (6, C)."""
-    mean, raw_std, *others = vectors.unbind(0)
-    if share == "layer":
-        mean, raw_std = mean.mean(0, keepdim=True), raw_std.mean(0, keepdim=True)
-    return mean, raw_std, *others
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bln_train.norm.batchless import _BatchlessNorm
 from bln_train.norm.fused.constants import measure, measure_once
 from bln_train.norm.fused.foldable import fits_residual, keeps_shape, shape_after, why_not_foldable
-from bln_train.norm.fused.function import Plan, Step, add_gradient, autocast_dtype, run_chain, split_gradients
+from bln_train.norm.fused.function import Plan, Step, add_gradient, autocast_dtype, run_chain
 from bln_train.norm.fused.parts import Constants, Parts
 from bln_train.norm.kernels.backend import backend_for
 from bln_train.norm.kernels.convolution import DirectConvolution, direct_convolution
@@ -334,7 +334,7 @@ def fold_once(layers: Iterable[FoldedConvNorm], run: Run = at_once) -> Iterator[
             if layer.linear.weight in scales:  # for forwards that run the convolution by itself
                 layer.linear.constant_scale = scales[layer.linear.weight]
         yield
-        _give(layers, run(lambda: _end(layers, begun), lambda: (*kind("end fold"), id(begun))))
+        _give(layers, run(lambda: _end(begun), lambda: (*kind("end fold"), id(begun))))
     finally:
         for layer in layers:
             layer.constants = None
@@ -359,12 +359,12 @@ def _begin(layers: Sequence[FoldedConvNorm]) -> _Begun:
     return _Begun(measure_once([layer.parts for layer in layers], weights, scales), list(standardized.values()))
 
 
-def _end(layers: Sequence[FoldedConvNorm], begun: _Begun) -> list[tuple[Tensor, ...]]:
+def _end(begun: _Begun) -> list[tuple[Tensor, ...]]:
     """Project the filters' gradients; returns those of each norm's parameters, as `_give` takes them."""
     for gradient in begun.standardized:
         gradient.project()
     gathered = [own.gradients for own in begun.constants if own.gradients is not None]
-    return [split_gradients(layer.norm.share, own) for layer, own in zip(layers, gathered, strict=True)]
+    return [own.unbind(0) for own in gathered]
 
 
 def _give(layers: Sequence[FoldedConvNorm], gradients: Sequence[tuple[Tensor, ...]]) -> None:

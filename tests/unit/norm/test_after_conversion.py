@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d, convert_batchnorm, fuse
+from bln_train.norm import BatchlessChannelNorm, convert_batchnorm, fuse
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +84,6 @@ def test_its_own_state_dict_is_loaded_as_ever():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (lambda: BatchlessNorm2d(8, share="layer"), "one for all"),
-        (lambda: BatchlessNorm2d(8, parametrization="var", eps=0.1), "excludes the BatchNorm's standard deviations"),
-        (lambda: BatchlessNorm2d(8, parametrization="inv", eps=0.9), "excludes the BatchNorm's standard deviations"),
         (lambda: BatchlessChannelNorm(8, 4), "has groups of channels"),
     ],
     ids=str,

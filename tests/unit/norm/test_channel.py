@@ -82,10 +82,10 @@ def gradients_of(holder, run, x, residual, inside=contextlib.nullcontext):
 def test_law_3_folded_equals_its_parts(channels, groups, activation, residual, compiled, recompute):
     """Law 3 with groups: output, every gradient and the feedback of the batch, where torch.nn.GroupNorm is one of the parts."""
     use_kernels(compiled)
-    for channels_last, once, share in ((True, True, "channel"), (False, False, "channel"), (True, True, "layer")):
+    for channels_last, once in ((True, True), (False, False)):
         torch.manual_seed(0)
         conv = StandardizedConv2d(4, channels, 3, 1, 1, bias=not once)
-        norm = draw(BatchlessChannelNorm(channels, groups, share=share))
+        norm = draw(BatchlessChannelNorm(channels, groups))
         x = torch.randn(5, 4, 7, 7)
         if channels_last:
             conv, x = conv.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
@@ -109,11 +109,10 @@ def test_law_3_folded_equals_its_parts(channels, groups, activation, residual, c
             torch.testing.assert_close(layer(x, r), parts(x, r), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("statistics", ["natural", "gradient"])
-def test_the_layer_is_its_formula_and_its_correction_that_of_xhat(statistics):
+def test_the_layer_is_its_formula_and_its_correction_that_of_xhat():
     """Against plain autograd: the output, and after a batch the correction is the regression of xhat's gradient on 1 and xhat."""
     torch.manual_seed(0)
-    norm = BatchlessChannelNorm(6, 3, statistics=statistics, correction_rate=1.0)
+    norm = BatchlessChannelNorm(6, 3, correction_rate=1.0)
     with torch.no_grad():
         norm[0].mean.normal_(0, 0.3), norm[0].raw_std.normal_(0, 0.3), norm[1].weight.normal_(), norm[1].bias.normal_()
     x, weight = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)

@@ -78,7 +78,7 @@ def both_ways(linear, norm, x, *, activation="relu", residual=False, once=False,
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", list(linears()), ids=lambda s: s[0])
 def test_law_3_folded_equals_unfolded_for_every_shape(shape, activation, residual, recompute):
-    """Law 3: output and gradients to 1e-10, standardised or not, channels-last or not, statistics shared or not, once or not."""
+    """Law 3: output and gradients to 1e-10, standardised or not, channels-last or not, once or not."""
     for conv in (nn.Conv2d, StandardizedConv2d):
         for channels_last in (False, True):
             torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_law_3_folded_equals_unfolded_for_every_shape(shape, activation, residua
                 linear, x = linear.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
             if linear.weight[0].numel() == 1:
                 continue
-            norm = drawn_norm(BatchlessNorm2d, linear.out_channels, share="layer" if channels_last else "channel")
+            norm = drawn_norm(BatchlessNorm2d, linear.out_channels)
             for once in (False, True):
                 plain, folded = both_ways(
                     linear, norm, x, activation=activation, residual=residual, recompute=recompute, once=once
@@ -97,17 +97,14 @@ def test_law_3_folded_equals_unfolded_for_every_shape(shape, activation, residua
                 assert largest_difference(plain, folded) < 1e-10, (conv, channels_last, once)
 
 
-@pytest.mark.parametrize("parametrization", ["log", "abs", "inv", "var"])
 @pytest.mark.parametrize("gamma", ["zero", "one zero", "negative", "none", "tiny"])
-def test_law_3_holds_for_every_gamma(gamma, parametrization):
+def test_law_3_holds_for_every_gamma(gamma):
     """Law 3 with gamma 0, where nothing of xhat shows in the output, below 0, tiny, and without gamma at all."""
     affine = gamma != "none"
     torch.manual_seed(0)
     linear = StandardizedConv2d(4, 6, 3, 1, 1, bias=False)
     for activation in ACTIVATIONS:
-        norm = drawn_norm(
-            BatchlessNorm2d, 6, affine=affine, correction_rate=0.1 * affine, parametrization=parametrization
-        )
+        norm = drawn_norm(BatchlessNorm2d, 6, affine=affine, correction_rate=0.1 * affine)
         with torch.no_grad():
             if gamma == "zero":
                 norm.weight.zero_()

@@ -102,7 +102,7 @@ def synchronized(model_name, world, micro):
     with Collectives() as counted:
         for part in share.split(micro):
             (F.cross_entropy(model(x[part]), y[part], reduction="sum") / BATCH).backward()
-        world.add_up([p.grad for p in model.parameters()])
+        world.all_reduce_([p.grad for p in model.parameters()])
     if micro == len(share):  # the formulas above are right: this is what one BatchNorm on the whole batch gives
         F.cross_entropy(plain(x), y).backward()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
@@ -126,11 +126,11 @@ def batchless(model_name, world, micro):
     experiment = build_experiment(recipe, world=world)
     begin_together(world, recipe, experiment)
     with Collectives() as counted:
-        experiment.trainer.take_step(experiment.data.train, torch.arange(BATCH), 0, 0)
+        experiment.trainer.accumulation(experiment.data.train, torch.arange(BATCH), 0, 0)
     return (
         counted,
         sum(p.numel() for p in experiment.model.parameters()),
-        len(experiment.trainer.take_step.statistics.layers),
+        len(experiment.trainer.accumulation.statistics.layers),
     )
 
 

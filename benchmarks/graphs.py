@@ -37,7 +37,7 @@ def a_step(args, *, micro_batch, norm="batchless", graphs=False):
         }
     )
     experiment = build_experiment(recipe, data=random_data(recipe, EFFECTIVE))
-    step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(EFFECTIVE)
+    step, images, index = experiment.trainer.accumulation, experiment.data.train, torch.arange(EFFECTIVE)
 
     def take():
         step(images, index, 0, 0)

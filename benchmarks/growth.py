@@ -40,7 +40,7 @@ def a_step(args, *, model="resnet8", effective=32, side=32):
         }
     )
     experiment = build_experiment(recipe, data=random_data(recipe, max(effective, 32)))
-    step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(effective)
+    step, images, index = experiment.trainer.accumulation, experiment.data.train, torch.arange(effective)
 
     def take():
         step(images, index, 0, 0)

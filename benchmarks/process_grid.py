@@ -51,7 +51,7 @@ def work(folder):
             begin_together(world, recipe(micro), experiment)
             for _ in experiment.trainer.steps():
                 pass
-            assert experiment.trainer.step == NUM_STEPS
+            assert experiment.trainer.num_steps_done == NUM_STEPS
             if world.rank == 0:
                 torch.save(experiment.model.state_dict(), folder / f"{world.size}-{micro}.pt")
 

@@ -235,7 +235,7 @@ def largest_difference(device: str) -> float:
     """Largest difference of a small network's gradients between splits, relative to each gradient's largest entry."""
     recipe = Recipe.model_validate({**_SELF_TEST, "runtime": {"device": device}})
     experiment = build_experiment(recipe)
-    step, images = experiment.trainer.take_step, experiment.data.train
+    step, images = experiment.trainer.accumulation, experiment.data.train
 
     def gradients(micro_batch_size: int) -> list[torch.Tensor]:
         step.micro_batch_size = micro_batch_size

@@ -85,7 +85,7 @@ def _run(
 ) -> dict[str, Any]:
     """`run` in one of the processes that share it; rank 0 alone writes."""
     writes = world.rank == 0
-    world.wait()  # a folder that rank 0 refuses is not read
+    world.barrier()  # a folder that rank 0 refuses is not read
     found = find_checkpoint(folder.path) if resume and has_checkpoint(folder.path) else None
     if resume and folder.holds_run:
         recipe = as_begun(recipe, folder.recipe())
@@ -98,11 +98,11 @@ def _run(
         _check_same_batchnorm(recipe, found.state, world)
         name = str(found.state.get("name", name))
         summary = folder.summary()
-        if summary is not None and trainer.step == trainer.num_steps:
+        if summary is not None and trainer.num_steps_done == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
     with explained_failures(recipe):
         notices = [*experiment.notices, *_settle(recipe, experiment, None if found is None else found.state)]
-    micro = trainer.take_step.micro_batch_size
+    micro = trainer.accumulation.micro_batch_size
     recipe = resolve_batch_sizes(recipe, micro_batch_size=micro, eval_batch_size=eval_batch_size(recipe, micro))
     begin_together(world, recipe, experiment)
     if found is None and recipe.model.init is not None:
@@ -121,7 +121,7 @@ def _run(
         "world_size": world.size,
     }
 
-    saved_step = resumed_at = trainer.step if resumed else None
+    saved_step = resumed_at = trainer.num_steps_done if resumed else None
 
     def save() -> None:
         nonlocal saved_step
@@ -130,7 +130,7 @@ def _run(
             if board is not None:
                 board.flush()
             keep_checkpoint(folder.path, {**fixed, **trainer.state_dict()}, recipe.runtime.keep_checkpoints)
-        saved_step = trainer.step
+        saved_step = trainer.num_steps_done
 
     announce(experiment)
     for text in [*notices, *news]:
@@ -139,7 +139,7 @@ def _run(
             folder.append(NoticeRecord(text))
     epochs = [r for r in folder.records() if isinstance(r, EpochRecord)]
     memory = folder.last_memory() or trainer.memory_record()
-    layers = trainer.take_step.statistics.layers
+    layers = trainer.accumulation.statistics.layers
     last_saved = began = time.monotonic()
     with (
         stop_requests(lambda: say_stopping(_STOPPING)) as world.stop_asked,
@@ -155,7 +155,7 @@ def _run(
                         continue  # resumed after the last step: there was nothing to measure
                     memory = record
                 often = isinstance(record, StepRecord) and record.nll_by_layer is None
-                if writes and not (often and trainer.step % recipe.runtime.log_every_steps):
+                if writes and not (often and trainer.num_steps_done % recipe.runtime.log_every_steps):
                     folder.append(record)
                     if board is not None:
                         board.add(record)
@@ -174,11 +174,11 @@ def _run(
                     raise StopRequested
         except StopRequested:
             save()
-            world.wait()  # or torchrun, seeing a process end, would end the one that saves
+            world.barrier()  # or torchrun, seeing a process end, would end the one that saves
             # The folder's recipe, not `name`: it holds every override of this run.
             command = ["bln-train", "run", str(folder.path / RECIPE), "--out", str(folder.path), "--resume"]
             raise InterruptedRunError(
-                f"stopped after step {trainer.step} of {trainer.num_steps}; the state is saved",
+                f"stopped after step {trainer.num_steps_done} of {trainer.num_steps}; the state is saved",
                 f"Go on with: {shlex.join(command)}",
             ) from None
     summary = _summary(recipe, name, experiment, epochs, memory, time.monotonic() - began)
@@ -232,18 +232,18 @@ def begin_together(world: World, recipe: Recipe, experiment: Experiment) -> None
     """
     if world.size == 1:
         return
-    step, train = experiment.trainer.take_step, experiment.data.train
+    step, train = experiment.trainer.accumulation, experiment.data.train
     world.check_equal(
         {
             "recipe": zlib.crc32(recipe.model_dump_json(exclude={"runtime", "logging"}).encode()),
             "training images": fingerprint([train.images, train.labels]),
-            "steps in their checkpoint": experiment.trainer.step,
+            "steps in their checkpoint": experiment.trainer.num_steps_done,
             "images in the probe (norm.probe_images)": step.probe_images,
         }
     )
     optimizer = [v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     tensors = [*step.model.parameters(), *step.model.buffers(), *optimizer]
-    world.take_from_first(tensor for tensor in tensors if tensor.is_floating_point())
+    world.broadcast_(tensor for tensor in tensors if tensor.is_floating_point())
 
 
 def _check_same_batchnorm(recipe: Recipe, state: dict[str, Any], world: World) -> None:
@@ -272,7 +272,7 @@ def _summary(
         "norm": recipe.norm.name,
         "data": experiment.data.source,
         "seed": recipe.train.seed,
-        "steps": experiment.trainer.step,
+        "steps": experiment.trainer.num_steps_done,
         "epochs": last.epoch if last else 0,
         "train_loss": last.train_loss if last else None,
         "train_accuracy": last.train_accuracy if last else None,
@@ -382,4 +382,4 @@ def evaluate_checkpoint(
         with layer_likelihoods(experiment.model) as nll_by_layer:
             trainer.evaluate(trainer.data.test)
         found = found._replace(nll_by_layer=nll_by_layer)
-    return recipe, found, trainer.step
+    return recipe, found, trainer.num_steps_done

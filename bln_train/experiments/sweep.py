@@ -205,7 +205,7 @@ def _build(recipe: Recipe | None, data: DataSet) -> Experiment:
     """The recipe as `build_experiment` makes it, on other data, with learning rate 0 and norms that have seen nothing."""
     assert recipe is not None
     experiment = build_experiment(recipe, initialize=False, data=data)
-    for group in experiment.trainer.take_step.optimizer.param_groups:
+    for group in experiment.trainer.accumulation.optimizer.param_groups:
         group["lr"] = 0.0
     return experiment
 
@@ -214,7 +214,7 @@ def _prepare_step(experiment: Experiment, num_images: int) -> Callable[..., floa
     """One whole step as the trainer takes it, given a callback for when all gradients exist; at its end the device is idle."""
     trainer, images = experiment.trainer, experiment.data.train
     index = torch.arange(num_images)
-    return lambda *ready: trainer.take_step(images, index, trainer.seed, 0, *ready).loss.item()
+    return lambda *ready: trainer.accumulation(images, index, trainer.seed, 0, *ready).loss.item()
 
 
 def measure_floor(experiment: Experiment) -> Floor:
@@ -227,7 +227,7 @@ def measure_floor(experiment: Experiment) -> Floor:
     Args:
         experiment: of one image, without a norm.
     """
-    step, images = experiment.trainer.take_step, experiment.data.train
+    step, images = experiment.trainer.accumulation, experiment.data.train
     _prepare_step(experiment, 1)()  # now the optimizer has its state
     index = torch.arange(1)
     step.accumulate(images, index, 0, 0)
@@ -295,7 +295,7 @@ def measure_peak(recipe: Recipe, data: DataSet) -> MemoryRecord:
 
 
 def _measure_peak(experiment: Experiment, effective_batch_size: int) -> MemoryRecord:
-    meter, step = experiment.trainer.meter, experiment.trainer.take_step
+    meter, step = experiment.trainer.meter, experiment.trainer.accumulation
     if step.device.type == "cuda":
         gc.collect()  # the allocator counts what is left of a cell that failed
     meter.start()
@@ -308,7 +308,7 @@ def _measure_peak(experiment: Experiment, effective_batch_size: int) -> MemoryRe
 
 
 def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     record = _measure_peak(experiment, row.effective_batch_size)
     saved = measure_saved_bytes(step, data.train, row.micro_batch_size)
     row.saved_bytes_per_image = saved / row.micro_batch_size
@@ -317,7 +317,11 @@ def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
 
 
 def _measure_timeline(experiment: Experiment, row: Row, place: Path) -> TimelineRecord | None:
-    meter, step, device = experiment.trainer.meter, experiment.trainer.take_step, experiment.trainer.take_step.device
+    meter, step, device = (
+        experiment.trainer.meter,
+        experiment.trainer.accumulation,
+        experiment.trainer.accumulation.device,
+    )
     sizes = row.effective_batch_size, step.micro_batch_size
     if device.type != "cuda":
         return meter.timeline(*sizes)
@@ -344,7 +348,7 @@ def _measure_speed(group: Sequence[tuple[Cell, Row]], data: DataSet, num_repeats
         with _kept_problem() as problem:
             running[row.norm] = _build(cell.recipe, data), row
         row.problem = problem()
-    replays = any(experiment.trainer.take_step.graphs is not None for experiment, _ in running.values())
+    replays = any(experiment.trainer.accumulation.graphs is not None for experiment, _ in running.values())
     num_untimed = NUM_STEPS_TO_RECORD if replays else 1
     for turn in range(num_untimed + num_repeats):
         for norm, (experiment, row) in list(running.items()):

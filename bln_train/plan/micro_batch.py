@@ -54,7 +54,7 @@ def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
     of_data = recipe.with_images(experiment.input.image_size, len(experiment.input.class_names))
     rows = plan_memory(of_data, sizes, cuda=cuda, context_bytes=context_bytes)
     fitting = [row for row in rows if row.total_bytes <= budget.num_bytes]
-    if experiment.trainer.take_step.world.size > 1:
+    if experiment.trainer.accumulation.world.size > 1:
         fitting = _agree(experiment, rows, fitting)
     if not fitting:
         variant = Variant(recipe.norm.name, {}, of_data)
@@ -71,7 +71,7 @@ def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
         return f"Predicted {format_bytes(fitting[0].total_bytes)} of {said} at micro-batch {sizes[0]}."
     largest = fitting[-1].micro_batch_size
     text = f"largest that fits {said} is {largest}, predicted {format_bytes(fitting[-1].total_bytes)}"
-    if experiment.trainer.take_step.world.size > 1:
+    if experiment.trainer.accumulation.world.size > 1:
         chosen = largest
         text += "; with several processes none is timed"
     else:
@@ -84,7 +84,7 @@ def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
             )
         chosen = max(speeds, key=speeds.__getitem__)
         text += "; " + ", ".join(f"{size}: {speed:.0f} images/s" for size, speed in speeds.items())
-    experiment.trainer.take_step.micro_batch_size = chosen
+    experiment.trainer.accumulation.micro_batch_size = chosen
     if recipe.norm.name == "batch" and chosen < effective:
         text += "; BatchNorm's result depends on it: state the number to have the same one elsewhere"
     return f"micro-batch {chosen} of {effective}: the {text}."
@@ -112,7 +112,7 @@ def planned_advice(recipe: Recipe, experiment: Experiment) -> Iterator[None]:
 def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, float]:
     """Images per second of forward and backward at each size at which memory does not run out; the state is as before."""
     trainer, speeds = experiment.trainer, dict[int, float]()
-    step, images, device = trainer.take_step, experiment.data.train, experiment.device
+    step, images, device = trainer.accumulation, experiment.data.train, experiment.device
     asked, snapshot = step.micro_batch_size, Snapshot(step)
     snapshot.take()
 
@@ -149,7 +149,7 @@ def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, 
 
 def _agree(experiment: Experiment, rows: list[PlanRow], fitting: list[PlanRow]) -> list[PlanRow]:
     """What fits by rank 0's plan, in every process."""
-    world = experiment.trainer.take_step.world
+    world = experiment.trainer.accumulation.world
     number = torch.tensor([float(len(fitting))], dtype=torch.float64)
-    world.take_from_first([number])
+    world.broadcast_([number])
     return rows[: int(number)]

@@ -188,7 +188,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     twins: dict[int, Trace] = {}
     with hollow_kernels():
         with HollowTracker([]):
-            step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
+            step = assemble(recipe, model, data, preprocess, images, device).trainer.accumulation
             _make_state(step)
         # One image is in channels-first and channels-last order at once; below the number of its images the probe works in parts.
         several = [size for size in sizes if size > 1]

@@ -53,7 +53,7 @@ def evaluate(
     """
     was_training, asked, reason = model.training, batch_size, ""
     model.eval()
-    world.take_from_first(buffer for buffer in model.buffers() if buffer.is_floating_point())
+    world.broadcast_(buffer for buffer in model.buffers() if buffer.is_floating_point())
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
 
@@ -83,7 +83,7 @@ def evaluate(
             raise does_not_fit("one image in evaluation", outcome.reason)
         batch_size, reason = number // 2, reason or outcome.reason
     model.train(was_training)
-    world.add_up([loss_sum, correct])
+    world.all_reduce_([loss_sum, correct])
     notices = (
         (f"evaluation: out of memory at {asked} images ({reason}); it went on with {batch_size} at a time.",)
         if reason

@@ -141,22 +141,22 @@ def test_a_stop_between_micro_steps_loses_nothing(changes):
     def stop():
         return draw.random() < 0.3
 
-    while trainer.step < trainer.num_steps or trainer.epoch_is_open:
-        step, open_ = trainer.step, trainer.epoch_is_open
+    while trainer.num_steps_done < trainer.num_steps or trainer.epoch_is_open:
+        step, open_ = trainer.num_steps_done, trainer.epoch_is_open
         before = {key: value.clone() for key, value in state(trainer).items()}
         try:
             for record in trainer.steps(stop):
                 if isinstance(record, StepRecord | EpochRecord):
-                    step, open_ = trainer.step, trainer.epoch_is_open
+                    step, open_ = trainer.num_steps_done, trainer.epoch_is_open
                     before = {key: value.clone() for key, value in state(trainer).items()}
         except StopRequested:
             num_stops += 1
-            assert (trainer.step, trainer.epoch_is_open) == (step, open_)
+            assert (trainer.num_steps_done, trainer.epoch_is_open) == (step, open_)
             whole = state(trainer)
             moved = [key for key in before if not torch.equal(before[key], whole[key])]
             assert all(key.endswith("weight") and before[key].dim() == 4 for key in moved), moved  # filters are centred
-            assert all(p.grad is None for p in trainer.take_step.parameters)
-    assert num_stops >= (1 if trainer.take_step.into_momentum else 3)  # that one stops while evaluating only
+            assert all(p.grad is None for p in trainer.accumulation.parameters)
+    assert num_stops >= (1 if trainer.accumulation.into_momentum else 3)  # that one stops while evaluating only
     assert equal(straight, state(trainer))
 
 

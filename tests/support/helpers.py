@@ -55,15 +55,15 @@ def advance(trainer: Trainer, num_steps=None):
     records = []
     for record in trainer.steps():
         records.append(record)
-        if trainer.step == num_steps:
+        if trainer.num_steps_done == num_steps:
             break
     return records
 
 
 def state(trainer: Trainer):
     """Every tensor a checkpoint holds, by name."""
-    found = dict(trainer.take_step.model.state_dict())
-    for n, values in trainer.take_step.optimizer.state_dict()["state"].items():
+    found = dict(trainer.accumulation.model.state_dict())
+    for n, values in trainer.accumulation.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{n}.{key}": torch.as_tensor(value) for key, value in values.items() if value is not None}
     return found
 
@@ -79,7 +79,7 @@ def largest_difference(old, new):
 def gradients(experiment, micro_batch_size, num_images):
     """Gradients of every parameter for one effective batch, away from the optimum of the statistics."""
     trainer = experiment.trainer
-    step = trainer.take_step
+    step = trainer.accumulation
     step.micro_batch_size = micro_batch_size
     index = epoch_order(40, seed=0, epoch=0)[:num_images]
     step.model.train()

@@ -274,7 +274,7 @@ def test_a_resumed_or_evaluated_run_needs_its_trained_weights_no_more(small_file
     resumed.load_state_dict(load_checkpoint(stopped.checkpoint))
     advance(resumed)
     expected = load_checkpoint(straight.checkpoint)["model"]
-    assert largest_difference(expected, dict(resumed.take_step.model.state_dict())) == 0
+    assert largest_difference(expected, dict(resumed.accumulation.model.state_dict())) == 0
 
 
 def test_a_folder_of_images_at_their_own_size(tmp_path):

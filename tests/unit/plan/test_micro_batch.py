@@ -93,7 +93,7 @@ def test_the_fastest_of_the_largest_is_taken(monkeypatch):
     experiment = build_experiment(recipe("train.micro_batch_size=auto"))
     said = settle_micro_batch(recipe("train.micro_batch_size=auto"), experiment)
     assert asked == [20, 16, 8]
-    assert experiment.trainer.take_step.micro_batch_size == 16
+    assert experiment.trainer.accumulation.micro_batch_size == 16
     assert said.startswith("micro-batch 16 of 20: the largest that fits")
 
 
@@ -105,7 +105,7 @@ def test_the_budget_bounds_the_choice():
     bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "machine.compiled=false")
     experiment = build_experiment(bounded)
     said = settle_micro_batch(bounded, experiment)
-    assert experiment.trainer.take_step.micro_batch_size <= 4
+    assert experiment.trainer.accumulation.micro_batch_size <= 4
     assert "is 4, predicted" in said
 
 
@@ -113,7 +113,7 @@ def test_what_runs_out_of_memory_is_not_taken():
     """A candidate at which memory runs out when it is tried is dropped, and the state is still what it was."""
     of = recipe("train.micro_batch_size=auto", "machine.compiled=false")
     experiment = build_experiment(of)
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     with FailingAllocator([*step.model.parameters(), *step.model.buffers()]) as allocator:
         allocator.set(limit_bytes=plan_memory(of.with_images(32, 10), [4], cuda=False)[0].total_bytes)
         before = state_of(experiment)["model"]

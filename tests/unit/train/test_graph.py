@@ -34,7 +34,7 @@ def train(recipe, recorder=None, device="cpu"):
     experiment = build_experiment(recipe)
     if device == "cpu":
         use_compiled(False)  # kernels in C are no operators
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     if recorder is not None:
         step.graphs = GraphedSteps(step, 32, recorder=recorder)
     records = list(experiment.trainer.steps())
@@ -67,7 +67,7 @@ def test_every_part_of_a_step_is_recorded_once():
     experiment = build_experiment(tiny_recipe(train__epochs=6, train__micro_batch_size=1))
     use_compiled(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
-    step = trainer.take_step
+    step = trainer.accumulation
     step.graphs = GraphedSteps(step, 8, recorder=recorder)
     parts = ["begin fold", "micro-step", "end fold", "update", "follow"]
     for n in range(NUM_STEPS_TO_RECORD + 1):
@@ -91,7 +91,7 @@ def test_a_large_probe_is_not_recorded_and_changes_nothing():
     expected, _ = train(recipe)
     experiment = build_experiment(recipe)
     use_compiled(False)
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     assert step.probe_images > 2
     step.graphs = GraphedSteps(step, 32, recorder=OperatorRecorder(), most_pixels=2 * 32**2)
     list(experiment.trainer.steps())
@@ -115,7 +115,7 @@ def test_the_size_decides_and_a_rollback_forgets_nothing():
     experiment = build_experiment(recipe)
     use_compiled(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
-    step = trainer.take_step
+    step = trainer.accumulation
     step.graphs = GraphedSteps(step, 32, recorder=recorder, most_pixels=1023)
     index = torch.arange(8)
     step(trainer.data.train, index, 0, 0)
@@ -140,7 +140,7 @@ def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
     for recorder in (None, OperatorRecorder()):
         experiment = build_experiment(recipe)
         use_compiled(False)
-        step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(8)
+        step, images, index = experiment.trainer.accumulation, experiment.data.train, torch.arange(8)
         if recorder is not None:
             step.graphs = GraphedSteps(step, 32, recorder=recorder)
         for size in (2, 1):

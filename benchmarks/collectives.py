@@ -26,6 +26,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.experiments.run import begin_together
 from bln_train.models.build import build_model, norm_factory
 from bln_train.recipe.recipe import Recipe
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.distributed import joined
 
 BATCH, PROCESSES = 32, 2
@@ -126,7 +127,7 @@ def batchless(model_name, world, micro):
     experiment = build_experiment(recipe, world=world)
     begin_together(world, recipe, experiment)
     with Collectives() as counted:
-        experiment.trainer.accumulation(experiment.data.train, torch.arange(BATCH), 0, 0)
+        experiment.trainer.accumulation(EffectiveBatch(experiment.data.train, torch.arange(BATCH), 0, 0))
     return (
         counted,
         sum(p.numel() for p in experiment.model.parameters()),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bln_train.build import runtime
 from bln_train.build.data import eval_batch_size
 from bln_train.build.experiment import Experiment, build_experiment
 from bln_train.errors import CheckpointError, DivergedError, InterruptedRunError, RecipeError, UsageError
@@ -34,7 +35,7 @@ from bln_train.system.lock import locked
 from bln_train.system.signals import StopRequested, never, stop_requests, write_now
 from bln_train.train.distributed import World, fingerprint, joined
 from bln_train.train.evaluate import Evaluation
-from bln_train.train.recovery import does_not_fit, explain, is_out_of_memory
+from bln_train.train.recovery import explained_failures
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 _STOPPING = "stopping; the last whole step's state will be saved. Ctrl-C again leaves at once"
@@ -89,7 +90,7 @@ def _run(
     found = find_checkpoint(folder.path) if resume and has_checkpoint(folder.path) else None
     if resume and folder.holds_run:
         recipe = as_begun(recipe, folder.recipe())
-    with explained_failures(recipe):
+    with explained_failures(recipe.first_micro_batch_size):
         experiment = build_experiment(recipe, initialize=found is None, world=world)
     recipe, trainer = experiment.recipe, experiment.trainer
     news: list[str] = []
@@ -100,18 +101,18 @@ def _run(
         summary = folder.summary()
         if summary is not None and trainer.num_steps_done == trainer.num_steps:
             return summary  # it was finished: nothing to compute, nothing to overwrite
-    with explained_failures(recipe):
+    with explained_failures(recipe.first_micro_batch_size):
         notices = [*experiment.notices, *_settle(recipe, experiment, None if found is None else found.state)]
     micro = trainer.accumulation.micro_batch_size
     recipe = resolve_batch_sizes(recipe, micro_batch_size=micro, eval_batch_size=eval_batch_size(recipe, micro))
     begin_together(world, recipe, experiment)
     if found is None and recipe.model.init is not None:
-        with explained_failures(recipe):
+        with explained_failures(recipe.first_micro_batch_size):
             notices.append(_as_it_begins(experiment))
     if writes and found is not None:
         news = _go_on(recipe, folder, found, epoch_is_open=trainer.epoch_is_open)
     elif writes:
-        folder.create(recipe, machine.environment(experiment.device))
+        folder.create(recipe, runtime.environment(experiment.device))
     resumed = found is not None
     del found  # or its tensors would stay beside the network's
     fixed = {
@@ -144,7 +145,7 @@ def _run(
     with (
         stop_requests(lambda: say_stopping(_STOPPING)) as world.stop_asked,
         planned_advice(recipe, experiment),
-        explained_failures(recipe),
+        explained_failures(recipe.first_micro_batch_size),
         kept_state(folder, lambda: saved_step),
         open_board(recipe, folder, layers, resumed_at) if writes else nullcontext() as board,
     ):
@@ -283,27 +284,8 @@ def _summary(
         "images_per_second": median(speeds) if speeds else None,
         "seconds": seconds,
         "memory": asdict(memory),
-        "environment": machine.environment(experiment.device),
+        "environment": runtime.environment(experiment.device),
     }
-
-
-@contextmanager
-def explained_failures(recipe: Recipe) -> Iterator[None]:
-    """Turn what PyTorch raises while training into errors that say what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        size = recipe.first_micro_batch_size
-        raise does_not_fit(f"micro-batch {size}", explain(error), smaller=size != 1) from error
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UsageError(
-            "BatchNorm cannot train on one value per channel: one image, alone or left over, in a layer with one position",
-            "Use norm.name=batchless, or a larger train.micro_batch_size that leaves no single image over.",
-        ) from error
 
 
 @contextmanager
@@ -347,7 +329,7 @@ def read_checkpoint(
     except RecipeError as error:
         raise CheckpointError(f"{file} carries a damaged recipe: {error.problem}") from error
     return (
-        parse_recipe_of_run(text, origin=origin, overrides=[f"machine.device={device}"]) if device else recipe
+        parse_recipe_of_run(text, origin=origin, overrides=[f"runtime.device={device}"]) if device else recipe
     ), state
 
 

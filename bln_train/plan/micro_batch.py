@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -16,7 +15,8 @@ from bln_train.plan.predict import CONTEXT_BYTES, PlanRow, plan_memory
 from bln_train.recipe.recipe import Recipe
 from bln_train.system import machine
 from bln_train.system.units import format_bytes, parse_bytes
-from bln_train.train.recovery import OutOfMemory, Snapshot, attempt, free_memory
+from bln_train.train.batches import EffectiveBatch
+from bln_train.train.recovery import Attempt, Snapshot, free_memory
 
 _NUM_TRIED = 3
 _LARGEST_ON_CPU = 64  # larger ones take long to try, and a CPU has long enough loops by then
@@ -112,12 +112,12 @@ def planned_advice(recipe: Recipe, experiment: Experiment) -> Iterator[None]:
 def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, float]:
     """Images per second of forward and backward at each size at which memory does not run out; the state is as before."""
     trainer, speeds = experiment.trainer, dict[int, float]()
-    step, images, device = trainer.accumulation, experiment.data.train, experiment.device
-    asked, snapshot = step.micro_batch_size, Snapshot(step)
+    accumulation, device = trainer.accumulation, experiment.device
+    asked, snapshot = accumulation.micro_batch_size, Snapshot(accumulation)
     snapshot.take()
 
     def seconds(size: int) -> float:
-        step.micro_batch_size = size
+        accumulation.micro_batch_size = size
         index, done = torch.arange(min(2 * size, effective)), 0.0
 
         def gradients_ready() -> None:
@@ -128,7 +128,7 @@ def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, 
 
         began = time.perf_counter()
         try:
-            step(images, index, trainer.seed, 0, gradients_ready)
+            accumulation(EffectiveBatch(experiment.data.train, index, trainer.seed, 0), gradients_ready)
         finally:
             snapshot.restore()
         return (done - began) / len(index)
@@ -136,14 +136,16 @@ def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, 
     try:
         for size in sizes:
             for timed in (False, True):  # the first one warms up, and has the gradients to make
-                found = attempt(partial(seconds, size))
-                if isinstance(found, OutOfMemory):
+                found = 0.0
+                with Attempt() as attempt:
+                    found = seconds(size)
+                if attempt.reason is not None:
                     free_memory(device)
                     break
                 if timed:
                     speeds[size] = 1 / found
     finally:
-        step.micro_batch_size = asked
+        accumulation.micro_batch_size = asked
     return speeds
 
 

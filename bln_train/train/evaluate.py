@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from bln_train.data.augment import Preprocess
 from bln_train.data.datasets import ImageSet
 from bln_train.system.signals import StopRequested, never
 from bln_train.train.distributed import ALONE, World
-from bln_train.train.recovery import attempt, does_not_fit, free_memory
+from bln_train.train.recovery import Attempt, does_not_fit, free_memory
 
 
 class Evaluation(NamedTuple):
@@ -74,14 +73,15 @@ def evaluate(
             model.train(was_training)
             raise StopRequested
         number = min(batch_size, share.stop - start)
-        outcome = attempt(partial(add, slice(start, start + number)))
-        if outcome is None:
+        with Attempt() as attempt:
+            add(slice(start, start + number))
+        if attempt.reason is None:
             start += number
             continue
         free_memory(device)
         if number == 1:
-            raise does_not_fit("one image in evaluation", outcome.reason)
-        batch_size, reason = number // 2, reason or outcome.reason
+            raise does_not_fit("one image in evaluation", attempt.reason)
+        batch_size, reason = number // 2, reason or attempt.reason
     model.train(was_training)
     world.all_reduce_([loss_sum, correct])
     notices = (

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from bln_train.errors import CheckpointError, DivergedError, first_line
 from bln_train.memory.peak import PeakMeter
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.system.signals import never
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.check_state import (
     check_counts,
     check_numbers,
@@ -28,10 +29,28 @@ from bln_train.train.evaluate import Evaluation
 from bln_train.train.health import HealthWatch, layer_records
 from bln_train.train.optim import Schedule
 from bln_train.train.recovery import RecoveringStep
-from bln_train.train.step import AccumulationStep, StepTotals
+from bln_train.train.step import AccumulationStep, StepResult
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps whose gradient is not finite, after which the next one stops the run even where they are skipped."""
+
+
+class TrainerSettings(NamedTuple):
+    """The numbers of a run that a recipe states."""
+
+    epochs: int
+    effective_batch_size: int
+    """Images behind each step; the last step of an epoch may have fewer."""
+    seed: int
+    """Of the order of images and of every random draw."""
+    eval_every_epochs: int = 1
+    """Epochs from one evaluation to the next; the end of training is always evaluated."""
+    max_steps: int | None = None
+    """Stop early; the schedule still spans all epochs."""
+    detail_every_steps: int = 10
+    """How often a step's record carries each layer's likelihood."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """After a step whose loss or gradient is not finite: raise, or leave the step out."""
 
 
 class Trainer:
@@ -41,43 +60,34 @@ class Trainer:
     network, the optimizer and a step count; see `state_dict`.
 
     Args:
-        step: takes one optimizer step.
+        accumulation: takes one optimizer step.
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
-        evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `step.stop_asked` says yes.
         schedule: sets the learning rate of each step.
-        epochs, eval_every_epochs: how long; epochs from one evaluation to the next, one more at the end.
-        effective_batch_size: images behind each step; the last of an epoch may be shorter.
-        seed: of the order of images and of every random draw.
-        max_steps: stop early; the schedule still spans all epochs.
-        detail_every_steps: how often a step's record carries each layer's likelihood.
-        on_nonfinite: what a step does whose loss or gradient is not finite: `stop` raises, `skip` leaves it out.
+        evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `accumulation.stop_asked` says yes.
+        settings: see `TrainerSettings`.
+
+    Attributes:
+        num_steps, num_steps_done: steps of the whole run, and those taken so far.
     """
 
     def __init__(
         self,
-        step: AccumulationStep,
+        accumulation: AccumulationStep,
         data: DataSet,
         schedule: Schedule,
         evaluate: Callable[[ImageSet], Evaluation],
-        *,
-        epochs: int,
-        effective_batch_size: int,
-        seed: int,
-        eval_every_epochs: int = 1,
-        max_steps: int | None = None,
-        detail_every_steps: int = 10,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
+        settings: TrainerSettings,
     ) -> None:
-        self.accumulation, self.data, self.schedule, self.evaluate = step, data, schedule, evaluate
-        self.recovering_step = RecoveringStep(step)
-        self.epochs, self.effective_batch_size, self.seed = epochs, effective_batch_size, seed
-        self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
-        self.on_nonfinite = on_nonfinite
-        self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
-        self.num_steps = min(self.steps_per_epoch * epochs, max_steps or sys.maxsize)
-        self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
-        self.health = HealthWatch(step.statistics.layers)
+        self.accumulation, self.data, self.schedule, self.evaluate = accumulation, data, schedule, evaluate
+        self.recovering_step = RecoveringStep(accumulation)
+        self.effective_batch_size, self.seed = settings.effective_batch_size, settings.seed
+        self.eval_every_epochs, self.detail_every_steps = settings.eval_every_epochs, settings.detail_every_steps
+        self.on_nonfinite = settings.on_nonfinite
+        self.steps_per_epoch = math.ceil(len(data.train) / settings.effective_batch_size)
+        self.num_steps = min(self.steps_per_epoch * settings.epochs, settings.max_steps or sys.maxsize)
+        self.meter = PeakMeter(accumulation.model, accumulation.optimizer, accumulation.gradients, accumulation.device)
+        self.health = HealthWatch(accumulation.statistics.layers)
         self.num_steps_done = 0
         self._skipped, self._skipped_in_a_row = 0, 0
         self._epoch_sums = _EpochSums()
@@ -114,7 +124,7 @@ class Trainer:
                 order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
             begin = position * self.effective_batch_size
             index = order[begin : begin + self.effective_batch_size]
-            record = self._train_on(index, epoch)
+            record = self._train_on(EffectiveBatch(self.data.train, index, self.seed, epoch))
             if record is not None:
                 yield record
             yield from self._take_notices()
@@ -125,37 +135,37 @@ class Trainer:
                     yield timeline
         yield self.memory_record()
 
-    def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord | NoticeRecord | None:
+    def _train_on(self, batch: EffectiveBatch) -> StepRecord | NoticeRecord | None:
         began = time.perf_counter()
         tracked = self.meter.tracks_next_step
         learning_rate = self.schedule.apply(self.accumulation.optimizer, self.num_steps_done)
         micro_batch_size = self.accumulation.micro_batch_size
         with self.meter.step() as gradients_ready:
-            totals = self.recovering_step(self.data.train, index, self.seed, epoch, gradients_ready)
-        self._notices += totals.notices
-        if not totals.is_finite:
-            return self._skip(index, epoch, totals)
+            result = self.recovering_step(batch, gradients_ready)
+        self._notices += result.notices
+        if not result.is_finite:
+            return self._skip(batch, result)
         self._skipped_in_a_row = 0
         self.num_steps_done += 1
         if self.accumulation.micro_batch_size != micro_batch_size:
             # A record pairs the peak with the micro-batch that needs it: neither the failed attempt nor what fitted before.
             self.meter.restart()
             self._measured_from = self.num_steps_done
-        record = self._read(totals, len(index), learning_rate, began)
+        record = self._read(result, len(batch), learning_rate, began)
         if not tracked:
-            self._epoch_sums.timed_images += len(index)
+            self._epoch_sums.timed_images += len(batch)
             self._epoch_sums.timed_seconds += record.seconds
         return record
 
-    def _skip(self, index: torch.Tensor, epoch: int, totals: StepTotals) -> NoticeRecord | None:
+    def _skip(self, batch: EffectiveBatch, result: StepResult) -> NoticeRecord | None:
         """Count a step that was not finite as done, and say so the first time; or stop."""
         stops = self.on_nonfinite == "stop" or self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
         fault = ""
         if stops or not self._skipped:
             self.meter.stop()
-            loss = float(totals.loss)
+            loss = float(result.loss)
             what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-            fault = f"step {self.num_steps_done + 1}: {what}; {find_fault(self.accumulation, self.data.train, index, self.seed, epoch)}"
+            fault = f"step {self.num_steps_done + 1}: {what}; {find_fault(self.accumulation, batch)}"
             self.meter.start()
         self.accumulation.give_up()
         if stops:
@@ -174,15 +184,15 @@ class Trainer:
             else None
         )
 
-    def _read(self, totals: StepTotals, num_images: int, learning_rate: float, began: float) -> StepRecord:
+    def _read(self, result: StepResult, num_images: int, learning_rate: float, began: float) -> StepRecord:
         """Bring a step's sums to the host: the one synchronisation of the step, but for the layers' at an epoch's last."""
-        norm, of = (totals.grad_norm, "gradient") if totals.update_norm is None else (totals.update_norm, "update")
+        norm, of = (result.grad_norm, "gradient") if result.update_norm is None else (result.update_norm, "update")
         assert norm is not None
-        values = [totals.loss, totals.correct, norm]
-        nll = totals.nll if totals.nll is not None else torch.empty(0, device=totals.loss.device)
+        values = [result.loss, result.correct, norm]
+        nll = result.nll if result.nll is not None else torch.empty(0, device=result.loss.device)
         loss, correct, size, *layers = torch.cat([torch.stack([v.double() for v in values]), nll.double()]).tolist()
         seconds = time.perf_counter() - began
-        if not math.isfinite(loss) or not (math.isfinite(size) or self.accumulation.scaler is not None):
+        if not math.isfinite(loss) or not (math.isfinite(size) or self.accumulation.loss_scale.is_enabled()):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the {of} norm is {size}"
             raise DivergedError(
                 f"step {self.num_steps_done}: {what}; training diverged",
@@ -267,7 +277,7 @@ class Trainer:
             DivergedError: a weight, statistic or momentum is not finite, so there is nothing to go on from.
         """
         self._check_finite()
-        scaler = self.accumulation.scaler
+        loss_scale = self.accumulation.loss_scale
         return {
             "step": self.num_steps_done,
             "micro_batch_size": self.accumulation.micro_batch_size,
@@ -277,7 +287,7 @@ class Trainer:
             "health": self.health.state_dict(),
             "model": self.accumulation.model.state_dict(),
             "optimizer": self.accumulation.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": loss_scale.state_dict() if loss_scale.is_enabled() else None,
             "torch_rng": torch.get_rng_state(),
         }
 
@@ -305,28 +315,28 @@ class Trainer:
         Raises:
             CheckpointError: the state is of another network, optimizer or length of run, or it is none; nothing was taken of it.
         """
-        step = self.accumulation
+        accumulation = self.accumulation
         try:
-            check_tensors(step.model.state_dict(), state["model"])
-            check_optimizer(step.optimizer, state["optimizer"])
+            check_tensors(accumulation.model.state_dict(), state["model"])
+            check_optimizer(accumulation.optimizer, state["optimizer"])
             check_sums(state["epoch_sums"], len(self.data.train))
             check_counts(state)
             if "health" in state:
                 self.health.check_state_dict(state["health"])
-            if step.scaler is not None:
+            if accumulation.loss_scale.is_enabled():
                 check_numbers("its loss scale", state["scaler"])
             check_rng(torch.get_rng_state(), state["torch_rng"])
             if type(state["step"]) is not int or not 0 <= state["step"] <= self.num_steps:
                 raise ValueError(f"its step is not one of the run's {self.num_steps}")
             epoch_sums = _EpochSums(**state["epoch_sums"])
-            step.model.load_state_dict(state["model"])
-            step.optimizer.load_state_dict(state["optimizer"])
-            if step.scaler is not None:
-                step.scaler.load_state_dict(state["scaler"])
+            accumulation.model.load_state_dict(state["model"])
+            accumulation.optimizer.load_state_dict(state["optimizer"])
+            if accumulation.loss_scale.is_enabled():
+                accumulation.loss_scale.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_rng"])
             self.num_steps_done, self._epoch_sums = state["step"], epoch_sums
             found, asked = state.get("micro_batch_size"), state.get("asked_micro_batch_size")  # older states have none
-            if found is not None and asked == step.micro_batch_size != found:
+            if found is not None and asked == accumulation.micro_batch_size != found:
                 self.recovering_step.go_on_with(int(found))
                 self._notices.append(
                     f"goes on with micro-batch {found}, not {asked}, for which memory ran out; another "

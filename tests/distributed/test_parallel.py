@@ -19,6 +19,7 @@ from bln_train.norm import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.train.distributed import ALONE, PIECE_BYTES, World, _pieces, reduce_step
+from bln_train.train.loss_scale import LossScale
 
 ROOT = Path(__file__).parents[2]
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
@@ -211,7 +212,7 @@ def test_an_overflow_in_one_process_skips_the_step_in_all():
     recipe = tiny_recipe(**RAGGED)
 
     def scaled(trainer):
-        trainer.accumulation.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        trainer.accumulation.loss_scale = LossScale("cpu", init_scale=16.0)
         if trainer.accumulation.world.rank == 1:
             plain, accumulate = trainer.accumulation.accumulate, []
 
@@ -225,7 +226,7 @@ def test_an_overflow_in_one_process_skips_the_step_in_all():
             trainer.accumulation.accumulate = overflowing
 
     ranks = [trainer for trainer, _ in in_ranks(2, lambda world: trained(recipe, world, change=scaled))]
-    assert [trainer.accumulation.scaler.get_scale() for trainer in ranks] == [8.0, 8.0]
+    assert [trainer.accumulation.loss_scale.get_scale() for trainer in ranks] == [8.0, 8.0]
     assert largest_difference(state(ranks[0]), state(ranks[1])) == 0
     assert all(tensor.isfinite().all() for tensor in state(ranks[0]).values())
 

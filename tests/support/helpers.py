@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from bln_train.build.experiment import build_experiment
 from bln_train.data.datasets import epoch_order
 from bln_train.recipe.recipe import Recipe
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.trainer import Trainer
 
 ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.1)}
@@ -84,7 +85,7 @@ def gradients(experiment, micro_batch_size, num_images):
     index = epoch_order(40, seed=0, epoch=0)[:num_images]
     step.model.train()
     step.model.zero_grad()
-    step.accumulate(trainer.data.train, index, 0, 0)
+    step.accumulate(EffectiveBatch(trainer.data.train, index, 0, 0))
     found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
     step.statistics.discard()
     return found

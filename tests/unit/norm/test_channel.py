@@ -28,6 +28,7 @@ from bln_train.norm import (
 from bln_train.norm.balance import regression
 from bln_train.norm.kernels.compiled import use_compiled
 from bln_train.recipe.load import load_recipe
+from bln_train.train.batches import EffectiveBatch
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +227,7 @@ def test_low_precision_is_close():
         experiment = build_experiment(recipe)
         step = experiment.trainer.accumulation
         step.model.train()
-        step.accumulate(experiment.data.train, torch.arange(16), 0, 0)
+        step.accumulate(EffectiveBatch(experiment.data.train, torch.arange(16), 0, 0))
         found.append(torch.cat([p.grad.flatten().float() for p in step.parameters]))
     assert F.cosine_similarity(*found, dim=0) > 0.99
 

@@ -20,6 +20,7 @@ from bln_train.recipe.recipe import Recipe
 from bln_train.records import StepRecord, record_from_dict, record_to_dict
 from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
 from bln_train.runs.folder import RunFolder, same_trajectory
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.optim import MomentumAccumulatingSGD
 
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
@@ -320,7 +321,7 @@ def test_the_note_on_cuda_counts_momentum_once(monkeypatch):
     meter = PeakMeter(step.model, step.optimizer, step.gradients, torch.device("cuda"))
     step.optimizer.begin()
     index = epoch_order(40, seed=0, epoch=0)[:16]
-    step.accumulate(trainer.data.train, index, 0, 0, meter._note_cuda)
+    step.accumulate(EffectiveBatch(trainer.data.train, index, 0, 0), meter._note_cuda)
     everything = [*step.model.parameters(), *meter._optimizer_state(), *(p.grad for p in step.model.parameters())]
     assert meter._parts["optimizer_bytes"] == storage_bytes(meter._optimizer_state())
     known = sum(meter._parts.values())

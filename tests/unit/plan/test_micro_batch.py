@@ -29,7 +29,7 @@ SMALL = [
     "train.epochs=1",
     "train.precision=fp64",
     "schedule={name: constant}",
-    "machine.device=cpu",
+    "runtime.device=cpu",
 ]
 
 
@@ -99,10 +99,10 @@ def test_the_fastest_of_the_largest_is_taken(monkeypatch):
 
 def test_the_budget_bounds_the_choice():
     """With a budget between two predictions the smaller micro-batch is the largest tried."""
-    of = recipe("train.micro_batch_size=auto", "machine.compiled=false")
+    of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
     of_data = of.with_images(32, 10)
     totals = [row.total_bytes for row in plan_memory(of_data, [1, 2, 4, 8], cuda=False)]
-    bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "machine.compiled=false")
+    bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "runtime.compiled=false")
     experiment = build_experiment(bounded)
     said = settle_micro_batch(bounded, experiment)
     assert experiment.trainer.accumulation.micro_batch_size <= 4
@@ -111,7 +111,7 @@ def test_the_budget_bounds_the_choice():
 
 def test_what_runs_out_of_memory_is_not_taken():
     """A candidate at which memory runs out when it is tried is dropped, and the state is still what it was."""
-    of = recipe("train.micro_batch_size=auto", "machine.compiled=false")
+    of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
     experiment = build_experiment(of)
     step = experiment.trainer.accumulation
     with FailingAllocator([*step.model.parameters(), *step.model.buffers()]) as allocator:
@@ -175,7 +175,7 @@ def test_a_run_that_ends_for_want_of_memory_has_the_plans_advice(tmp_path, monke
     def accumulate(self, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    of = recipe("train.micro_batch_size=1", "machine.compiled=false", "train.precision=fp32")
+    of = recipe("train.micro_batch_size=1", "runtime.compiled=false", "train.precision=fp32")
     proposed = [Remedy("train.precision=bf16", "", 3 * 2**20)]
     with monkeypatch.context() as patch:
         patch.setattr(AccumulationStep, "accumulate", accumulate)
@@ -212,7 +212,7 @@ def test_matrix_products_keep_little_of_a_card(monkeypatch):
     monkeypatch.setenv(names[0], ":4096:2")
     monkeypatch.setenv(names[1], "")  # so that it is put back
     monkeypatch.delenv(names[1])
-    switches = {"num_threads": None, "compiled": True, "deterministic": False, "cudnn_benchmark": False, "tf32": False}
+    switches = {"num_threads": None, "deterministic": False, "cudnn_benchmark": False, "tf32": False}
     machine.set_up(torch.device("cpu"), **switches)
     assert names[1] not in os.environ
     machine.set_up(torch.device("cuda"), **switches)

@@ -20,6 +20,7 @@ from bln_train.runs.checkpoint import load_checkpoint
 from bln_train.runs.folder import RunFolder
 from bln_train.train import trainer as trainer_module
 from bln_train.train.health import HealthWatch, layer_health
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.trainer import MAX_SKIPPED_IN_A_ROW
 
 SKIP = {"train__on_nonfinite": "skip", "train__effective_batch_size": 4, "train__micro_batch_size": 4}
@@ -306,17 +307,17 @@ def test_fp16_overflow_is_the_scalers():
     """A gradient that overflows at a loss scale is no fault, stopping or skipping; a loss that is not finite is."""
     for mode in ("stop", "skip"):
         trainer = build_experiment(tiny_recipe(train__precision="fp32", train__on_nonfinite=mode)).trainer
-        trainer.accumulation.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+        trainer.accumulation.loss_scale = LossScale("cpu", init_scale=3e38)
         with torch.no_grad():
             trainer.accumulation.model.fc.weight.mul_(20)  # larger gradients below
         records = advance(trainer, 2)
         assert len([r for r in records if isinstance(r, StepRecord)]) == 2
         assert trainer._skipped == 0
-        assert trainer.accumulation.scaler.get_scale() < 3e38
+        assert trainer.accumulation.loss_scale.get_scale() < 3e38
     trainer = poisoned({1}, train__precision="fp32")
-    trainer.accumulation.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.accumulation.loss_scale = LossScale("cpu", init_scale=2.0)
     assert "step 2: the loss is nan" in fault(trainer)
-    assert trainer.accumulation.scaler.get_scale() == 2.0
+    assert trainer.accumulation.loss_scale.get_scale() == 2.0
 
 
 # Statistics gone astray

@@ -21,6 +21,7 @@ from bln_train.records import MemoryRecord, NoticeRecord
 from bln_train.runs.checkpoint import load_checkpoint
 from bln_train.runs.folder import RunFolder
 from bln_train.train.evaluate import Evaluation, evaluate
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.optim import MomentumAccumulatingSGD
 from bln_train.train.recovery import Snapshot, is_out_of_memory
 from bln_train.train.step import AccumulationStep
@@ -193,7 +194,7 @@ def everything(trainer):
     tensors = {**step.model.state_dict(keep_vars=True), **{k: v for k, v in entries.items() if torch.is_tensor(v)}}
     places = {name: (t.data_ptr(), t.detach().clone(), t.grad is None) for name, t in tensors.items()}
     rest = {k: v for k, v in entries.items() if not torch.is_tensor(v)}
-    return places, rest, torch.get_rng_state(), step.scaler.state_dict() if step.scaler else None
+    return places, rest, torch.get_rng_state(), step.loss_scale.state_dict()
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, "batch", "scaled"])
@@ -204,7 +205,7 @@ def test_a_snapshot_is_exact_and_in_place(config, num_before):
     changes = {"norm": {"name": "batch"}} if config == "batch" else {}
     trainer = small_trainer(config if config in CONFIGS else "preset", **changes)
     if config == "scaled":
-        trainer.accumulation.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
+        trainer.accumulation.loss_scale = LossScale("cpu", init_scale=2.0**8, growth_interval=1)
     if num_before:
         advance(trainer, num_before)
     before, snapshot = everything(trainer), Snapshot(trainer.accumulation)

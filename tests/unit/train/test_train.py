@@ -17,6 +17,7 @@ from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord, MemoryRecord, StepRecord, TimelineRecord, record_from_dict, record_to_dict
 from bln_train.system.rng import draw_integers, draw_uniform, instance_seeds, keep_mask
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.optim import Schedule, parameter_groups
 
 
@@ -142,7 +143,7 @@ def test_draws_are_uniform_and_unrelated():
 
 def with_scaler(recipe, scale):
     trainer = build_experiment(recipe).trainer
-    trainer.accumulation.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.accumulation.loss_scale = LossScale("cpu", init_scale=scale)
     return trainer
 
 
@@ -163,7 +164,7 @@ def test_overflowing_loss_scale_skips_the_step():
     before = {k: v.clone() for k, v in trainer.accumulation.model.state_dict().items()}
     advance(trainer, 1)
     assert all(torch.equal(before[k], v) for k, v in trainer.accumulation.model.state_dict().items())
-    assert trainer.accumulation.scaler.get_scale() < 3e38
+    assert trainer.accumulation.loss_scale.get_scale() < 3e38
 
 
 def test_clipping_bounds_the_update():

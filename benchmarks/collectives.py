@@ -23,7 +23,7 @@ from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bln_train.build.experiment import build_experiment
-from bln_train.experiments.run import begin_together
+from bln_train.experiments.open_run import begin_together
 from bln_train.models.build import build_model, norm_factory
 from bln_train.recipe.recipe import Recipe
 from bln_train.train.batches import EffectiveBatch

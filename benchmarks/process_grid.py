@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bln_train.build.experiment import build_experiment
-from bln_train.experiments.run import begin_together
+from bln_train.experiments.open_run import begin_together
 from bln_train.recipe.recipe import Recipe
 from bln_train.train.distributed import joined
 

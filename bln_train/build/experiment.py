@@ -25,7 +25,7 @@ from bln_train.norm.standardize import StandardizedConv2d, centre_filters
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe.recipe import Recipe
-from bln_train.recipe.resolve import resolve
+from bln_train.recipe.resolve import resolved
 from bln_train.recipe.sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
 from bln_train.system import machine
@@ -134,7 +134,7 @@ def assemble(
     notices = list(notices)
     preprocess.prepare(device, *data.train.images.shape[-2:])  # which is no part of a step
     num_probe = first_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
-    recipe = resolve(recipe, probe_images=num_probe, num_processes=world.size)
+    recipe = resolved(recipe, num_processes=world.size, probe_images=num_probe)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         notices += _fuse(model, images.image_size if is_foreign(recipe.model.name) else None)
         why = _why_not_compiled(device)

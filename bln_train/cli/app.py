@@ -225,8 +225,8 @@ def evaluate(
     """Test loss and accuracy of a run; executes nothing from the file."""
     if not source.exists():
         raise UsageError(f"{source} does not exist", "Give a run folder (runs/...) or a checkpoint file.")
+    from bln_train.build.trained_run import evaluate_checkpoint
     from bln_train.console import output
-    from bln_train.experiments.run import evaluate_checkpoint
     from bln_train.system.units import format_percent
 
     recipe, found, step = evaluate_checkpoint(source, device, layers=layers, notify=output.note)

@@ -14,7 +14,7 @@ from helpers import advance, largest_difference, state, tiny_recipe
 
 from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
-from bln_train.experiments.run import _check_same_batchnorm, begin_together
+from bln_train.experiments.open_run import begin_together, check_same_batchnorm
 from bln_train.norm import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.records import EpochRecord, StepRecord
@@ -295,9 +295,9 @@ def test_batchnorm_is_evaluated_and_resumed_as_it_was_trained():
     assert len(losses) == 1
     saved.load_state_dict(ranks[0][0].state_dict())
     assert losses.pop() == pytest.approx(saved.evaluate(saved.data.test).loss, rel=1e-10)
-    _check_same_batchnorm(recipe, {"world_size": 2}, World(0, 2))
+    check_same_batchnorm(recipe, {"world_size": 2}, World(0, 2))
     with pytest.raises(UsageError, match="begun with 2 processes"):
-        _check_same_batchnorm(recipe, {"world_size": 2}, World())
+        check_same_batchnorm(recipe, {"world_size": 2}, World())
 
 
 def test_shares_are_contiguous_and_differ_by_one():

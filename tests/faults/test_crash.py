@@ -17,8 +17,9 @@ from crash_runs import NUM_STEPS, RECIPE, check_end, check_killed, check_stopped
 from helpers import state, tiny_recipe, trained
 
 from bln_train.build.experiment import build_experiment
+from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import InterruptedRunError, RunFolderError
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.experiments.run import run
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from bln_train.runs.checkpoint_list import checkpoint_files
@@ -291,7 +292,10 @@ def test_a_stop_saves_the_step_it_stopped_after(straight, tmp_path, monkeypatch)
     def noted(name, own):
         return lambda *args: [calls.append(name), own(*args)][1]
 
-    for owner, name in ((RunFolder, "sync"), (importlib.import_module("bln_train.experiments.run"), "keep_checkpoint")):
+    for owner, name in (
+        (RunFolder, "sync"),
+        (importlib.import_module("bln_train.experiments.run_log"), "keep_checkpoint"),
+    ):
         monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
 
     def stop_after_two(record):

@@ -4,8 +4,9 @@ import pytest
 import yaml
 from helpers import tiny_recipe
 
+from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import RecipeError
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.experiments.run import run
 from bln_train.export.export import export_run, load_merged
 from bln_train.export.migrate import migrate
 from bln_train.recipe.load import dump_recipe, load_recipe

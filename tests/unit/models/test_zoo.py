@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 from bln_train.build.experiment import build_experiment
+from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, RecipeError, UsageError
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.experiments.run import run
 from bln_train.models.build import norm_factory
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics

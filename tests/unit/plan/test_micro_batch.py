@@ -11,7 +11,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.errors import DoesNotFitError, UsageError
 from bln_train.experiments.run import run
 from bln_train.plan import micro_batch
-from bln_train.plan.micro_batch import settle_micro_batch
+from bln_train.plan.micro_batch import choose_micro_batch
 from bln_train.plan.planner import Remedy, remedies
 from bln_train.plan.predict import plan_memory
 from bln_train.recipe.load import load_recipe
@@ -70,7 +70,7 @@ def test_choosing_changes_nothing(norm, into):
     steps = experiment.trainer.steps()
     next(steps)
     copied = copy.deepcopy(state_of(experiment))
-    said = settle_micro_batch(
+    said = choose_micro_batch(
         recipe("train.micro_batch_size=auto", f"optimizer.accumulate_into={into}").with_norm(norm), experiment
     )
     after = state_of(experiment)
@@ -91,7 +91,7 @@ def test_the_fastest_of_the_largest_is_taken(monkeypatch):
 
     monkeypatch.setattr(micro_batch, "_try", speeds)
     experiment = build_experiment(recipe("train.micro_batch_size=auto"))
-    said = settle_micro_batch(recipe("train.micro_batch_size=auto"), experiment)
+    said = choose_micro_batch(recipe("train.micro_batch_size=auto"), experiment)
     assert asked == [20, 16, 8]
     assert experiment.trainer.accumulation.micro_batch_size == 16
     assert said.startswith("micro-batch 16 of 20: the largest that fits")
@@ -104,7 +104,7 @@ def test_the_budget_bounds_the_choice():
     totals = [row.total_bytes for row in plan_memory(of_data, [1, 2, 4, 8], cuda=False)]
     bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "runtime.compiled=false")
     experiment = build_experiment(bounded)
-    said = settle_micro_batch(bounded, experiment)
+    said = choose_micro_batch(bounded, experiment)
     assert experiment.trainer.accumulation.micro_batch_size <= 4
     assert "is 4, predicted" in said
 
@@ -150,8 +150,8 @@ def test_nothing_fits(tmp_path):
 def test_a_stated_micro_batch_within_the_budget_says_what_is_predicted(tmp_path):
     """The budget is not ignored where the micro-batch is stated."""
     of = recipe("train.micro_batch_size=4", "train.memory_budget=1GiB")
-    assert "at micro-batch 4" in settle_micro_batch(of, build_experiment(of))
-    assert settle_micro_batch(recipe("train.micro_batch_size=4"), build_experiment(of)) == ""
+    assert "at micro-batch 4" in choose_micro_batch(of, build_experiment(of))
+    assert choose_micro_batch(recipe("train.micro_batch_size=4"), build_experiment(of)) == ""
 
 
 @pytest.mark.parametrize("budget", ["much", "0", "-1GiB", "4 gigs"])

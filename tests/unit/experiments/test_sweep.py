@@ -20,7 +20,7 @@ from bln_train.errors import BlnError, RunFolderError, UsageError
 from bln_train.experiments import sweep
 from bln_train.norm.batchless import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
-from bln_train.train.step import AccumulationStep
+from bln_train.train.step import AccumulationStep, StepSettings
 
 SMALL = ["--set", "model.name=resnet8", "--set", "data={name: folder, root: nowhere, image_size: 16}"]
 SMALL += ["--set", "norm.probe_images=2", "--device", "cpu"]
@@ -46,8 +46,8 @@ def step_of(*norms, num_images=5, side=8):
         torch.optim.SGD([p for p in model.parameters() if id(p) not in natural], lr=0.1, momentum=0.9),
         statistics,
         Preprocess(torch.full((3,), 0.5), torch.ones(3), flip=True, crop_padding=1),
+        StepSettings(micro_batch_size=num_images),
         device=torch.device("cpu"),
-        micro_batch_size=num_images,
         autocast=nullcontext,
     )
     images = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8)

@@ -23,9 +23,10 @@ from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bln_train.build.experiment import build_experiment
-from bln_train.experiments.run import begin_together
+from bln_train.experiments.open_run import begin_together
 from bln_train.models.build import build_model, norm_factory
 from bln_train.recipe.recipe import Recipe
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.distributed import joined
 
 BATCH, PROCESSES = 32, 2
@@ -102,7 +103,7 @@ def synchronized(model_name, world, micro):
     with Collectives() as counted:
         for part in share.split(micro):
             (F.cross_entropy(model(x[part]), y[part], reduction="sum") / BATCH).backward()
-        world.add_up([p.grad for p in model.parameters()])
+        world.all_reduce_([p.grad for p in model.parameters()])
     if micro == len(share):  # the formulas above are right: this is what one BatchNorm on the whole batch gives
         F.cross_entropy(plain(x), y).backward()
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
@@ -126,11 +127,11 @@ def batchless(model_name, world, micro):
     experiment = build_experiment(recipe, world=world)
     begin_together(world, recipe, experiment)
     with Collectives() as counted:
-        experiment.trainer.take_step(experiment.data.train, torch.arange(BATCH), 0, 0)
+        experiment.trainer.accumulation(EffectiveBatch(experiment.data.train, torch.arange(BATCH), 0, 0))
     return (
         counted,
         sum(p.numel() for p in experiment.model.parameters()),
-        len(experiment.trainer.take_step.statistics.layers),
+        len(experiment.trainer.accumulation.statistics.layers),
     )
 
 

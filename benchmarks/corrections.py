@@ -155,7 +155,7 @@ def replace_norms(model, options):
 
 def prepare(experiment, options):
     """Make the trainer's steps those of `Norm`s: settle before the optimizer's step, update and follow after it."""
-    model, step = experiment.model, experiment.trainer.take_step
+    model, step = experiment.model, experiment.trainer.accumulation
     layers, images = replace_norms(model, options), {}
     step.running, step.graphs = [], None
 
@@ -205,7 +205,7 @@ CORRECTIONS = ("average", "batch", "regression", "balanced", "settled")
 
 def print_errors(experiment, options):
     """The table of --errors."""
-    model, step = experiment.model, experiment.trainer.take_step
+    model, step = experiment.model, experiment.trainer.accumulation
     layers = [module for module in model.modules() if isinstance(module, Norm)]
     weights = [p for p in model.parameters() if p.dim() == 4]
     weights = [weights[0], weights[len(weights) // 2], weights[-1]]

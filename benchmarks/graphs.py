@@ -14,10 +14,11 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bln_train.build import runtime
 from bln_train.build.experiment import build_experiment
 from bln_train.experiments.sweep import random_data
 from bln_train.recipe.recipe import Recipe
-from bln_train.system import machine
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.cuda_graphs import NUM_STEPS_TO_RECORD
 
 EFFECTIVE = 128
@@ -37,10 +38,10 @@ def a_step(args, *, micro_batch, norm="batchless", graphs=False):
         }
     )
     experiment = build_experiment(recipe, data=random_data(recipe, EFFECTIVE))
-    step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(EFFECTIVE)
+    step, index = experiment.trainer.accumulation, torch.arange(EFFECTIVE)
 
     def take():
-        step(images, index, 0, 0)
+        step(EffectiveBatch(experiment.data.train, index, 0, 0))
         if args.device == "cuda":
             torch.cuda.synchronize()
 
@@ -106,7 +107,7 @@ def main():
         found = medians(whole, args.repeats)
         print(f"micro-batch {EFFECTIVE}, {'graphed' if graphs else 'eager'}: " + ", ".join(
               f"{norm} {1e3 * own:.2f} ms ({own / found['batch']:.3f})" for norm, own in found.items()))  # fmt: skip
-    for key, value in machine.environment(torch.device(args.device)).items():
+    for key, value in runtime.environment(torch.device(args.device)).items():
         print(f"{key}: {value}")
 
 

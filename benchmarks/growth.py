@@ -16,6 +16,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.experiments.sweep import random_data
 from bln_train.recipe.recipe import Recipe
 from bln_train.system import machine
+from bln_train.train.batches import EffectiveBatch
 
 EFFECTIVE = (1, 4, 16, 64, 256, 1024, 4096)
 DEPTHS = (8, 20, 32, 56, 110)
@@ -40,10 +41,10 @@ def a_step(args, *, model="resnet8", effective=32, side=32):
         }
     )
     experiment = build_experiment(recipe, data=random_data(recipe, max(effective, 32)))
-    step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(effective)
+    step, index = experiment.trainer.accumulation, torch.arange(effective)
 
     def take():
-        step(images, index, 0, 0)
+        step(EffectiveBatch(experiment.data.train, index, 0, 0))
         if args.device == "cuda":
             torch.cuda.synchronize()
 

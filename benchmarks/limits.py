@@ -105,7 +105,7 @@ def main():
     fixed = ["norm=batch", "model.weight_standardization=true", f"train.seed={options.seed}"]
     experiment = build_experiment(load_recipe(options.recipe, [*fixed, *options.set]))
     replace_modules(experiment.model, nn.BatchNorm2d, lambda norm: Norm(norm, options.norm, options.groups))
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     step.running, step.graphs = [], None
     for record in experiment.trainer.steps():
         if isinstance(record, EpochRecord):

@@ -24,7 +24,7 @@ from bln_train.system.rng import instance_seeds
 def bare_steps(experiment, effective, micro):
     """What a user would write by hand around the layer, with no records, meter, schedule or checks."""
     trainer = experiment.trainer
-    step, images = trainer.take_step, trainer.data.train
+    step, images = trainer.accumulation, trainer.data.train
     model, optimizer, norms = step.model, step.optimizer, step.statistics
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     model.train()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bln_train.build.experiment import build_experiment
-from bln_train.experiments.run import begin_together
+from bln_train.experiments.open_run import begin_together
 from bln_train.recipe.recipe import Recipe
 from bln_train.train.distributed import joined
 
@@ -51,7 +51,7 @@ def work(folder):
             begin_together(world, recipe(micro), experiment)
             for _ in experiment.trainer.steps():
                 pass
-            assert experiment.trainer.step == NUM_STEPS
+            assert experiment.trainer.num_steps_done == NUM_STEPS
             if world.rank == 0:
                 torch.save(experiment.model.state_dict(), folder / f"{world.size}-{micro}.pt")
 

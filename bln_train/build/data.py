@@ -8,12 +8,11 @@ from bln_train.data.augment import Preprocess
 from bln_train.data.datasets import DataSet, ImageSet, channel_moments, hold_out, load_dataset
 from bln_train.errors import UsageError
 from bln_train.recipe.recipe import Recipe
+from bln_train.recipe.resolve import eval_batch_size
 from bln_train.records import InputSpec
 from bln_train.system import machine
 from bln_train.train.evaluate import Evaluation, evaluate
 from bln_train.train.step import AccumulationStep
-
-_LARGEST_AUTO_EVAL_BATCH = 256
 
 
 def load(recipe: Recipe) -> DataSet:
@@ -64,25 +63,15 @@ def input_spec(data: DataSet, preprocess: Preprocess) -> InputSpec:
     return InputSpec(data.train.images.shape[-1], tuple(mean), tuple(std), data.class_names)
 
 
-def eval_batch_size(recipe: Recipe, micro_batch_size: int) -> int:
-    """Images evaluated at once. Auto: four images without gradients need less than one in training does."""
-    stated = recipe.train.eval_batch_size
-    return min(4 * micro_batch_size, _LARGEST_AUTO_EVAL_BATCH) if stated == "auto" else stated
-
-
-def evaluate_on(
-    recipe: Recipe,
-    step: AccumulationStep,
-    images: ImageSet,
-) -> Evaluation:
-    """Loss and accuracy of a step's network on images as the recipe evaluates them."""
+def evaluate_on(recipe: Recipe, accumulation: AccumulationStep, images: ImageSet) -> Evaluation:
+    """Loss and accuracy of the network that is trained on images as the recipe evaluates them."""
     return evaluate(
-        step.model,
+        accumulation.model,
         images,
-        step.preprocess,
-        device=step.device,
-        batch_size=eval_batch_size(recipe, step.micro_batch_size),
-        autocast=step.autocast,
-        world=step.world,
-        stop_asked=step.stop_asked,
+        accumulation.preprocess,
+        device=accumulation.device,
+        batch_size=eval_batch_size(recipe, accumulation.micro_batch_size),
+        autocast=accumulation.autocast,
+        world=accumulation.world,
+        stop_asked=accumulation.stop_asked,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bln_train.build import first_statistics
+from bln_train.build import first_statistics, runtime
 from bln_train.build.data import build_preprocess, evaluate_on, input_spec, load
 from bln_train.data.augment import Preprocess
 from bln_train.data.datasets import DataSet
@@ -26,15 +26,16 @@ from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.norms import DEFAULT_INIT_IMAGES, BatchlessNormSection, BatchNormSection, GroupNormSection
 from bln_train.recipe.paper_norm import PaperNormSection
 from bln_train.recipe.recipe import Recipe
-from bln_train.recipe.resolve import resolve
+from bln_train.recipe.resolve import resolved
 from bln_train.recipe.sections import CosineSection, SgdSection, StepSection
 from bln_train.records import InputSpec
 from bln_train.system import machine
 from bln_train.train.cuda_graphs import MOST_PIXELS, GraphedSteps
 from bln_train.train.distributed import ALONE, World
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.optim import Schedule, build_optimizer, parameter_groups
-from bln_train.train.step import AccumulationStep
-from bln_train.train.trainer import Trainer
+from bln_train.train.step import AccumulationStep, StepSettings
+from bln_train.train.trainer import Trainer, TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,9 @@ def build_experiment(
         CheckpointError: the trained weights of model.init are missing, damaged or of another network.
     """
     device = machine.resolve_device(recipe.runtime.device)
-    machine.set_up(
-        device,
-        num_threads=recipe.runtime.num_threads,
-        compiled=recipe.runtime.compiled,
-        deterministic=recipe.runtime.deterministic,
-        cudnn_benchmark=recipe.runtime.cudnn_benchmark,
-        tf32=recipe.train.precision == "tf32",
-    )
+    runtime.set_up(recipe, device)
     machine.autocast(device, recipe.train.precision)  # says at once if the device cannot do the precision
-    _balanced_parts(recipe, world)  # and if the processes cannot share the parts
+    _correction_parts(recipe, world)  # and if the processes cannot share the parts
     with world.first_rank_first():
         data = load(recipe) if data is None else data
         preprocess = build_preprocess(recipe, data)
@@ -139,7 +133,7 @@ def assemble(
     notices = list(notices)
     preprocess.prepare(device, *data.train.images.shape[-2:])  # which is no part of a step
     num_probe = first_statistics.probe_images(recipe, model, images.image_size)  # before norms are folded
-    recipe = resolve(recipe, probe_images=num_probe, num_processes=world.size)
+    recipe = resolved(recipe, num_processes=world.size, probe_images=num_probe)
     if isinstance(recipe.norm, BatchlessNormSection) and recipe.norm.fold:
         checked_size = images.image_size if is_foreign(recipe.model.name) else None
         notices += _fuse(model, checked_size, recompute=recipe.norm.recompute is not False)
@@ -148,39 +142,44 @@ def assemble(
             notices.append(f"Folded norms run PyTorch's operators, which is slower than compiled kernels: {why}.")
     statistics = BatchlessStatistics(model)
     optimizer = _optimizer(recipe, model, statistics)
-    step = AccumulationStep(
+    train = recipe.train
+    accumulation = AccumulationStep(
         model,
         optimizer,
         statistics,
         preprocess,
+        StepSettings(
+            micro_batch_size=recipe.first_micro_batch_size,
+            probe_images=num_probe,
+            correction_parts=_correction_parts(recipe, world),
+            label_smoothing=train.label_smoothing,
+            clip_norm=None if recipe.accumulates_into_momentum else recipe.optimizer.clip_norm,
+        ),
         device=device,
-        micro_batch_size=recipe.first_micro_batch_size,
-        probe_images=num_probe,
-        balanced_parts=_balanced_parts(recipe, world),
-        label_smoothing=recipe.train.label_smoothing,
-        clip_norm=None if recipe.accumulates_into_momentum else recipe.optimizer.clip_norm,
-        autocast=partial(machine.autocast, device, recipe.train.precision),
-        scaler=torch.amp.GradScaler(device.type) if recipe.train.precision == "fp16" else None,
+        autocast=partial(machine.autocast, device, train.precision),
+        loss_scale=LossScale(device.type, enabled=train.precision == "fp16"),
         world=world,
     )
-    step.graphs = _graphs(recipe, step, images.image_size)
+    accumulation.graphs = _graphs(recipe, accumulation, images.image_size)
     trainer = Trainer(
-        step,
+        accumulation,
         data,
         _schedule(recipe, len(data.train)),
-        partial(evaluate_on, recipe, step),
-        epochs=recipe.train.epochs,
-        effective_batch_size=recipe.train.effective_batch_size,
-        seed=recipe.train.seed,
-        eval_every_epochs=recipe.train.eval_every_epochs,
-        max_steps=recipe.train.max_steps,
-        detail_every_steps=recipe.runtime.log_every_steps,
-        on_nonfinite=recipe.train.on_nonfinite,
+        partial(evaluate_on, recipe, accumulation),
+        TrainerSettings(
+            epochs=train.epochs,
+            effective_batch_size=train.effective_batch_size,
+            seed=train.seed,
+            eval_every_epochs=train.eval_every_epochs,
+            max_steps=train.max_steps,
+            detail_every_steps=recipe.runtime.log_every_steps,
+            on_nonfinite=train.on_nonfinite,
+        ),
     )
     return Experiment(recipe, trainer, model, data, device, images, tuple(notices))
 
 
-def _balanced_parts(recipe: Recipe, world: World) -> int:
+def _correction_parts(recipe: Recipe, world: World) -> int:
     """Parts of an effective batch whose correction is balanced apart; raises UsageError where the processes cannot share them."""
     parts = recipe.norm.correction_parts if isinstance(recipe.norm, BatchlessNormSection) else "auto"
     if parts == "auto":

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bln_train.build.data import build_preprocess, eval_batch_size, load
+from bln_train.build.data import build_preprocess, load
 from bln_train.data.augment import Preprocess
 from bln_train.data.datasets import DataSet, epoch_order
 from bln_train.errors import UsageError
@@ -17,6 +17,7 @@ from bln_train.norm.calibrate.moments import evaluating, on_input
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.norms import DEFAULT_INIT_IMAGES, BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
+from bln_train.recipe.resolve import eval_batch_size
 from bln_train.system import machine
 
 _LEAST_PROBE = 4  # with fewer images deep networks drift

@@ -90,14 +90,14 @@ def run(
             trainer = experiment.trainer
             output.say(
                 f"{recipe}: {loaded.model.name}, norm {loaded.norm.name}, effective batch "
-                f"{loaded.train.effective_batch_size}, micro-batch {trainer.take_step.micro_batch_size}, "
+                f"{loaded.train.effective_batch_size}, micro-batch {trainer.accumulation.micro_batch_size}, "
                 f"{trainer.num_steps} steps on {experiment.device}"
                 f"{f' in {launch().size} processes' if launch().size > 1 else ''}; {experiment.data.source}"
             )
-            if trainer.step:
-                output.say(f"resumed at step {trainer.step}")
+            if trainer.num_steps_done:
+                output.say(f"resumed at step {trainer.num_steps_done}")
             limit_bytes = memory_limit(experiment.device, loaded.train.memory_budget)
-            progress = display.enter_context(show_progress(trainer.num_steps, trainer.step, limit_bytes))
+            progress = display.enter_context(show_progress(trainer.num_steps, trainer.num_steps_done, limit_bytes))
 
         summary = run_recipe(
             loaded,
@@ -196,8 +196,8 @@ def evaluate(
     """Test loss and accuracy of a run; executes nothing from the file."""
     if not source.exists():
         raise UsageError(f"{source} does not exist", "Give a run folder (runs/...) or a checkpoint file.")
+    from bln_train.build.trained_run import evaluate_checkpoint
     from bln_train.console import output
-    from bln_train.experiments.run import evaluate_checkpoint
     from bln_train.system.units import format_percent
 
     recipe, found, step = evaluate_checkpoint(source, device, layers=layers, notify=output.note)

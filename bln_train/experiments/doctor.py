@@ -22,6 +22,7 @@ from bln_train.norm.kernels.library import why_not_compiled
 from bln_train.recipe.recipe import Recipe
 from bln_train.system.machine import device_name
 from bln_train.system.units import format_bytes
+from bln_train.train.batches import EffectiveBatch
 
 LARGEST_DIFFERENCE = 1e-12
 """Of float64 gradients of two splits, relative to each gradient's largest entry: law 1."""
@@ -235,12 +236,12 @@ def largest_difference(device: str) -> float:
     """Largest difference of a small network's gradients between splits, relative to each gradient's largest entry."""
     recipe = Recipe.model_validate({**_SELF_TEST, "runtime": {"device": device}})
     experiment = build_experiment(recipe)
-    step, images = experiment.trainer.take_step, experiment.data.train
+    step, images = experiment.trainer.accumulation, experiment.data.train
 
     def gradients(micro_batch_size: int) -> list[torch.Tensor]:
         step.micro_batch_size = micro_batch_size
         step.model.train()
-        step.accumulate(images, torch.arange(_IMAGES), 0, 0)
+        step.accumulate(EffectiveBatch(images, torch.arange(_IMAGES), 0, 0))
         found = [p.grad.clone() for p in step.model.parameters() if p.grad is not None]
         step.give_up()
         return found

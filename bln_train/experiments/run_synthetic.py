@@ -42,7 +42,6 @@ def run_synthetic(
     machine.set_up(
         device,
         num_threads=recipe.runtime.num_threads,
-        compiled=True,
         deterministic=False,
         cudnn_benchmark=False,
         tf32=False,

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bln_train.build import runtime
 from bln_train.build.experiment import Experiment, build_experiment
 from bln_train.data.datasets import DataSet, ImageSet
 from bln_train.errors import BlnError, RunFolderError
 from bln_train.experiments.compare import Cell, plan_cells
-from bln_train.experiments.run import explained_failures
 from bln_train.memory.peak import PeakMeter
 from bln_train.memory.snapshot import recorded_snapshot
 from bln_train.memory.timeline import TrackedStep
@@ -37,7 +37,9 @@ from bln_train.records import MemoryRecord, TimelineRecord
 from bln_train.runs.folder import MEMORY_TABLE, json_text
 from bln_train.system import machine
 from bln_train.system.atomic import write_atomically
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.cuda_graphs import NUM_STEPS_TO_RECORD
+from bln_train.train.recovery import explained_failures
 from bln_train.train.step import AccumulationStep
 
 TABLE_JSON, TABLE_CSV = MEMORY_TABLE, "memory.csv"
@@ -145,7 +147,7 @@ def measure(
         show(n, f"memory: {cell.norm}, {_sizes(cell)}")
         if cell.recipe is None:
             continue
-        with _kept_problem() as problem, explained_failures(cell.recipe):
+        with _kept_problem() as problem, explained_failures(cell.recipe.first_micro_batch_size):
             experiment = _build(cell.recipe, data)
             _measure_memory(row, experiment, data)
             if timeline is not None:
@@ -164,7 +166,7 @@ def measure(
         "precision": recipe.train.precision,
         "optimizer": recipe.optimizer.name,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "environment": machine.environment(device),
+        "environment": runtime.environment(device),
         "method": "allocator" if device.type == "cuda" else "tracked tensors",
         "num_repeats": num_repeats,
         "floor": asdict(floor) if floor is not None else None,
@@ -205,7 +207,7 @@ def _build(recipe: Recipe | None, data: DataSet) -> Experiment:
     """The recipe as `build_experiment` makes it, on other data, with learning rate 0 and norms that have seen nothing."""
     assert recipe is not None
     experiment = build_experiment(recipe, initialize=False, data=data)
-    for group in experiment.trainer.take_step.optimizer.param_groups:
+    for group in experiment.trainer.accumulation.optimizer.param_groups:
         group["lr"] = 0.0
     return experiment
 
@@ -213,8 +215,8 @@ def _build(recipe: Recipe | None, data: DataSet) -> Experiment:
 def _prepare_step(experiment: Experiment, num_images: int) -> Callable[..., float]:
     """One whole step as the trainer takes it, given a callback for when all gradients exist; at its end the device is idle."""
     trainer, images = experiment.trainer, experiment.data.train
-    index = torch.arange(num_images)
-    return lambda *ready: trainer.take_step(images, index, trainer.seed, 0, *ready).loss.item()
+    batch = EffectiveBatch(images, torch.arange(num_images), trainer.seed, 0)
+    return lambda *ready: trainer.accumulation(batch, *ready).loss.item()
 
 
 def measure_floor(experiment: Experiment) -> Floor:
@@ -227,16 +229,16 @@ def measure_floor(experiment: Experiment) -> Floor:
     Args:
         experiment: of one image, without a norm.
     """
-    step, images = experiment.trainer.take_step, experiment.data.train
+    step, images = experiment.trainer.accumulation, experiment.data.train
     _prepare_step(experiment, 1)()  # now the optimizer has its state
-    index = torch.arange(1)
-    step.accumulate(images, index, 0, 0)
+    one = EffectiveBatch(images, torch.arange(1), 0, 0)
+    step.accumulate(one)
     state = [v for entry in step.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
     beside = [*step.model.parameters(), *step.model.buffers(), *state, *step.gradients()]
     tracker = StorageTracker(beside)
     beside_bytes = tracker.live_bytes
     with _eager(step), tracker:
-        step.accumulate(images, index, 0, 0)
+        step.accumulate(one)
     parameter_bytes, optimizer_bytes = storage_bytes(step.model.parameters()), storage_bytes(state)
     live_bytes = tracker.peak_bytes - beside_bytes
     return Floor(parameter_bytes, optimizer_bytes, live_bytes, parameter_bytes + optimizer_bytes + live_bytes)
@@ -277,11 +279,11 @@ def measure_saved_bytes(step: AccumulationStep, images: ImageSet, num_images: in
 
     # What is saved before the network runs belongs to the step, not to the micro-batch.
     start = step.model.register_forward_pre_hook(lambda *_: saved.clear())
-    index = torch.arange(num_images)
+    batch = EffectiveBatch(images, torch.arange(num_images), 0, 0)
     step.model.train()
     try:
         with _eager(step), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            step.accumulate(images, index, 0, 0, note_weights)
+            step.accumulate(batch, note_weights)
     finally:
         start.remove()
         step.statistics.discard()
@@ -295,7 +297,7 @@ def measure_peak(recipe: Recipe, data: DataSet) -> MemoryRecord:
 
 
 def _measure_peak(experiment: Experiment, effective_batch_size: int) -> MemoryRecord:
-    meter, step = experiment.trainer.meter, experiment.trainer.take_step
+    meter, step = experiment.trainer.meter, experiment.trainer.accumulation
     if step.device.type == "cuda":
         gc.collect()  # the allocator counts what is left of a cell that failed
     meter.start()
@@ -308,7 +310,7 @@ def _measure_peak(experiment: Experiment, effective_batch_size: int) -> MemoryRe
 
 
 def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     record = _measure_peak(experiment, row.effective_batch_size)
     saved = measure_saved_bytes(step, data.train, row.micro_batch_size)
     row.saved_bytes_per_image = saved / row.micro_batch_size
@@ -317,7 +319,11 @@ def _measure_memory(row: Row, experiment: Experiment, data: DataSet) -> None:
 
 
 def _measure_timeline(experiment: Experiment, row: Row, place: Path) -> TimelineRecord | None:
-    meter, step, device = experiment.trainer.meter, experiment.trainer.take_step, experiment.trainer.take_step.device
+    meter, step, device = (
+        experiment.trainer.meter,
+        experiment.trainer.accumulation,
+        experiment.trainer.accumulation.device,
+    )
     sizes = row.effective_batch_size, step.micro_batch_size
     if device.type != "cuda":
         return meter.timeline(*sizes)
@@ -344,7 +350,7 @@ def _measure_speed(group: Sequence[tuple[Cell, Row]], data: DataSet, num_repeats
         with _kept_problem() as problem:
             running[row.norm] = _build(cell.recipe, data), row
         row.problem = problem()
-    replays = any(experiment.trainer.take_step.graphs is not None for experiment, _ in running.values())
+    replays = any(experiment.trainer.accumulation.graphs is not None for experiment, _ in running.values())
     num_untimed = NUM_STEPS_TO_RECORD if replays else 1
     for turn in range(num_untimed + num_repeats):
         for norm, (experiment, row) in list(running.items()):

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from bln_train.build.data import build_preprocess, input_spec, load
 from bln_train.build.experiment import build_network
+from bln_train.build.trained_run import read_checkpoint
 from bln_train.data.augment import Preprocess
 from bln_train.errors import BlnError, CheckpointError, DataError, ExportError, UsageError, first_line
-from bln_train.experiments.run import read_checkpoint
 from bln_train.export.formats import Runner, open_onnx, open_pt2, require, write_onnx, write_pt2, write_safetensors
 from bln_train.norm.convert.merge import MergeReport, merge_norms
 from bln_train.recipe.load import dump_recipe, parse_recipe
@@ -101,7 +101,7 @@ def export_run(
         out: the file to write, in a folder that is there.
         batch: images at once; None for any number. .safetensors has none.
         force: replace an existing `out`.
-        notify: see `run.read_checkpoint`.
+        notify: see `trained_run.read_checkpoint`.
 
     Returns: what was written and how it compares, JSON-ready.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -16,14 +15,15 @@ from bln_train.plan.predict import CONTEXT_BYTES, PlanRow, plan_memory
 from bln_train.recipe.recipe import Recipe
 from bln_train.system import machine
 from bln_train.system.units import format_bytes, parse_bytes
-from bln_train.train.recovery import OutOfMemory, Snapshot, attempt, free_memory
+from bln_train.train.batches import EffectiveBatch
+from bln_train.train.recovery import Attempt, Snapshot, free_memory
 
 _NUM_TRIED = 3
 _LARGEST_ON_CPU = 64  # larger ones take long to try, and a CPU has long enough loops by then
 
 
-def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int | None = None) -> str:
-    """Resolve `auto`, enforce the budget, and return what has to be said about it; "" where the recipe asks for neither.
+def choose_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int | None = None) -> str:
+    """Resolve `auto` and enforce the budget; returns a message about it, "" where the recipe asks for neither.
 
     The plan says what fits; of the largest that do, each half of the one before, the fastest is taken, after whole steps on the
     first images that are undone: weights, buffers, optimizer, random numbers and the place in the data stay what they were. With
@@ -35,43 +35,18 @@ def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
     Raises:
         DoesNotFitError: nothing fits, or the stated micro-batch does not, with what would help.
     """
-    train, device = recipe.train, experiment.device
+    train, accumulation = recipe.train, experiment.trainer.accumulation
     if train.micro_batch_size != "auto" and train.memory_budget is None:
         return ""
-    cuda = device.type == "cuda"
-    if train.memory_budget is None:
-        budget, context_bytes = machine.free_budget(device), 0  # a context that is there already is not free
-    else:
-        budget = machine.Budget(parse_bytes(train.memory_budget), "train.memory_budget")
-        context_bytes = CONTEXT_BYTES
-    if cuda:
-        machine.limit_memory(device, budget.num_bytes - context_bytes)
+    budget, context_bytes = _budget(recipe, experiment.device)
     effective = min(train.effective_batch_size, len(experiment.data.train))
-    limits = [size for size in (at_most, None if cuda else _LARGEST_ON_CPU) if size is not None]
-    sizes = [size for size in plan_sizes(effective) if size <= min(limits, default=effective)]
-    if train.micro_batch_size != "auto":
-        sizes = [min(train.micro_batch_size, effective)]
-    of_data = recipe.with_images(experiment.input.image_size, len(experiment.input.class_names))
-    rows = plan_memory(of_data, sizes, cuda=cuda, context_bytes=context_bytes)
-    fitting = [row for row in rows if row.total_bytes <= budget.num_bytes]
-    if experiment.trainer.take_step.world.size > 1:
-        fitting = _agree(experiment, rows, fitting)
-    if not fitting:
-        variant = Variant(recipe.norm.name, {}, of_data)
-        plan = make_plan(
-            [variant],
-            [sizes[0]],
-            cuda=cuda,
-            budget_bytes=budget.num_bytes,
-            context_bytes=context_bytes if cuda else None,
-        )
-        raise DoesNotFitError(*why_nothing_fits(plan))
+    fitting = _fitting(recipe, experiment, budget, context_bytes, at_most)
     said = f"{format_bytes(budget.num_bytes)} ({budget.source})"
+    largest, predicted = fitting[-1].micro_batch_size, format_bytes(fitting[-1].total_bytes)
     if train.micro_batch_size != "auto":
-        return f"Predicted {format_bytes(fitting[0].total_bytes)} of {said} at micro-batch {sizes[0]}."
-    largest = fitting[-1].micro_batch_size
-    text = f"largest that fits {said} is {largest}, predicted {format_bytes(fitting[-1].total_bytes)}"
-    if experiment.trainer.take_step.world.size > 1:
+        return f"Predicted {predicted} of {said} at micro-batch {largest}."
+    text = f"largest that fits {said} is {largest}, predicted {predicted}"
+    if accumulation.world.size > 1:
         chosen = largest
         text += "; with several processes none is timed"
     else:
@@ -84,10 +59,50 @@ def settle_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
             )
         chosen = max(speeds, key=speeds.__getitem__)
         text += "; " + ", ".join(f"{size}: {speed:.0f} images/s" for size, speed in speeds.items())
-    experiment.trainer.take_step.micro_batch_size = chosen
+    accumulation.micro_batch_size = chosen
     if recipe.norm.name == "batch" and chosen < effective:
         text += "; BatchNorm's result depends on it: state the number to have the same one elsewhere"
     return f"micro-batch {chosen} of {effective}: the {text}."
+
+
+def _budget(recipe: Recipe, device: torch.device) -> tuple[machine.Budget, int]:
+    """The memory that training may take, enforced on CUDA, and the bytes of it for a CUDA context."""
+    stated = recipe.train.memory_budget
+    if stated is None:
+        budget, context_bytes = machine.free_budget(device), 0  # a context that is there already is not free
+    else:
+        budget, context_bytes = machine.Budget(parse_bytes(stated), "train.memory_budget"), CONTEXT_BYTES
+    if device.type == "cuda":
+        machine.limit_memory(device, budget.num_bytes - context_bytes)
+    return budget, context_bytes
+
+
+def _fitting(
+    recipe: Recipe, experiment: Experiment, budget: machine.Budget, context_bytes: int, at_most: int | None
+) -> list[PlanRow]:
+    """The plan's rows within the budget, of the stated micro-batch or of all that `auto` may take; raises if there is none."""
+    train, cuda = recipe.train, experiment.device.type == "cuda"
+    effective = min(train.effective_batch_size, len(experiment.data.train))
+    if train.micro_batch_size != "auto":
+        sizes = [min(train.micro_batch_size, effective)]
+    else:
+        limits = [size for size in (at_most, None if cuda else _LARGEST_ON_CPU) if size is not None]
+        sizes = [size for size in plan_sizes(effective) if size <= min(limits, default=effective)]
+    of_data = recipe.with_images(experiment.input.image_size, len(experiment.input.class_names))
+    rows = plan_memory(of_data, sizes, cuda=cuda, context_bytes=context_bytes)
+    fitting = [row for row in rows if row.total_bytes <= budget.num_bytes]
+    if experiment.trainer.accumulation.world.size > 1:
+        fitting = _agree(experiment, rows, fitting)
+    if not fitting:
+        plan = make_plan(
+            [Variant(recipe.norm.name, {}, of_data)],
+            [sizes[0]],
+            cuda=cuda,
+            budget_bytes=budget.num_bytes,
+            context_bytes=context_bytes if cuda else None,
+        )
+        raise DoesNotFitError(*why_nothing_fits(plan))
+    return fitting
 
 
 @contextmanager
@@ -112,12 +127,12 @@ def planned_advice(recipe: Recipe, experiment: Experiment) -> Iterator[None]:
 def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, float]:
     """Images per second of forward and backward at each size at which memory does not run out; the state is as before."""
     trainer, speeds = experiment.trainer, dict[int, float]()
-    step, images, device = trainer.take_step, experiment.data.train, experiment.device
-    asked, snapshot = step.micro_batch_size, Snapshot(step)
+    accumulation, device = trainer.accumulation, experiment.device
+    asked, snapshot = accumulation.micro_batch_size, Snapshot(accumulation)
     snapshot.take()
 
     def seconds(size: int) -> float:
-        step.micro_batch_size = size
+        accumulation.micro_batch_size = size
         index, done = torch.arange(min(2 * size, effective)), 0.0
 
         def gradients_ready() -> None:
@@ -128,7 +143,7 @@ def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, 
 
         began = time.perf_counter()
         try:
-            step(images, index, trainer.seed, 0, gradients_ready)
+            accumulation(EffectiveBatch(experiment.data.train, index, trainer.seed, 0), gradients_ready)
         finally:
             snapshot.restore()
         return (done - began) / len(index)
@@ -136,20 +151,22 @@ def _try(experiment: Experiment, sizes: list[int], effective: int) -> dict[int, 
     try:
         for size in sizes:
             for timed in (False, True):  # the first one warms up, and has the gradients to make
-                found = attempt(partial(seconds, size))
-                if isinstance(found, OutOfMemory):
+                found = 0.0
+                with Attempt() as attempt:
+                    found = seconds(size)
+                if attempt.reason is not None:
                     free_memory(device)
                     break
                 if timed:
                     speeds[size] = 1 / found
     finally:
-        step.micro_batch_size = asked
+        accumulation.micro_batch_size = asked
     return speeds
 
 
 def _agree(experiment: Experiment, rows: list[PlanRow], fitting: list[PlanRow]) -> list[PlanRow]:
     """What fits by rank 0's plan, in every process."""
-    world = experiment.trainer.take_step.world
+    world = experiment.trainer.accumulation.world
     number = torch.tensor([float(len(fitting))], dtype=torch.float64)
-    world.take_from_first([number])
+    world.broadcast_([number])
     return rows[: int(number)]

@@ -25,8 +25,9 @@ from bln_train.recipe.recipe import Recipe
 from bln_train.system.machine import WORKSPACE_BYTES
 from bln_train.system.signals import StopRequested
 from bln_train.system.units import CUDA_CONTEXT_BYTES
+from bln_train.train.batches import SENT_BYTES, EffectiveBatch
 from bln_train.train.cuda_graphs import MOST_PIXELS
-from bln_train.train.step import SENT_BYTES, AccumulationStep
+from bln_train.train.step import AccumulationStep
 
 CONTEXT_BYTES = CUDA_CONTEXT_BYTES
 """Assumed of CUDA's context with the libraries' kernels: some 300 MiB since CUDA 11.7 (pytorch#107667), more as kernels load."""
@@ -187,7 +188,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     twins: dict[int, Trace] = {}
     with pretending("native"):
         with HollowTracker([]):
-            step = assemble(recipe, model, data, preprocess, images, device).trainer.take_step
+            step = assemble(recipe, model, data, preprocess, images, device).trainer.accumulation
             _make_state(step)
         # One image is in channels-first and channels-last order at once; below the number of its images the probe works in parts.
         several = [size for size in sizes if size > 1]
@@ -235,8 +236,9 @@ def _trace(step: AccumulationStep, data: DataSet, size: int, *, passes_only: boo
     hook = model.register_forward_pre_hook(lambda *_: forwards.append(tracker.num_events))
     try:
         with _two_micro_batches(step), tracker:
-            totals = step(data.train, torch.arange(num_images) % len(data.train), 0, 0, note_gradients)
-        assert totals.is_finite, "a step that was not taken tells nothing"
+            index = torch.arange(num_images) % len(data.train)
+            result = step(EffectiveBatch(data.train, index, 0, 0), note_gradients)
+        assert result.is_finite, "a step that was not taken tells nothing"
     except StopRequested:
         assert passes_only
         if step.into_momentum is not None:
@@ -273,12 +275,12 @@ def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 @contextmanager
 def _two_micro_batches(step: AccumulationStep) -> Iterator[None]:
     """Let a step see its first two micro-batches alone: all others take what the second does."""
-    every = step._micro_batches
-    step._micro_batches = lambda *of: islice(every(*of), 2)  # type: ignore[method-assign]  # of this step alone, and not for long
+    every = step.micro_batches
+    step.micro_batches = lambda *of: islice(every(*of), 2)  # type: ignore[method-assign]  # of this step alone, and not for long
     try:
         yield
     finally:
-        del step._micro_batches
+        del step.micro_batches
 
 
 def _row(trace: Trace, twin: Trace | None, seen: Tensor, *, context_bytes: int | None) -> PlanRow:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from bln_train.errors import UsageError
-from bln_train.norm.kernels.backend import why_not_triton
-from bln_train.norm.kernels.library import uses_compiled
-from bln_train.norm.kernels.table import kernels_are_wanted, use_kernels
 from bln_train.system.launch import launch
 from bln_train.system.units import format_bytes, parse_bytes
 
@@ -158,15 +155,13 @@ def set_up(
     device: torch.device,
     *,
     num_threads: int | None,
-    compiled: bool,
     deterministic: bool,
     cudnn_benchmark: bool,
     tf32: bool,
 ) -> None:
-    """Process-wide switches, in one place."""
+    """Set the switches that PyTorch has for the whole process."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    use_kernels(compiled)
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
@@ -237,7 +232,7 @@ def others_notice(used_bytes: int, held_bytes: int, total_bytes: int) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str | int | bool | None]:
-    """What a figure needs beside it: versions, device, threads."""
+    """What a figure needs beside it: device, threads, versions."""
     import torchvision
 
     cuda = device.type == "cuda"
@@ -248,7 +243,6 @@ def environment(device: torch.device) -> dict[str, str | int | bool | None]:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "num_threads": torch.get_num_threads(),
         "world_size": launch().size,
-        "compiled": kernels_are_wanted() and not why_not_triton(device) if cuda else uses_compiled(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),

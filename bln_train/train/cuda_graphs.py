@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bln_train.errors import first_line
 from bln_train.norm.replay import T, addresses
-from bln_train.train.micro_step import MicroBatch, Sums
+from bln_train.train.batches import MicroBatch
+from bln_train.train.micro_step import Sums
 from bln_train.train.step import AccumulationStep
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class GraphedSteps:
     steps.
 
     Args:
-        step: whose work it is; its network must do the same for all images of a size.
+        accumulation: whose work it is; its network must do the same for all images of a size.
         image_size: side of an image, in pixels.
         most_pixels: of a micro-batch, or of the probe, that is recorded, None for any; larger ones are worth no memory.
         recorder: records device work; by default a CUDA graph.
@@ -115,16 +116,17 @@ class GraphedSteps:
 
     def __init__(
         self,
-        step: AccumulationStep,
+        accumulation: AccumulationStep,
         image_size: int,
         *,
         most_pixels: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        if step.standardized:
+        if accumulation.standardized:
             raise ValueError("CUDA graphs need standardised convolutions to be folded with their norms")
-        self.step, self.most_pixels, self.recorder = step, most_pixels, recorder or Recorder(step.device)
-        self.layers: list[LikelihoodNorm] = list(step.statistics.layers.values())
+        self.accumulation, self.most_pixels = accumulation, most_pixels
+        self.recorder = recorder or Recorder(accumulation.device)
+        self.layers: list[LikelihoodNorm] = list(accumulation.statistics.layers.values())
         self._recordings: dict[tuple[Hashable, ...], _Recording] = {}
         self._num_eager: Counter[tuple[Hashable, ...]] = Counter()
         self._gradients: dict[Tensor, Tensor] = {}
@@ -141,11 +143,11 @@ class GraphedSteps:
 
     @property
     def _micro_steps_are_worth(self) -> bool:
-        return self.is_worth(self.step.micro_batch_size)
+        return self.is_worth(self.accumulation.micro_batch_size)
 
     @property
     def _rest_is_worth(self) -> bool:
-        return self.is_worth(max(1, self.step.probe_images))
+        return self.is_worth(max(1, self.accumulation.probe_images))
 
     def run(
         self,
@@ -177,7 +179,7 @@ class GraphedSteps:
             layer.account.watched = self._watched[layer]
         if watching:
             torch._foreach_zero_([self._watched[layer] for layer in watching])
-        constants = [layer.constants for layer in self.step.folded if layer.constants is not None]
+        constants = [layer.constants for layer in self.accumulation.folded if layer.constants is not None]
         self._constants = addresses([tensor for own in constants for tensor in (own.epilogue.table, own.bias, own.iw)])
         if self._sums is None:
             self._sums = sums
@@ -190,14 +192,14 @@ class GraphedSteps:
         """Take a micro-step."""
         size = len(batch.labels)
         if self._is_off or not self._micro_steps_are_worth:
-            self.step.micro_step(batch, sums)
+            self.accumulation.micro_step(batch, sums)
             return
         watches = min(size, self.layers[0].account.num_to_watch) if self.layers else 0
         before = self._counts()
 
         def work(*own: Tensor) -> list[_Counts]:
             self._set_counts(before)
-            self.step.micro_step(MicroBatch(*own), sums)
+            self.accumulation.micro_step(MicroBatch(*own), sums)
             return [_sum(now, then, -1) for now, then in zip(self._counts(), before, strict=True)]
 
         gains = self._run(work, (_MICRO_STEP, size, watches, self._constants), batch)
@@ -206,7 +208,7 @@ class GraphedSteps:
     def end(self, sums: Sums) -> Sums:
         """After a step's last micro-step: the sums, in tensors that the next step does not write to."""
         if not self._is_off and (self._rest_is_worth or self._micro_steps_are_worth):
-            self._gradients.update({p: p.grad for p in self.step.model.parameters() if p.grad is not None})
+            self._gradients.update({p: p.grad for p in self.accumulation.model.parameters() if p.grad is not None})
         for layer in self.layers:
             if not layer.account.num_watched:
                 layer.account.watched = None

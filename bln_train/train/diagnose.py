@@ -11,33 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bln_train.data.datasets import ImageSet
 from bln_train.norm.base import LikelihoodNorm
+from bln_train.norm.dropout import InstanceDropout
 from bln_train.norm.fused.network import unfuse
 from bln_train.norm.statistics import BatchlessStatistics
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.step import AccumulationStep
 
 
-def find_fault(step: AccumulationStep, images: ImageSet, index: Tensor, seed: int, epoch: int) -> str:
+def find_fault(accumulation: AccumulationStep, batch: EffectiveBatch) -> str:
     """The first layer, in order of execution, with a number that is not finite, and its statistics, in words.
 
     Looked for in the weights, then in the forward and then in the backward pass of each micro-batch, on a copy of the network
-    with its norms unfolded, whose buffers may change; at last in the gradients that `step` has gathered.
+    with its norms unfolded, whose buffers may change; at last in the gradients that `accumulation` has gathered.
 
     Args:
-        step: after a call on these arguments that was not finite, and before `give_up`.
+        accumulation: after a step on `batch` that was not finite, and before `give_up`.
     """
     try:
-        model = copy.deepcopy(step.model)
+        model = copy.deepcopy(accumulation.model)
         unfuse(model)
         return (
             _in_weights(model)
-            or _in_forward(step, model, images, index, seed, epoch)
-            or _in_backward(step, model, images, index, seed, epoch)
-            or _in_sums(step.model)
+            or _in_forward(accumulation, model, batch)
+            or _in_backward(accumulation, model, batch)
+            or _in_sums(accumulation.model)
         )
     except torch.OutOfMemoryError:
         return "which layer was the first could not be found out: a copy of the network does not fit in memory"
+
+
+def _replayed(accumulation: AccumulationStep, model: nn.Module, batch: EffectiveBatch) -> Iterator[Tensor]:
+    """Run the step's forwards again through `model`, a copy of the network; yields the sum () of each micro-batch's losses."""
+    again = copy.copy(accumulation)
+    again.model = model.train()
+    again.dropouts = [m for m in model.modules() if isinstance(m, InstanceDropout)]
+    for micro_batch in again.micro_batches(batch):
+        yield again.task_loss(again.forward(micro_batch), micro_batch.labels)
 
 
 def _in_weights(model: nn.Module) -> str:
@@ -50,9 +60,7 @@ def _in_weights(model: nn.Module) -> str:
     return ""
 
 
-def _in_forward(
-    step: AccumulationStep, model: nn.Module, images: ImageSet, index: Tensor, seed: int, epoch: int
-) -> str:
+def _in_forward(accumulation: AccumulationStep, model: nn.Module, batch: EffectiveBatch) -> str:
     found: list[str] = []
     norm_before = ""
 
@@ -66,12 +74,12 @@ def _in_forward(
             xhat = (args[0] - module.mean.view(shape)) / module.std.view(shape)
             bad = bad or not bool(xhat.square().mean().isfinite())  # what its statistics learn from
         if bad:
-            found.append(f"in the forward pass, {_describe(step.model, name, args)}{norm_before}")
+            found.append(f"in the forward pass, {_describe(accumulation.model, name, args)}{norm_before}")
         elif isinstance(module, LikelihoodNorm):
-            norm_before = f"; the last norm before it, {_describe(step.model, name, args)}"
+            norm_before = f"; the last norm before it, {_describe(accumulation.model, name, args)}"
 
     with torch.no_grad(), _watched(model, see):
-        for n, losses in enumerate(step.replay(model, images, index, seed, epoch)):
+        for n, losses in enumerate(_replayed(accumulation, model, batch)):
             if found:
                 return found[0]
             if not bool(losses.isfinite()):
@@ -80,9 +88,7 @@ def _in_forward(
     return ""
 
 
-def _in_backward(
-    step: AccumulationStep, model: nn.Module, images: ImageSet, index: Tensor, seed: int, epoch: int
-) -> str:
+def _in_backward(accumulation: AccumulationStep, model: nn.Module, batch: EffectiveBatch) -> str:
     found: list[str] = []
     described: dict[str, str] = {}
 
@@ -92,19 +98,19 @@ def _in_backward(
 
     def see(name: str, module: nn.Module, args: Any, out: Any) -> None:
         if isinstance(out, Tensor) and out.requires_grad:
-            described[name] = _describe(step.model, name, args)
+            described[name] = _describe(accumulation.model, name, args)
             out.register_hook(partial(check, name))
 
     statistics = BatchlessStatistics(model)
     with _watched(model, see):
-        for losses in step.replay(model, images, index, seed, epoch):
-            ((losses + statistics.nll()) / len(index)).backward()
+        for losses in _replayed(accumulation, model, batch):
+            ((losses + statistics.nll()) / len(batch)).backward()
             if found:
                 return found[0]
             for name, parameter in reversed(list(model.named_parameters())):
                 if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
                     layer, _, what = name.rpartition(".")
-                    return f"in the backward pass, the gradient of {what} of {_describe(step.model, layer, ())}"
+                    return f"in the backward pass, the gradient of {what} of {_describe(accumulation.model, layer, ())}"
             model.zero_grad(set_to_none=True)
     return ""
 

@@ -62,7 +62,7 @@ class World:
         return part_of(items, self.rank, self.size)
 
     @torch.no_grad()
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place, in one collective for each PIECE_BYTES.
 
         Args:
@@ -101,27 +101,27 @@ class World:
         self.num_collectives += 1
         self.num_bytes += buffer.nbytes
 
-    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by that of rank 0, exactly."""
         tensors = list(tensors) if self.size > 1 else []
         if self.rank:
             for tensor in tensors:
                 tensor.detach().zero_()
         if tensors:
-            self.add_up(tensors)
+            self.all_reduce_(tensors)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when every process has come here."""
-        self.add_up([torch.zeros(1, device=self.device)])
+        self.all_reduce_([torch.zeros(1, device=self.device)])
 
     @contextmanager
     def first_rank_first(self) -> Iterator[None]:
         """Run the block in rank 0, then in the others: what it downloads is there for them."""
         if self.rank:
-            self.wait()
+            self.barrier()
         yield
         if not self.rank:
-            self.wait()
+            self.barrier()
 
     def check_equal(self, what: Mapping[str, int]) -> None:
         """Compare numbers of at most 52 bits over all processes.
@@ -133,7 +133,7 @@ class World:
             return
         table = torch.zeros(self.size, len(what), dtype=torch.float64)
         table[self.rank] = torch.tensor([float(value) for value in what.values()], dtype=torch.float64)
-        self.add_up([table])
+        self.all_reduce_([table])
         for name, column in zip(what, table.unbind(1), strict=True):
             other = (column != column[0]).nonzero().flatten().tolist()
             if other:
@@ -201,7 +201,7 @@ def reduce_step(
     followed = [tensor for layer in layers for tensor in (layer.mean, layer.raw_std)]
     firsts = [torch.zeros_like(tensor) if world.rank else tensor.detach().clone() for tensor in followed]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    world.add_up([*gradients, *statistics.probe_sums(), *firsts, digits, carried])
+    world.all_reduce_([*gradients, *statistics.probe_sums(), *firsts, digits, carried])
 
     *found, stop = (int(high) * _DIGIT + int(low) for high, low in digits.tolist())
     for p, number in zip(parameters, found, strict=False):

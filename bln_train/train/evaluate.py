@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from bln_train.data.augment import Preprocess
 from bln_train.data.datasets import ImageSet
 from bln_train.system.signals import StopRequested, never
 from bln_train.train.distributed import ALONE, World
-from bln_train.train.recovery import attempt, does_not_fit, free_memory
+from bln_train.train.recovery import Attempt, does_not_fit, free_memory
 
 
 class Evaluation(NamedTuple):
@@ -53,7 +52,7 @@ def evaluate(
     """
     was_training, asked, reason = model.training, batch_size, ""
     model.eval()
-    world.take_from_first(buffer for buffer in model.buffers() if buffer.is_floating_point())
+    world.broadcast_(buffer for buffer in model.buffers() if buffer.is_floating_point())
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
 
@@ -74,16 +73,17 @@ def evaluate(
             model.train(was_training)
             raise StopRequested
         number = min(batch_size, share.stop - start)
-        outcome = attempt(partial(add, slice(start, start + number)))
-        if outcome is None:
+        with Attempt() as attempt:
+            add(slice(start, start + number))
+        if attempt.reason is None:
             start += number
             continue
         free_memory(device)
         if number == 1:
-            raise does_not_fit("one image in evaluation", outcome.reason)
-        batch_size, reason = number // 2, reason or outcome.reason
+            raise does_not_fit("one image in evaluation", attempt.reason)
+        batch_size, reason = number // 2, reason or attempt.reason
     model.train(was_training)
-    world.add_up([loss_sum, correct])
+    world.all_reduce_([loss_sum, correct])
     notices = (
         (f"evaluation: out of memory at {asked} images ({reason}); it went on with {batch_size} at a time.",)
         if reason

@@ -1,4 +1,4 @@
-"""What a micro-step of train/step.py takes and adds to, and what may take it in its place."""
+"""The sums that a micro-step of train/step.py adds to, and the interface of what may take it in its place."""
 
 from __future__ import annotations
 
@@ -7,28 +7,18 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from bln_train.norm.replay import Run
-
-
-class MicroBatch(NamedTuple):
-    """What is on the device at once."""
-
-    images: Tensor
-    """(n, 3, H, W) uint8"""
-    labels: Tensor
-    """(n,) int64"""
-    seeds: Tensor
-    """(n,) int64, the images' own seeds for every random draw."""
+from bln_train.train.batches import MicroBatch
 
 
 class Sums(NamedTuple):
-    """What micro-steps add to besides gradients, and read; on the device."""
+    """Sums over the images of an effective batch, on the device; micro-steps add to the first two."""
 
     loss: Tensor
-    """() float64, sum of the task loss."""
+    """() float64, task losses."""
     correct: Tensor
-    """() int64, images classified right."""
+    """() int64, images classified correctly."""
     num_images: Tensor
-    """() of the effective batch."""
+    """() images of the whole effective batch."""
 
 
 class Graphs(Protocol):

@@ -6,21 +6,17 @@ import contextlib
 import gc
 import re
 import traceback
-from collections.abc import Callable
-from functools import partial
-from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bln_train.data.datasets import ImageSet
-from bln_train.errors import DoesNotFitError
-from bln_train.norm.dropout import set_instance_seeds
-from bln_train.train.optim import MomentumAccumulatingSGD
-from bln_train.train.step import AccumulationStep, StepTotals
-
-T = TypeVar("T")
+from bln_train.errors import DoesNotFitError, UsageError
+from bln_train.train.batches import EffectiveBatch
+from bln_train.train.rollback import Rollback
+from bln_train.train.step import AccumulationStep, StepResult, nothing
 
 # Besides torch.OutOfMemoryError: the CPU's allocator, the driver itself, and libraries that make their handles late.
 _OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator: (can't|not enough)|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
@@ -40,22 +36,29 @@ def explain(error: BaseException) -> str:
     return f"tried to allocate {tried[1]}" if tried else (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class OutOfMemory(NamedTuple):
-    """Why an attempt gave nothing."""
+class Attempt:
+    """A block that may run out of memory. That ends it; then nothing holds its tensors except what it wrote them to.
 
-    reason: str
+        with Attempt() as attempt:
+            result = compute()
+        if attempt.reason is not None: ...
 
+    Attributes:
+        reason: what the error said, in a few words; None where memory sufficed.
+    """
 
-def attempt(compute: Callable[[], T]) -> T | OutOfMemory:
-    """What `compute` returns, or that memory ran out; then nothing holds the tensors of the attempt but what it wrote them to."""
-    try:
-        return compute()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = explain(error)
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is None or not is_out_of_memory(error):
+            return False
+        self.reason = explain(error)
         _let_go(error)
-    return OutOfMemory(reason)
+        return True
 
 
 def _let_go(error: BaseException) -> None:
@@ -81,56 +84,41 @@ class Snapshot:
     """Everything that a step changes, in host memory, to be put back bit for bit into the same tensors.
 
     Parameters, buffers, the optimizer's state (what a step adds to it vanishes again), the loss scale, and the state of the
-    random number generators. Gradients and half-gathered statistics are in no whole state: `restore` drops them. The copies are no
-    tensors of training: no memory tracker sees them, and on CUDA they are pinned, so that taking them waits for nothing.
+    random number generators. Gradients and half-gathered statistics are in no whole state: `restore` drops them.
 
     Args:
-        step: whose network, optimizer and scaler it keeps; all of them on its device.
+        accumulation: whose network, optimizer and loss scale it keeps; all of them on its device.
     """
 
-    def __init__(self, step: AccumulationStep) -> None:
-        self.step = step
+    def __init__(self, accumulation: AccumulationStep) -> None:
+        self.accumulation = accumulation
         # To walk the modules would take as long as the copies.
-        self._parameters = list(step.model.parameters())
-        self._with_buffers = [m for m in step.model.modules() if next(m.buffers(recurse=False), None) is not None]
-        self._tensors: list[Tensor] = []
-        self._copies: list[Tensor] = []
+        model = accumulation.model
+        self._parameters = list(model.parameters())
+        self._with_buffers = [m for m in model.modules() if next(m.buffers(recurse=False), None) is not None]
+        self._rollback = Rollback(accumulation.device)
         self._entries: dict[Any, dict[str, Any]] = {}
         self._unseen: list[Any] = []
-        self._scaler: dict[str, Any] | None = None
-        self._rng = torch.empty(0)
-        self._device_rng: Tensor | None = None
+        self._loss_scale: dict[str, Any] = {}
 
-    @torch.no_grad()
     def take(self) -> None:
         """Keep the state as it is now, which must be that between two steps."""
-        step, cuda = self.step, self.step.device.type == "cuda"
-        self._entries = {p: dict(entry) for p, entry in step.optimizer.state.items()}
+        accumulation = self.accumulation
+        self._entries = {p: dict(entry) for p, entry in accumulation.optimizer.state.items()}
         state = [v for entry in self._entries.values() for v in entry.values() if isinstance(v, Tensor)]
         buffers = [b for module in self._with_buffers for b in module.buffers(recurse=False)]
-        before, self._tensors = self._tensors, [*self._parameters, *buffers, *state]
-        with torch._C._DisableTorchDispatch():
-            if len(before) != len(self._tensors) or not all(
-                map(is_, before, self._tensors)
-            ):  # the optimizer got its state, say
-                self._copies = [torch.empty_like(t, device="cpu", pin_memory=cuda) for t in self._tensors]
-            torch._foreach_copy_(self._copies, self._tensors, non_blocking=cuda)
-            self._rng = torch.get_rng_state()
-            self._device_rng = torch.cuda.get_rng_state(step.device) if cuda else None
-        self._scaler = None if step.scaler is None else step.scaler.state_dict()
-        self._unseen = [layer for layer in step.statistics.layers.values() if layer.second_moment is None]
+        self._rollback.take([*self._parameters, *buffers, *state])
+        self._loss_scale = accumulation.loss_scale.state_dict()
+        self._unseen = [layer for layer in accumulation.statistics.layers.values() if layer.second_moment is None]
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Put the state back that was taken last, wherever in a step this is called; allocates nothing."""
-        step, state = self.step, self.step.optimizer.state
-        if isinstance(step.optimizer, MomentumAccumulatingSGD):
-            step.optimizer.give_up()
-        if step.graphs is not None:
-            step.graphs.forget()  # another size comes next, and theirs may be the memory that it needs
-        step.model.zero_grad(set_to_none=True)
-        step.statistics.discard()
-        set_instance_seeds(step.dropouts, None)
+        """Put back the state that was taken last, wherever in a step this is called; allocates nothing."""
+        accumulation, state = self.accumulation, self.accumulation.optimizer.state
+        if accumulation.into_momentum is not None:
+            accumulation.into_momentum.give_up()
+        if accumulation.graphs is not None:
+            accumulation.graphs.forget()  # another size comes next, and theirs may be the memory that it needs
+        accumulation.drop()
         for layer in self._unseen:
             layer.first_moment = layer.second_moment = None
         for p in [p for p in state if p not in self._entries]:
@@ -139,13 +127,8 @@ class Snapshot:
             for key in [key for key in state[p] if key not in entry]:
                 del state[p][key]
             state[p].update(entry)
-        torch._foreach_copy_(self._tensors, self._copies)
-        torch.set_rng_state(self._rng)
-        if self._device_rng is not None:
-            torch.cuda.set_rng_state(self._device_rng, step.device)
-        if step.scaler is not None and self._scaler is not None:
-            step.scaler.load_state_dict(self._scaler)
-            step.scaler._per_optimizer_states.clear()  # that gradients were unscaled; no public way resets it alone
+        self._rollback.restore()
+        accumulation.loss_scale.restore(self._loss_scale)
 
 
 class RecoveringStep:
@@ -155,67 +138,60 @@ class RecoveringStep:
     the state is copied to the host (see Snapshot), for as long as there is something to halve.
 
     Args:
-        step: takes the steps; its `micro_batch_size` is lowered, and its `reduced` forbids to take a step again.
+        accumulation: takes the steps; its `micro_batch_size` is lowered, and its `reduced` forbids to take a step again.
 
     Raises:
         DoesNotFitError: memory ran out at micro-batch 1, or where the other processes would not take the step again.
     """
 
-    def __init__(self, step: AccumulationStep) -> None:
-        self.step = step
-        self.snapshot = Snapshot(step)
+    def __init__(self, accumulation: AccumulationStep) -> None:
+        self.accumulation = accumulation
+        self.snapshot = Snapshot(accumulation)
         self._asked: int | None = None  # the micro-batch before the first halving
 
     @property
     def asked_micro_batch_size(self) -> int:
         """The micro-batch that was asked for, whatever is in use."""
-        return self.step.micro_batch_size if self._asked is None else self._asked
+        return self.accumulation.micro_batch_size if self._asked is None else self._asked
 
     def go_on_with(self, micro_batch_size: int) -> None:
         """Use a smaller micro-batch from now on; the one asked for is remembered."""
         self._asked = self.asked_micro_batch_size
-        self.step.micro_batch_size = micro_batch_size
+        self.accumulation.micro_batch_size = micro_batch_size
 
-    def __call__(
-        self, images: ImageSet, index: Tensor, seed: int, epoch: int, gradients_ready: Callable[[], None] = lambda: None
-    ) -> StepTotals:
+    def __call__(self, batch: EffectiveBatch, gradients_ready: Callable[[], None] = nothing) -> StepResult:
         """As AccumulationStep's; what happened is in the result's `notices`."""
-        step, failed = self.step, list[str]()
-        take = partial(step, images, index, seed, epoch, gradients_ready)
+        accumulation, failed = self.accumulation, list[str]()
         reason = ""
-        if step.micro_batch_size > 1:
+        if accumulation.micro_batch_size > 1:
             self.snapshot.take()
-        while (size := min(step.micro_batch_size, len(index))) > 1:
-            step.reduced = False
-            totals = attempt(take)
-            if not isinstance(totals, OutOfMemory):
-                return totals._replace(notices=totals.notices + self._notices(failed, reason))
-            if step.reduced:
+        while (size := min(accumulation.micro_batch_size, len(batch))) > 1:
+            accumulation.reduced = False
+            with Attempt() as attempt:
+                result = accumulation(batch, gradients_ready)
+                return result._replace(notices=result.notices + self._notices(failed, reason))
+            if accumulation.reduced:
                 raise DoesNotFitError(
-                    f"out of memory ({totals.reason}) after the processes had added up their gradients",
+                    f"out of memory ({attempt.reason}) after the processes had added up their gradients",
                     f"Go on from the last checkpoint with --resume --set train.micro_batch_size={size // 2}.",
                 )
             self.snapshot.restore()
-            free_memory(step.device)
-            reason = reason or totals.reason
+            free_memory(accumulation.device)
+            reason = reason or str(attempt.reason)
             failed.append(str(size))
             self.go_on_with(size // 2)
-        try:
-            totals = take()
-            return totals._replace(notices=totals.notices + self._notices(failed, reason))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise does_not_fit("micro-batch 1", explain(error)) from error
+        with explained_failures(1):
+            result = accumulation(batch, gradients_ready)
+        return result._replace(notices=result.notices + self._notices(failed, reason))
 
     def _notices(self, failed: list[str], reason: str) -> tuple[str, ...]:
         if not failed:
             return ()
         text = (
             f"out of memory at micro-batch {', '.join(failed)} ({reason}); the step was rolled back and goes on with micro-batch "
-            f"{self.step.micro_batch_size}, the effective batch stays as it is."
+            f"{self.accumulation.micro_batch_size}, the effective batch stays as it is."
         )
-        if sees_micro_batches(self.step.model):
+        if sees_micro_batches(self.accumulation.model):
             text += (
                 " BatchNorm now sees fewer images at a time, which changes the result; norm.name=batchless would not."
             )
@@ -240,3 +216,26 @@ def does_not_fit(what: str, reason: str, *, smaller: bool = False) -> DoesNotFit
         f"Try {first}--set train.precision=bf16 (fp16 on older cards), --set optimizer.accumulate_into=momentum (SGD), or a "
         "smaller model or image. The run's last checkpoint is as it was: if other programs held the memory, go on with --resume.",
     )
+
+
+@contextmanager
+def explained_failures(micro_batch_size: int) -> Iterator[None]:
+    """Turn what PyTorch raises while training into errors that say what to do.
+
+    Raises:
+        DoesNotFitError: memory ran out.
+        UsageError: BatchNorm had to train on one value per channel.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise does_not_fit(f"micro-batch {micro_batch_size}", explain(error), smaller=micro_batch_size != 1) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            "BatchNorm cannot train on one value per channel: one image, alone or left over, in a layer with one position",
+            "Use norm.name=batchless, or a larger train.micro_batch_size that leaves no single image over.",
+        ) from error

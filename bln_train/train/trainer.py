@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from bln_train.errors import CheckpointError, DivergedError, first_line
 from bln_train.memory.peak import PeakMeter
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, Record, StepRecord
 from bln_train.system.signals import never
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.check_state import (
     check_counts,
     check_numbers,
@@ -28,10 +29,28 @@ from bln_train.train.evaluate import Evaluation
 from bln_train.train.health import HealthWatch, layer_records
 from bln_train.train.optim import Schedule
 from bln_train.train.recovery import RecoveringStep
-from bln_train.train.step import AccumulationStep, StepTotals
+from bln_train.train.step import AccumulationStep, StepResult
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps whose gradient is not finite, after which the next one stops the run even where they are skipped."""
+
+
+class TrainerSettings(NamedTuple):
+    """The numbers of a run that a recipe states."""
+
+    epochs: int
+    effective_batch_size: int
+    """Images behind each step; the last step of an epoch may have fewer."""
+    seed: int
+    """Of the order of images and of every random draw."""
+    eval_every_epochs: int = 1
+    """Epochs from one evaluation to the next; the end of training is always evaluated."""
+    max_steps: int | None = None
+    """Stop early; the schedule still spans all epochs."""
+    detail_every_steps: int = 10
+    """How often a step's record carries each layer's likelihood."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """After a step whose loss or gradient is not finite: raise, or leave the step out."""
 
 
 class Trainer:
@@ -41,44 +60,35 @@ class Trainer:
     network, the optimizer and a step count; see `state_dict`.
 
     Args:
-        step: takes one optimizer step.
+        accumulation: takes one optimizer step.
         data: training, test and perhaps validation images. With validation images, these are what training is evaluated on,
             and the test images are for its end; without, the test images are for both.
-        evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `step.stop_asked` says yes.
         schedule: sets the learning rate of each step.
-        epochs, eval_every_epochs: how long; epochs from one evaluation to the next, one more at the end.
-        effective_batch_size: images behind each step; the last of an epoch may be shorter.
-        seed: of the order of images and of every random draw.
-        max_steps: stop early; the schedule still spans all epochs.
-        detail_every_steps: how often a step's record carries each layer's likelihood.
-        on_nonfinite: what a step does whose loss or gradient is not finite: `stop` raises, `skip` leaves it out.
+        evaluate: gives loss and accuracy of the network as it is; may raise StopRequested where `accumulation.stop_asked` says yes.
+        settings: see `TrainerSettings`.
+
+    Attributes:
+        num_steps, num_steps_done: steps of the whole run, and those taken so far.
     """
 
     def __init__(
         self,
-        step: AccumulationStep,
+        accumulation: AccumulationStep,
         data: DataSet,
         schedule: Schedule,
         evaluate: Callable[[ImageSet], Evaluation],
-        *,
-        epochs: int,
-        effective_batch_size: int,
-        seed: int,
-        eval_every_epochs: int = 1,
-        max_steps: int | None = None,
-        detail_every_steps: int = 10,
-        on_nonfinite: Literal["stop", "skip"] = "stop",
+        settings: TrainerSettings,
     ) -> None:
-        self.take_step, self.data, self.schedule, self.evaluate = step, data, schedule, evaluate
-        self.recovering_step = RecoveringStep(step)
-        self.epochs, self.effective_batch_size, self.seed = epochs, effective_batch_size, seed
-        self.eval_every_epochs, self.detail_every_steps = eval_every_epochs, detail_every_steps
-        self.on_nonfinite = on_nonfinite
-        self.steps_per_epoch = math.ceil(len(data.train) / effective_batch_size)
-        self.num_steps = min(self.steps_per_epoch * epochs, max_steps or sys.maxsize)
-        self.meter = PeakMeter(step.model, step.optimizer, step.gradients, step.device)
-        self.health = HealthWatch(step.statistics.layers)
-        self.step = 0
+        self.accumulation, self.data, self.schedule, self.evaluate = accumulation, data, schedule, evaluate
+        self.recovering_step = RecoveringStep(accumulation)
+        self.effective_batch_size, self.seed = settings.effective_batch_size, settings.seed
+        self.eval_every_epochs, self.detail_every_steps = settings.eval_every_epochs, settings.detail_every_steps
+        self.on_nonfinite = settings.on_nonfinite
+        self.steps_per_epoch = math.ceil(len(data.train) / settings.effective_batch_size)
+        self.num_steps = min(self.steps_per_epoch * settings.epochs, settings.max_steps or sys.maxsize)
+        self.meter = PeakMeter(accumulation.model, accumulation.optimizer, accumulation.gradients, accumulation.device)
+        self.health = HealthWatch(accumulation.statistics.layers)
+        self.num_steps_done = 0
         self._skipped, self._skipped_in_a_row = 0, 0
         self._epoch_sums = _EpochSums()
         self._notices: list[str] = []  # until the next record is out
@@ -97,109 +107,107 @@ class Trainer:
                 is the update norm, the state is that of before the step.
         """
         self.meter.start()
-        self.take_step.stop_asked = stop_asked
-        self._measured_from = self.step
+        self.accumulation.stop_asked = stop_asked
+        self._measured_from = self.num_steps_done
         yield from self._take_notices()
         order_epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
-            epoch, position = divmod(self.step, self.steps_per_epoch)
+            epoch, position = divmod(self.num_steps_done, self.steps_per_epoch)
             # Asked before the step, not after: a run stopped between an epoch's last step and its end resumes here.
-            if self._epoch_sums.is_open and (position == 0 or self.step == self.num_steps):
-                yield self._end_epoch((self.step - 1) // self.steps_per_epoch)
+            if self._epoch_sums.is_open and (position == 0 or self.num_steps_done == self.num_steps):
+                yield self._end_epoch((self.num_steps_done - 1) // self.steps_per_epoch)
                 self._notices += self.health.notices()
                 yield from self._take_notices()
-            if self.step >= self.num_steps:
+            if self.num_steps_done >= self.num_steps:
                 break
             if epoch != order_epoch:
                 order_epoch, order = epoch, epoch_order(len(self.data.train), seed=self.seed, epoch=epoch)
             begin = position * self.effective_batch_size
             index = order[begin : begin + self.effective_batch_size]
-            record = self._train_on(index, epoch)
+            record = self._train_on(EffectiveBatch(self.data.train, index, self.seed, epoch))
             if record is not None:
                 yield record
             yield from self._take_notices()
-            if self.step - self._measured_from == PeakMeter.NUM_NOTED:
+            if self.num_steps_done - self._measured_from == PeakMeter.NUM_NOTED:
                 yield self.memory_record()
                 timeline = self.meter.timeline(*self._batch_sizes())
                 if timeline is not None:
                     yield timeline
         yield self.memory_record()
 
-    def _train_on(self, index: torch.Tensor, epoch: int) -> StepRecord | NoticeRecord | None:
+    def _train_on(self, batch: EffectiveBatch) -> StepRecord | NoticeRecord | None:
         began = time.perf_counter()
         tracked = self.meter.tracks_next_step
-        learning_rate = self.schedule.apply(self.take_step.optimizer, self.step)
-        micro_batch_size = self.take_step.micro_batch_size
+        learning_rate = self.schedule.apply(self.accumulation.optimizer, self.num_steps_done)
+        micro_batch_size = self.accumulation.micro_batch_size
         with self.meter.step() as gradients_ready:
-            totals = self.recovering_step(self.data.train, index, self.seed, epoch, gradients_ready)
-        self._notices += totals.notices
-        if not totals.is_finite:
-            return self._skip(index, epoch, totals)
+            result = self.recovering_step(batch, gradients_ready)
+        self._notices += result.notices
+        if not result.is_finite:
+            return self._skip(batch, result)
         self._skipped_in_a_row = 0
-        self.step += 1
-        if self.take_step.micro_batch_size != micro_batch_size:
+        self.num_steps_done += 1
+        if self.accumulation.micro_batch_size != micro_batch_size:
             # A record pairs the peak with the micro-batch that needs it: neither the failed attempt nor what fitted before.
             self.meter.restart()
-            self._measured_from = self.step
-        record = self._read(totals, len(index), learning_rate, began)
+            self._measured_from = self.num_steps_done
+        record = self._read(result, len(batch), learning_rate, began)
         if not tracked:
-            self._epoch_sums.timed_images += len(index)
+            self._epoch_sums.timed_images += len(batch)
             self._epoch_sums.timed_seconds += record.seconds
         return record
 
-    def _skip(self, index: torch.Tensor, epoch: int, totals: StepTotals) -> NoticeRecord | None:
+    def _skip(self, batch: EffectiveBatch, result: StepResult) -> NoticeRecord | None:
         """Count a step that was not finite as done, and say so the first time; or stop."""
         stops = self.on_nonfinite == "stop" or self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW
         fault = ""
         if stops or not self._skipped:
             self.meter.stop()
-            loss = float(totals.loss)
+            loss = float(result.loss)
             what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-            fault = (
-                f"step {self.step + 1}: {what}; {find_fault(self.take_step, self.data.train, index, self.seed, epoch)}"
-            )
+            fault = f"step {self.num_steps_done + 1}: {what}; {find_fault(self.accumulation, batch)}"
             self.meter.start()
-        self.take_step.give_up()
+        self.accumulation.give_up()
         if stops:
             after = f" after {self._skipped_in_a_row} skipped steps in a row" if self._skipped_in_a_row else ""
             raise DivergedError(
                 f"{fault}; training diverged{after}",
                 "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_norm=1.0.",
             )
-        self.step += 1
+        self.num_steps_done += 1
         self._skipped += 1
         self._skipped_in_a_row += 1
         self._epoch_sums.skipped += 1
         return (
-            NoticeRecord(f"{fault}. It is skipped; later ones are counted in the epochs' records.", self.step)
+            NoticeRecord(f"{fault}. It is skipped; later ones are counted in the epochs' records.", self.num_steps_done)
             if fault
             else None
         )
 
-    def _read(self, totals: StepTotals, num_images: int, learning_rate: float, began: float) -> StepRecord:
+    def _read(self, result: StepResult, num_images: int, learning_rate: float, began: float) -> StepRecord:
         """Bring a step's sums to the host: the one synchronisation of the step, but for the layers' at an epoch's last."""
-        norm, of = (totals.grad_norm, "gradient") if totals.update_norm is None else (totals.update_norm, "update")
+        norm, of = (result.grad_norm, "gradient") if result.update_norm is None else (result.update_norm, "update")
         assert norm is not None
-        values = [totals.loss, totals.correct, norm]
-        nll = totals.nll if totals.nll is not None else torch.empty(0, device=totals.loss.device)
+        values = [result.loss, result.correct, norm]
+        nll = result.nll if result.nll is not None else torch.empty(0, device=result.loss.device)
         loss, correct, size, *layers = torch.cat([torch.stack([v.double() for v in values]), nll.double()]).tolist()
         seconds = time.perf_counter() - began
-        if not math.isfinite(loss) or not (math.isfinite(size) or self.take_step.scaler is not None):
+        if not math.isfinite(loss) or not (math.isfinite(size) or self.accumulation.loss_scale.is_enabled()):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the {of} norm is {size}"
             raise DivergedError(
-                f"step {self.step}: {what}; training diverged",
+                f"step {self.num_steps_done}: {what}; training diverged",
                 "Lower optimizer.lr, lengthen schedule.warmup_epochs, or set optimizer.clip_norm=1.0.",
             )
         self._epoch_sums.images += num_images
         self._epoch_sums.loss += loss
         self._epoch_sums.correct += correct
         followed = [value for value in layers if math.isfinite(value)]  # NaN: a layer whose statistics are frozen
-        names = list(self.take_step.statistics.layers)
-        last_of_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.num_steps
-        detail = self.step % self.detail_every_steps == 0 or last_of_epoch
+        names = list(self.accumulation.statistics.layers)
+        last_of_epoch = self.num_steps_done % self.steps_per_epoch == 0 or self.num_steps_done == self.num_steps
+        detail = self.num_steps_done % self.detail_every_steps == 0 or last_of_epoch
         return StepRecord(
-            step=self.step,
-            epoch=self.step / self.steps_per_epoch,
+            step=self.num_steps_done,
+            epoch=self.num_steps_done / self.steps_per_epoch,
             num_images=num_images,
             loss=loss / num_images,
             accuracy=correct / num_images,
@@ -209,16 +217,16 @@ class Trainer:
             update_norm=size if of == "update" else None,
             seconds=seconds,
             nll_by_layer=dict(zip(names, layers, strict=True)) if layers and detail else None,
-            layers=layer_records(self.take_step.statistics.layers) if layers and last_of_epoch else None,
+            layers=layer_records(self.accumulation.statistics.layers) if layers and last_of_epoch else None,
         )
 
     def _take_notices(self) -> Iterator[NoticeRecord]:
         texts, self._notices = self._notices, []
         for text in texts:
-            yield NoticeRecord(f"step {self.step}: {text}", self.step)
+            yield NoticeRecord(f"step {self.num_steps_done}: {text}", self.num_steps_done)
 
     def _end_epoch(self, epoch: int) -> EpochRecord:
-        sums, last = self._epoch_sums, self.step == self.num_steps
+        sums, last = self._epoch_sums, self.num_steps_done == self.num_steps
         on_validation, on_test, seconds = None, None, None
         if last or (epoch + 1) % self.eval_every_epochs == 0:
             self.meter.stop()
@@ -233,7 +241,7 @@ class Trainer:
             self.meter.start()
         self._epoch_sums = _EpochSums()  # not before: an evaluation that is stopped begins anew
         return EpochRecord(
-            step=self.step,
+            step=self.num_steps_done,
             epoch=epoch + 1,
             train_loss=sums.loss / sums.images if sums.images else math.nan,
             train_accuracy=sums.correct / sums.images if sums.images else math.nan,
@@ -255,7 +263,7 @@ class Trainer:
     def _batch_sizes(self) -> tuple[int, int]:
         """Effective batch and micro-batch; neither can be larger than the data set."""
         num_images = len(self.data.train)
-        return min(self.effective_batch_size, num_images), min(self.take_step.micro_batch_size, num_images)
+        return min(self.effective_batch_size, num_images), min(self.accumulation.micro_batch_size, num_images)
 
     @property
     def epoch_is_open(self) -> bool:
@@ -269,22 +277,22 @@ class Trainer:
             DivergedError: a weight, statistic or momentum is not finite, so there is nothing to go on from.
         """
         self._check_finite()
-        scaler = self.take_step.scaler
+        loss_scale = self.accumulation.loss_scale
         return {
-            "step": self.step,
-            "micro_batch_size": self.take_step.micro_batch_size,
+            "step": self.num_steps_done,
+            "micro_batch_size": self.accumulation.micro_batch_size,
             "asked_micro_batch_size": self.recovering_step.asked_micro_batch_size,
             "epoch_sums": vars(self._epoch_sums).copy(),
             "skipped": [self._skipped, self._skipped_in_a_row],
             "health": self.health.state_dict(),
-            "model": self.take_step.model.state_dict(),
-            "optimizer": self.take_step.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "model": self.accumulation.model.state_dict(),
+            "optimizer": self.accumulation.optimizer.state_dict(),
+            "scaler": loss_scale.state_dict() if loss_scale.is_enabled() else None,
             "torch_rng": torch.get_rng_state(),
         }
 
     def _check_finite(self) -> None:
-        optimizer, model = self.take_step.optimizer, self.take_step.model
+        optimizer, model = self.accumulation.optimizer, self.accumulation.model
         of: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
         tensors = dict(model.state_dict())
         tensors |= {
@@ -297,7 +305,7 @@ class Trainer:
         if floats and not bool(torch.stack([tensor.isfinite().all() for tensor in floats.values()]).all()):
             first = next(name for name, tensor in floats.items() if not bool(tensor.isfinite().all()))
             raise DivergedError(
-                f"after step {self.step}: {first} is not finite; training diverged, and this state is not saved",
+                f"after step {self.num_steps_done}: {first} is not finite; training diverged, and this state is not saved",
                 "Lower optimizer.lr, or lengthen schedule.warmup_epochs.",
             )
 
@@ -307,27 +315,27 @@ class Trainer:
         Raises:
             CheckpointError: the state is of another network, optimizer or length of run, or it is none; nothing was taken of it.
         """
-        step = self.take_step
+        accumulation = self.accumulation
         try:
-            check_tensors(step.model.state_dict(), state["model"])
-            check_optimizer(step.optimizer, state["optimizer"])
+            check_tensors(accumulation.model.state_dict(), state["model"])
+            check_optimizer(accumulation.optimizer, state["optimizer"])
             check_sums(state["epoch_sums"], len(self.data.train))
             check_counts(state)
             self.health.check_state_dict(state["health"])
-            if step.scaler is not None:
+            if accumulation.loss_scale.is_enabled():
                 check_numbers("its loss scale", state["scaler"])
             check_rng(torch.get_rng_state(), state["torch_rng"])
             if type(state["step"]) is not int or not 0 <= state["step"] <= self.num_steps:
                 raise ValueError(f"its step is not one of the run's {self.num_steps}")
             epoch_sums = _EpochSums(**state["epoch_sums"])
-            step.model.load_state_dict(state["model"])
-            step.optimizer.load_state_dict(state["optimizer"])
-            if step.scaler is not None:
-                step.scaler.load_state_dict(state["scaler"])
+            accumulation.model.load_state_dict(state["model"])
+            accumulation.optimizer.load_state_dict(state["optimizer"])
+            if accumulation.loss_scale.is_enabled():
+                accumulation.loss_scale.load_state_dict(state["scaler"])
             torch.set_rng_state(state["torch_rng"])
-            self.step, self._epoch_sums = state["step"], epoch_sums
+            self.num_steps_done, self._epoch_sums = state["step"], epoch_sums
             found, asked = state["micro_batch_size"], state["asked_micro_batch_size"]
-            if asked == step.micro_batch_size != found:
+            if asked == accumulation.micro_batch_size != found:
                 self.recovering_step.go_on_with(found)
                 self._notices.append(
                     f"goes on with micro-batch {found}, not {asked}, for which memory ran out; another "

@@ -14,11 +14,12 @@ from helpers import advance, largest_difference, state, tiny_recipe
 
 from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
-from bln_train.experiments.run import _check_same_batchnorm, begin_together
+from bln_train.experiments.open_run import begin_together, check_same_batchnorm
 from bln_train.norm import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.train.distributed import ALONE, PIECE_BYTES, World, _pieces, reduce_step
+from bln_train.train.loss_scale import LossScale
 
 ROOT = Path(__file__).parents[2]
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
@@ -38,16 +39,16 @@ class ThreadWorld(World):
 
     def __init__(self, rank, size, slots, barrier):
         super().__init__(rank, size)
-        self.slots, self.barrier = slots, barrier
+        self.slots, self.meeting = slots, barrier
 
     def first_rank_first(self):
         return nullcontext()  # BUILDING has the threads build one after the other
 
     def _all_reduce(self, buffer):
         self.slots[self.rank] = buffer.clone()
-        self.barrier.wait(60)
+        self.meeting.wait(60)
         total = sum(self.slots[1:], self.slots[0])
-        self.barrier.wait(60)
+        self.meeting.wait(60)
         buffer.copy_(total)
         self.num_collectives += 1
         self.num_bytes += buffer.nbytes
@@ -154,7 +155,7 @@ def test_a_step_is_one_collective_of_the_gradients_size():
         sent = []
 
         def note(trainer, sent=sent):
-            world, take_step = trainer.take_step.world, trainer.recovering_step.__call__
+            world, take_step = trainer.accumulation.world, trainer.recovering_step.__call__
 
             def noting(*args):
                 before = world.num_collectives, world.num_bytes
@@ -165,10 +166,10 @@ def test_a_step_is_one_collective_of_the_gradients_size():
             trainer.recovering_step = Wrapped(trainer.recovering_step, noting)
 
         trainer, _ = in_ranks(2, lambda world, note=note: trained(recipe, world, num_steps=2, change=note))[0]  # noqa: B023
-        layers = trainer.take_step.statistics.layers.values()
-        gradients = sum(p.numel() for p in trainer.take_step.model.parameters())
+        layers = trainer.accumulation.statistics.layers.values()
+        gradients = sum(p.numel() for p in trainer.accumulation.model.parameters())
         channels = sum(layer.num_features for layer in layers)
-        counts = 2 * (len(list(trainer.take_step.model.parameters())) + 4 * len(layers) + 1) + 2
+        counts = 2 * (len(list(trainer.accumulation.model.parameters())) + 4 * len(layers) + 1) + 2
         assert {number for number, _ in sent} == {1}
         assert {size for _, size in sent} == {8 * (gradients + 6 * channels + counts)}
 
@@ -211,21 +212,21 @@ def test_an_overflow_in_one_process_skips_the_step_in_all():
     recipe = tiny_recipe(**RAGGED)
 
     def scaled(trainer):
-        trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-        if trainer.take_step.world.rank == 1:
-            plain, accumulate = trainer.take_step.accumulate, []
+        trainer.accumulation.loss_scale = LossScale("cpu", init_scale=16.0)
+        if trainer.accumulation.world.rank == 1:
+            plain, accumulate = trainer.accumulation.accumulate, []
 
             def overflowing(*args):
                 found = plain(*args)
                 if not accumulate:
-                    next(trainer.take_step.model.parameters()).grad.fill_(torch.inf)
+                    next(trainer.accumulation.model.parameters()).grad.fill_(torch.inf)
                 accumulate.append(1)
                 return found
 
-            trainer.take_step.accumulate = overflowing
+            trainer.accumulation.accumulate = overflowing
 
     ranks = [trainer for trainer, _ in in_ranks(2, lambda world: trained(recipe, world, change=scaled))]
-    assert [trainer.take_step.scaler.get_scale() for trainer in ranks] == [8.0, 8.0]
+    assert [trainer.accumulation.loss_scale.get_scale() for trainer in ranks] == [8.0, 8.0]
     assert largest_difference(state(ranks[0]), state(ranks[1])) == 0
     assert all(tensor.isfinite().all() for tensor in state(ranks[0]).values())
 
@@ -238,10 +239,12 @@ def test_all_stop_after_the_same_step():
         seen = []
 
         def ask(trainer):
-            world.stop_asked = lambda: world.rank == 1 and trainer.step == 1
+            world.stop_asked = lambda: world.rank == 1 and trainer.num_steps_done == 1
 
             seen.extend(
-                world.should_stop for record in trainer.steps() if isinstance(record, StepRecord) and trainer.step < 3
+                world.should_stop
+                for record in trainer.steps()
+                if isinstance(record, StepRecord) and trainer.num_steps_done < 3
             )
 
         trained(recipe, world, change=ask)
@@ -255,11 +258,11 @@ def test_a_parameter_nobody_reaches_keeps_no_gradient():
     recipe = tiny_recipe(**RAGGED | {"optimizer": {**SGD, "clip_norm": None}})
 
     def freeze(trainer):
-        trainer.before = trainer.take_step.model.fc.weight.detach().clone()
-        trainer.take_step.model.fc.weight.requires_grad_(False)
+        trainer.before = trainer.accumulation.model.fc.weight.detach().clone()
+        trainer.accumulation.model.fc.weight.requires_grad_(False)
 
     for trainer, _ in in_ranks(2, lambda world: trained(recipe, world, num_steps=1, change=freeze)):
-        assert torch.equal(trainer.take_step.model.fc.weight, trainer.before)
+        assert torch.equal(trainer.accumulation.model.fc.weight, trainer.before)
 
 
 def test_statistics_are_those_of_the_first_process():
@@ -269,15 +272,15 @@ def test_statistics_are_those_of_the_first_process():
     def work(world):
         def disturb(trainer):
             if world.rank == 1:
-                for layer in trainer.take_step.statistics.layers.values():
+                for layer in trainer.accumulation.statistics.layers.values():
                     layer.mean.data += 1e-9
                     layer.raw_std.data += 1e-9
 
         return trained(recipe, world, num_steps=1, change=disturb)[0]
 
     first, second = in_ranks(2, work)
-    for name, layer in first.take_step.statistics.layers.items():
-        other = second.take_step.statistics.layers[name]
+    for name, layer in first.accumulation.statistics.layers.items():
+        other = second.accumulation.statistics.layers[name]
         assert torch.equal(layer.mean, other.mean)
         assert torch.equal(layer.raw_std, other.raw_std)
 
@@ -292,9 +295,9 @@ def test_batchnorm_is_evaluated_and_resumed_as_it_was_trained():
     assert len(losses) == 1
     saved.load_state_dict(ranks[0][0].state_dict())
     assert losses.pop() == pytest.approx(saved.evaluate(saved.data.test).loss, rel=1e-10)
-    _check_same_batchnorm(recipe, {"world_size": 2}, World(0, 2))
+    check_same_batchnorm(recipe, {"world_size": 2}, World(0, 2))
     with pytest.raises(UsageError, match="begun with 2 processes"):
-        _check_same_batchnorm(recipe, {"world_size": 2}, World())
+        check_same_batchnorm(recipe, {"world_size": 2}, World())
 
 
 def test_shares_are_contiguous_and_differ_by_one():
@@ -329,7 +332,7 @@ def test_no_collective_is_larger_than_the_bound():
         sizes, send = [], world._all_reduce
         world._all_reduce = lambda buffer: (sizes.append(buffer.nbytes), send(buffer))
         gradient = torch.full((3, PIECE_BYTES // 4 - 1), 1.0 + world.rank)
-        world.add_up([gradient, torch.ones(5)])
+        world.all_reduce_([gradient, torch.ones(5)])
         assert (gradient == 3).all()
         return sizes
 
@@ -366,7 +369,7 @@ def test_one_process_sends_nothing():
 import torch.distributed, os
 from bln_train.train.distributed import joined
 with joined(torch.device("cpu"), 5) as world:
-    world.wait()
+    world.barrier()
     assert world.size == 1 and world.num_collectives == 0 and not torch.distributed.is_initialized()
 """
     subprocess.run(

@@ -48,7 +48,7 @@ import torch
 from bln_train.train.distributed import joined
 with joined(torch.device("cpu"), 60) as world:
     torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)  # imports what would hold the group, see `joined`
-    world.wait()
+    world.barrier()
     within = len(os.listdir("/proc/self/task"))
 assert within > 1 == len(os.listdir("/proc/self/task"))
 """
@@ -127,9 +127,9 @@ def test_torchrun_ends_where_one_process_does(tmp_path):
     code, out, err = ended(torchrun(2, "run", recipe, "--out", "r", "--resume", "--json", cwd=tmp_path))
     assert code == 0, err
     assert err.count("resumed at step 2") == 1
-    assert json.loads(out)["steps"] == whole.step
+    assert json.loads(out)["steps"] == whole.num_steps_done
     saved = load_checkpoint(tmp_path / "r" / "checkpoint.pt")["model"]
-    assert largest_difference(whole.take_step.model.state_dict(), saved) < 1e-10
+    assert largest_difference(whole.accumulation.model.state_dict(), saved) < 1e-10
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from crash_runs import NUM_STEPS, RECIPE, check_end, check_killed, check_stopped
 from helpers import state, tiny_recipe, trained
 
 from bln_train.build.experiment import build_experiment
+from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import InterruptedRunError, RunFolderError
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.experiments.run import run
 from bln_train.records import EpochRecord, StepRecord
 from bln_train.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from bln_train.runs.checkpoint_files import checkpoint_files
@@ -141,22 +142,22 @@ def test_a_stop_between_micro_steps_loses_nothing(changes):
     def stop():
         return draw.random() < 0.3
 
-    while trainer.step < trainer.num_steps or trainer.epoch_is_open:
-        step, open_ = trainer.step, trainer.epoch_is_open
+    while trainer.num_steps_done < trainer.num_steps or trainer.epoch_is_open:
+        step, open_ = trainer.num_steps_done, trainer.epoch_is_open
         before = {key: value.clone() for key, value in state(trainer).items()}
         try:
             for record in trainer.steps(stop):
                 if isinstance(record, StepRecord | EpochRecord):
-                    step, open_ = trainer.step, trainer.epoch_is_open
+                    step, open_ = trainer.num_steps_done, trainer.epoch_is_open
                     before = {key: value.clone() for key, value in state(trainer).items()}
         except StopRequested:
             num_stops += 1
-            assert (trainer.step, trainer.epoch_is_open) == (step, open_)
+            assert (trainer.num_steps_done, trainer.epoch_is_open) == (step, open_)
             whole = state(trainer)
             moved = [key for key in before if not torch.equal(before[key], whole[key])]
             assert all(key.endswith("weight") and before[key].dim() == 4 for key in moved), moved  # filters are centred
-            assert all(p.grad is None for p in trainer.take_step.parameters)
-    assert num_stops >= (1 if trainer.take_step.into_momentum else 3)  # that one stops while evaluating only
+            assert all(p.grad is None for p in trainer.accumulation.parameters)
+    assert num_stops >= (1 if trainer.accumulation.into_momentum else 3)  # that one stops while evaluating only
     assert equal(straight, state(trainer))
 
 
@@ -291,7 +292,10 @@ def test_a_stop_saves_the_step_it_stopped_after(straight, tmp_path, monkeypatch)
     def noted(name, own):
         return lambda *args: [calls.append(name), own(*args)][1]
 
-    for owner, name in ((RunFolder, "sync"), (importlib.import_module("bln_train.experiments.run"), "keep_checkpoint")):
+    for owner, name in (
+        (RunFolder, "sync"),
+        (importlib.import_module("bln_train.experiments.run_log"), "keep_checkpoint"),
+    ):
         monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
 
     def stop_after_two(record):

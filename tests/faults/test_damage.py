@@ -12,8 +12,9 @@ from damage import cut, flip, flip_in_pickle, in_file_mutations, not_whole, zero
 from helpers import state
 
 from bln_train.build.experiment import build_experiment
+from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import CheckpointError
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.experiments.run import run
 from bln_train.records import EpochRecord, MemoryRecord, NoticeRecord, StepRecord
 from bln_train.runs import checkpoint_files as checkpoint_files_module
 from bln_train.runs.checkpoint import find_checkpoint, keep_checkpoint, load_checkpoint

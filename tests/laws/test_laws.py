@@ -140,7 +140,7 @@ def test_one_step_equals_a_plain_loop():
         momentum=0.9,
         nesterov=True,
     )
-    inputs = trainer.take_step.preprocess.train(trainer.data.train.images[index], seeds)
+    inputs = trainer.accumulation.preprocess.train(trainer.data.train.images[index], seeds)
     model.train()
     loss = torch.nn.functional.cross_entropy(model(inputs), trainer.data.train.labels[index], label_smoothing=0.1)
     loss.backward()
@@ -200,7 +200,7 @@ def test_batchless_steps_equal_a_hand_written_loop(fold):
     order, advanced = epoch_order(40, seed=0, epoch=0), trainer.steps()
     for step, start in enumerate(range(0, 40, 16)):
         index = order[start : start + 16]
-        inputs = trainer.take_step.preprocess.train(trainer.data.train.images[index], instance_seeds(0, 0, index))
+        inputs = trainer.accumulation.preprocess.train(trainer.data.train.images[index], instance_seeds(0, 0, index))
         seen = {}  # each layer's input and output gradient
 
         def formula(m, args, _, seen=seen):

@@ -50,7 +50,7 @@ def straight(tmp_path_factory):
     trainer, after = build_experiment(RECIPE).trainer, {}
     for record in trainer.steps():
         if isinstance(record, StepRecord):
-            after[record.step] = {key: value.clone() for key, value in trainer.take_step.model.state_dict().items()}
+            after[record.step] = {key: value.clone() for key, value in trainer.accumulation.model.state_dict().items()}
     assert equal(after[NUM_STEPS], load_checkpoint(folder / "checkpoint.pt")["model"])
     return folder, after
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from bln_train.build.experiment import build_experiment
 from bln_train.data.datasets import epoch_order
 from bln_train.recipe.recipe import Recipe
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.trainer import Trainer
 
 ACTIVATIONS = {"identity": lambda v: v, "relu": F.relu}
@@ -55,15 +56,15 @@ def advance(trainer: Trainer, num_steps=None):
     records = []
     for record in trainer.steps():
         records.append(record)
-        if trainer.step == num_steps:
+        if trainer.num_steps_done == num_steps:
             break
     return records
 
 
 def state(trainer: Trainer):
     """Every tensor a checkpoint holds, by name."""
-    found = dict(trainer.take_step.model.state_dict())
-    for n, values in trainer.take_step.optimizer.state_dict()["state"].items():
+    found = dict(trainer.accumulation.model.state_dict())
+    for n, values in trainer.accumulation.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{n}.{key}": torch.as_tensor(value) for key, value in values.items() if value is not None}
     return found
 
@@ -79,12 +80,12 @@ def largest_difference(old, new):
 def gradients(experiment, micro_batch_size, num_images):
     """Gradients of every parameter for one effective batch, away from the optimum of the statistics."""
     trainer = experiment.trainer
-    step = trainer.take_step
+    step = trainer.accumulation
     step.micro_batch_size = micro_batch_size
     index = epoch_order(40, seed=0, epoch=0)[:num_images]
     step.model.train()
     step.model.zero_grad()
-    step.accumulate(trainer.data.train, index, 0, 0)
+    step.accumulate(EffectiveBatch(trainer.data.train, index, 0, 0))
     found = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
     step.statistics.discard()
     return found

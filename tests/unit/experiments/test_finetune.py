@@ -6,7 +6,8 @@ import re
 import pytest
 from helpers import tiny_recipe
 
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.build.trained_run import evaluate_checkpoint
+from bln_train.experiments.run import run
 from bln_train.export.migrate import migrate
 from bln_train.recipe.load import load_recipe
 from bln_train.runs.folder import RunFolder

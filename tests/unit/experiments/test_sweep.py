@@ -21,7 +21,7 @@ from bln_train.experiments import sweep
 from bln_train.norm.batchless import BatchlessNorm2d
 from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.system.units import format_bytes
-from bln_train.train.step import AccumulationStep
+from bln_train.train.step import AccumulationStep, StepSettings
 
 SMALL = ["--set", "model.name=resnet8", "--set", "data={name: folder, root: nowhere, image_size: 16}"]
 SMALL += ["--set", "norm.probe_images=2", "--device", "cpu"]
@@ -47,8 +47,8 @@ def step_of(*norms, num_images=5, side=8):
         torch.optim.SGD([p for p in model.parameters() if id(p) not in natural], lr=0.1, momentum=0.9),
         statistics,
         Preprocess(torch.full((3,), 0.5), torch.ones(3), flip=True, crop_padding=1),
+        StepSettings(micro_batch_size=num_images),
         device=torch.device("cpu"),
-        micro_batch_size=num_images,
         autocast=nullcontext,
     )
     images = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8)
@@ -76,7 +76,7 @@ def test_saved_bytes_hold_what_custom_functions_save():
 
 def test_saved_bytes_leave_out_standardised_weights():
     """What is made once for all micro-batches belongs to the step: saved bytes per image are the same for 1 and 4 images."""
-    step = build_experiment(tiny_recipe(norm={"name": "group"}, train__micro_batch_size=4)).trainer.take_step
+    step = build_experiment(tiny_recipe(norm={"name": "group"}, train__micro_batch_size=4)).trainer.accumulation
     assert step.standardized
     images = ImageSet(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     one, four = (sweep.measure_saved_bytes(step, images, n) for n in (1, 4))
@@ -90,7 +90,7 @@ def test_floor_is_parameters_momentum_and_one_image():
     floor = sweep.measure_floor(experiment)
     num_bytes = sum(p.numel() * p.element_size() for p in experiment.model.parameters())
     assert (floor.parameter_bytes, floor.optimizer_bytes) == (num_bytes, num_bytes)
-    step, images = experiment.trainer.take_step, experiment.data.train
+    step, images = experiment.trainer.accumulation, experiment.data.train
     assert floor.live_bytes >= sweep.measure_saved_bytes(step, images, 1)
     assert floor.floor_bytes == 2 * num_bytes + floor.live_bytes
 

@@ -76,7 +76,7 @@ def outputs_of_the_run(folder, num=8):
     experiment.trainer.load_state_dict(load_checkpoint(folder / "checkpoint.pt"))
     images = experiment.data.test.images[:num]
     with torch.no_grad():
-        logits = experiment.model.eval()(experiment.trainer.take_step.preprocess.test(images))
+        logits = experiment.model.eval()(experiment.trainer.accumulation.preprocess.test(images))
     return logits, images / 255
 
 

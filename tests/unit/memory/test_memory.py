@@ -63,7 +63,7 @@ def measured(**changes):
 def test_split_adds_up_to_the_peak():
     """Parameters, gradients, momentum, activations and the rest are the whole peak, and the known parts are exact."""
     record, trainer = measured()
-    model = trainer.take_step.model
+    model = trainer.accumulation.model
     parts = (
         record.parameter_bytes,
         record.gradient_bytes,
@@ -75,7 +75,7 @@ def test_split_adds_up_to_the_peak():
     assert record.parameter_bytes == storage_bytes(model.parameters())
     assert record.other_bytes == storage_bytes(model.buffers())
     assert record.optimizer_bytes == storage_bytes(
-        s["momentum_buffer"] for s in trainer.take_step.optimizer.state.values()
+        s["momentum_buffer"] for s in trainer.accumulation.optimizer.state.values()
     )
     assert record.reserved_bytes is None
     assert record.device_bytes is None
@@ -125,7 +125,7 @@ def test_auto_probe_is_a_rule_of_shapes(model, images):
 
     def number(**changes):
         changes = {"norm": {"name": "batchless", "init_images": 0}, "model__name": model, **changes}
-        return build_experiment(tiny_recipe(**changes)).trainer.take_step.probe_images
+        return build_experiment(tiny_recipe(**changes)).trainer.accumulation.probe_images
 
     assert number() == images
     for path in (
@@ -171,7 +171,7 @@ def test_peak_at_micro_batch_1_is_near_the_floor():
     floor = measure_floor(bare).floor_bytes
     norm = {"name": "batchless", "init_images": 4}
     record, _ = measured(norm=norm, optimizer=optimizer, data__num_train=16, **size)
-    largest = max(storage_bytes([p]) for p in bare.trainer.take_step.parameters)
+    largest = max(storage_bytes([p]) for p in bare.trainer.accumulation.parameters)
     assert floor - largest <= record.peak_bytes <= 1.10 * floor
 
 

@@ -19,7 +19,7 @@ def recorded(**changes):
     records = []
     for record in trainer.steps():
         records.append(record)
-        if trainer.step == 3:
+        if trainer.num_steps_done == 3:
             break
     (timeline,) = [r for r in records if isinstance(r, TimelineRecord)]
     return next(r for r in records if isinstance(r, MemoryRecord)), timeline, trainer
@@ -72,9 +72,11 @@ def test_timeline_has_the_measured_peak_and_its_split(norm, micro):
     assert timeline.gradient_bytes[0] == 0
     if norm["name"] == "batchless":
         assert timeline.gradient_bytes[-1] == 0
-    parameters = storage_bytes(trainer.take_step.model.parameters())
+    parameters = storage_bytes(trainer.accumulation.model.parameters())
     assert set(timeline.parameter_bytes) == {parameters}
-    assert max(timeline.gradient_bytes) >= parameters - storage_bytes(trainer.take_step.statistics.natural_parameters)
+    assert max(timeline.gradient_bytes) >= parameters - storage_bytes(
+        trainer.accumulation.statistics.natural_parameters
+    )
 
 
 def test_timeline_is_as_short_for_any_effective_batch():
@@ -114,7 +116,7 @@ def test_layers_hold_what_the_batch_showed():
     norm = {"name": "batchless", "probe_images": 0, "init_images": 10, "fold": False}
     recipe = tiny_recipe(norm=norm, train__effective_batch_size=40, train__micro_batch_size=7, data__augment={})
     trainer = build_experiment(recipe).trainer
-    step = trainer.take_step
+    step = trainer.accumulation
     learned, seen = {}, {}
     for name, layer in step.statistics.layers.items():
         learned[name] = layer.mean.detach().clone(), layer.std.detach().clone()
@@ -138,7 +140,7 @@ def test_layers_hold_what_the_batch_showed():
 def test_layers_count_dead_channels():
     """A filter of zeros gives a channel whose inputs do not vary."""
     trainer = build_experiment(tiny_recipe(norm={"name": "batchless", "probe_images": 0})).trainer
-    name, layer = next(iter(trainer.take_step.statistics.layers.items()))
+    name, layer = next(iter(trainer.accumulation.statistics.layers.items()))
     records = advance(trainer, 2)
     assert all(r.layers is None for r in records[:2])
     layer.second_moment[3] = 1e-9

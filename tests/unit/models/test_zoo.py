@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 from bln_train.build.experiment import build_experiment
+from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, RecipeError, UsageError
-from bln_train.experiments.run import evaluate_checkpoint, run
+from bln_train.experiments.run import run
 from bln_train.models.build import norm_factory
 from bln_train.models.zoo import build_torchvision_model
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
@@ -274,7 +275,7 @@ def test_a_resumed_or_evaluated_run_needs_its_trained_weights_no_more(small_file
     resumed.load_state_dict(load_checkpoint(stopped.checkpoint))
     advance(resumed)
     expected = load_checkpoint(straight.checkpoint)["model"]
-    assert largest_difference(expected, dict(resumed.take_step.model.state_dict())) == 0
+    assert largest_difference(expected, dict(resumed.accumulation.model.state_dict())) == 0
 
 
 def test_a_folder_of_images_at_their_own_size(tmp_path):

@@ -137,7 +137,7 @@ def test_parts_are_balanced_apart():
     """`norm.correction_parts`: each part begins anew, with its own number of images, whatever the micro-batch."""
     for micro in (1, 4):
         norm = {"name": "batchless", "correction_parts": 3}
-        step = build_experiment(tiny_recipe(norm=norm, train__micro_batch_size=micro)).trainer.take_step
+        step = build_experiment(tiny_recipe(norm=norm, train__micro_batch_size=micro)).trainer.accumulation
         begin, lengths = step.statistics.begin_part, []
         step.statistics.begin_part = lambda num, begin=begin, lengths=lengths: (lengths.append(num), begin(num))
         list(step._balanced(step_images(), torch.arange(16), 0, 0))

@@ -26,6 +26,7 @@ from bln_train.norm import (
 from bln_train.norm.kernels.feedback import regression
 from bln_train.norm.kernels.table import use_kernels
 from bln_train.recipe.load import load_recipe
+from bln_train.train.batches import EffectiveBatch
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +143,7 @@ def test_scale_in_front_of_the_groups_stays_one():
     experiment = build_experiment(recipe)
     advance(experiment.trainer, 3)
     inner = [module for module in experiment.model.modules() if isinstance(module, BatchlessNorm2d)]
-    held = {id(p) for group in experiment.trainer.take_step.optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in experiment.trainer.accumulation.optimizer.param_groups for p in group["params"]}
     assert inner
     assert all(isinstance(m, StandardizedConv2d) for m in experiment.model.modules() if isinstance(m, nn.Conv2d))
     for norm in inner:
@@ -210,7 +211,7 @@ def test_it_saves_what_the_norm_without_groups_saves():
     saved = {}
     for name in ("batchless-plain", "batchless", "group"):
         experiment = build_experiment(tiny_recipe(norm={"name": name}, train__precision="fp32"))
-        saved[name] = measure_saved_bytes(experiment.trainer.take_step, experiment.data.train, 1)
+        saved[name] = measure_saved_bytes(experiment.trainer.accumulation, experiment.data.train, 1)
     assert saved["batchless"] <= 1.02 * saved["batchless-plain"]
     assert saved["batchless"] < 0.75 * saved["group"]
 
@@ -221,9 +222,9 @@ def test_low_precision_is_close():
     for precision in ("fp32", "bf16"):
         recipe = tiny_recipe(norm={"name": "batchless"}, train__precision=precision)
         experiment = build_experiment(recipe)
-        step = experiment.trainer.take_step
+        step = experiment.trainer.accumulation
         step.model.train()
-        step.accumulate(experiment.data.train, torch.arange(16), 0, 0)
+        step.accumulate(EffectiveBatch(experiment.data.train, torch.arange(16), 0, 0))
         found.append(torch.cat([p.grad.flatten().float() for p in step.parameters]))
     assert F.cosine_similarity(*found, dim=0) > 0.99
 
@@ -253,7 +254,7 @@ def test_auto_groups(norm, groups):
     """Eight wherever they can be."""
     recipe = tiny_recipe(norm={"name": "batchless", **norm})
     assert recipe.channel_groups == groups
-    network = build_experiment(recipe).trainer.take_step.model
+    network = build_experiment(recipe).trainer.accumulation.model
     found = [m[1].num_groups for m in network.modules() if isinstance(m, BatchlessChannelNorm)]
     assert found == ([groups] * 7 if groups else [])
 

@@ -10,12 +10,12 @@ import torch
 from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_of
 from helpers import advance, largest_difference, state, tiny_recipe
 
+from bln_train.build import runtime
 from bln_train.build.experiment import build_experiment
 from bln_train.norm.kernels import compiled, epilogue
 from bln_train.norm.kernels.feedback import HORIZON, BalanceRow
 from bln_train.norm.probe import Following, FollowRow
 from bln_train.norm.standardize import RawGradient, centre_filters, filter_scale
-from bln_train.system import machine
 
 pytestmark = pytest.mark.skipif(bool(compiled.why_not_compiled()), reason="needs a C compiler")
 
@@ -209,7 +209,7 @@ def test_whole_runs_agree_and_say_which_path_they_took():
     for wanted in (True, False):
         experiment = build_experiment(tiny_recipe(runtime={"device": "cpu", "compiled": wanted}))
         experiment.trainer.load_state_dict(start)
-        assert machine.environment(experiment.device)["compiled"] is wanted
+        assert runtime.environment(experiment.device)["compiled"] is wanted
         advance(experiment.trainer)
         found.append(state(experiment.trainer))
     assert largest_difference(*found) < 1e-10

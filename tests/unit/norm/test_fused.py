@@ -310,7 +310,7 @@ def test_saved_bytes_are_those_of_a_network_without_norm(name):
         recipe = tiny_recipe(model__name=name, norm={"name": norm}, train__precision="fp32")
         experiment = build_experiment(recipe)
         trainer = experiment.trainer
-        saved[norm] = measure_saved_bytes(trainer.take_step, trainer.data.train, 2)
+        saved[norm] = measure_saved_bytes(trainer.accumulation, trainer.data.train, 2)
     assert saved["batchless"] <= 1.02 * saved["none"]
     assert saved["batchless"] <= 0.55 * saved["batch"]
 

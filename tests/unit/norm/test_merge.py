@@ -74,7 +74,7 @@ def test_merged_networks_compute_the_same(changes, num_merged, num_maps):
 
 def test_a_fused_training_network_is_merged_too():
     """The network of a run, folded for training, has merged the outputs that it had (float64, 1e-10)."""
-    model = copy.deepcopy(trained(tiny_recipe(), 2).take_step.model.eval())
+    model = copy.deepcopy(trained(tiny_recipe(), 2).accumulation.model.eval())
     difference, report = merged_difference(model, 5, 3, 32, 32)
     assert difference < 1e-10
     assert len(report.merged) == 7

@@ -20,6 +20,7 @@ from bln_train.recipe.recipe import Recipe
 from bln_train.records import StepRecord, record_from_dict, record_to_dict
 from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
 from bln_train.runs.folder import RunFolder, same_trajectory
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.optim import MomentumAccumulatingSGD
 
 SGD = {"name": "sgd", "lr": 0.1, "weight_decay": 0.05}
@@ -113,7 +114,7 @@ def test_another_clipping_is_another_run():
 
 def test_the_state_dict_is_that_of_sgd():
     """The same keys in the same order, group settings and shapes; torch.optim.SGD itself loads it."""
-    plain, into = (trained(tiny_recipe(optimizer=o), 2).take_step.optimizer for o in (PLAIN, INTO_MOMENTUM))
+    plain, into = (trained(tiny_recipe(optimizer=o), 2).accumulation.optimizer for o in (PLAIN, INTO_MOMENTUM))
     expected, found = plain.state_dict(), into.state_dict()
     assert list(found["state"]) == list(expected["state"])
     for n, entry in expected["state"].items():
@@ -198,7 +199,7 @@ def test_auto_is_no_bound():
 
 def buffer_norm(trainer):
     """Global norm of all momentum buffers."""
-    buffers = [entry["momentum_buffer"] for entry in trainer.take_step.optimizer.state_dict()["state"].values()]
+    buffers = [entry["momentum_buffer"] for entry in trainer.accumulation.optimizer.state_dict()["state"].values()]
     return math.sqrt(sum(float(b.square().sum()) for b in buffers))
 
 
@@ -234,8 +235,8 @@ def test_clipping_keeps_the_direction():
         trained(tiny_recipe(norm=norm, optimizer={**INTO_MOMENTUM, "clip_norm": clip}), 1) for clip in (None, 1e-3)
     )
     factor = 1e-3 / (1 - 0.9) / buffer_norm(free)
-    for n, entry in free.take_step.optimizer.state_dict()["state"].items():
-        found = bound.take_step.optimizer.state_dict()["state"][n]["momentum_buffer"]
+    for n, entry in free.accumulation.optimizer.state_dict()["state"].items():
+        found = bound.accumulation.optimizer.state_dict()["state"][n]["momentum_buffer"]
         torch.testing.assert_close(found, factor * entry["momentum_buffer"], rtol=1e-9, atol=1e-15)
 
 
@@ -254,7 +255,7 @@ def test_divergence_of_the_update_is_named():
     """Momentum that is not finite, where gradients gather, stops training and names the setting that bounds it."""
     trainer = build_experiment(tiny_recipe(optimizer=INTO_MOMENTUM)).trainer
     advance(trainer, 1)
-    next(iter(trainer.take_step.optimizer.state.values()))["momentum_buffer"].fill_(torch.inf)
+    next(iter(trainer.accumulation.optimizer.state.values()))["momentum_buffer"].fill_(torch.inf)
     with pytest.raises(DivergedError, match="step 2: a gradient is not finite") as caught:
         advance(trainer, 2)
     assert "optimizer.clip_norm=1.0" in caught.value.hint
@@ -279,7 +280,7 @@ def measured(optimizer, **changes):
     changes = {"train__micro_batch_size": 1, "train__precision": "fp32", **changes}
     trainer = build_experiment(tiny_recipe(optimizer=optimizer, **changes)).trainer
     advance(trainer, 2)
-    return trainer.memory_record(), trainer.take_step
+    return trainer.memory_record(), trainer.accumulation
 
 
 def parts(record):
@@ -316,11 +317,11 @@ def test_the_note_on_cuda_counts_momentum_once(monkeypatch):
     """What the allocator path notes when all gradients exist: momentum as optimizer state, gradients only what is beside."""
     trainer = build_experiment(tiny_recipe(optimizer=INTO_MOMENTUM)).trainer
     advance(trainer, 1)
-    step = trainer.take_step
+    step = trainer.accumulation
     meter = PeakMeter(step.model, step.optimizer, step.gradients, torch.device("cuda"))
     step.optimizer.begin()
     index = epoch_order(40, seed=0, epoch=0)[:16]
-    step.accumulate(trainer.data.train, index, 0, 0, meter._note_cuda)
+    step.accumulate(EffectiveBatch(trainer.data.train, index, 0, 0), meter._note_cuda)
     everything = [*step.model.parameters(), *meter._optimizer_state(), *(p.grad for p in step.model.parameters())]
     assert meter._parts["optimizer_bytes"] == storage_bytes(meter._optimizer_state())
     known = sum(meter._parts.values())

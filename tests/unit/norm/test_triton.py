@@ -14,11 +14,11 @@ from bln_train.norm.kernels.epilogue import Row, backward, forward_, map_, sums_
 from helpers import tiny_recipe
 
 from bln_train.build import experiment as build
+from bln_train.build import runtime
 from bln_train.memory.tracker import StorageTracker
 from bln_train.norm.kernels import channel, compiled, triton_launch
 from bln_train.norm.kernels.feedback import BalanceRow
 from bln_train.plan.predict import plan_memory
-from bln_train.system import machine
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 ACTIVATIONS = ["identity", "relu", "leaky_relu"]
@@ -325,7 +325,7 @@ def test_whole_runs_agree_and_say_which_path_they_took():
         experiment = build.build_experiment(
             tiny_recipe(runtime={"device": "cuda", "compiled": wanted, "deterministic": True})
         )
-        assert machine.environment(experiment.device)["compiled"] is wanted
+        assert runtime.environment(experiment.device)["compiled"] is wanted
         assert triton_launch.why_not_triton(experiment.device) == ""
         # Filters are centred in float32 when a network is made, which kernels and operators round otherwise.
         start = start or copy.deepcopy(experiment.model.state_dict())

@@ -350,7 +350,7 @@ def test_arguments_and_shapes_are_checked():
 def test_recipes_build_it(name, form):
     """`batchless-paper` and its other names are this layer, with a rate of their own for mean and standard deviation."""
     recipe = tiny_recipe(norm={"name": f"batchless-paper{name}", "statistics_rate": 0.02, "share": "layer"})
-    step = build_experiment(recipe).trainer.take_step
+    step = build_experiment(recipe).trainer.accumulation
     norms = [module for module in step.model.modules() if isinstance(module, LikelihoodNorm)]
     assert {type(norm) for norm in norms} == {PaperNorm2d}
     assert {(norm.parametrization, norm.share, norm.eps) for norm in norms} == {(form, "layer", 1e-5)}

@@ -11,7 +11,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.errors import DoesNotFitError, UsageError
 from bln_train.experiments.run import run
 from bln_train.plan import micro_batch
-from bln_train.plan.micro_batch import settle_micro_batch
+from bln_train.plan.micro_batch import choose_micro_batch
 from bln_train.plan.planner import Remedy, remedies
 from bln_train.plan.predict import plan_memory
 from bln_train.recipe.load import load_recipe
@@ -70,7 +70,7 @@ def test_choosing_changes_nothing(norm, into):
     steps = experiment.trainer.steps()
     next(steps)
     copied = copy.deepcopy(state_of(experiment))
-    said = settle_micro_batch(
+    said = choose_micro_batch(
         recipe("train.micro_batch_size=auto", f"optimizer.accumulate_into={into}").with_norm(norm), experiment
     )
     after = state_of(experiment)
@@ -91,9 +91,9 @@ def test_the_fastest_of_the_largest_is_taken(monkeypatch):
 
     monkeypatch.setattr(micro_batch, "_try", speeds)
     experiment = build_experiment(recipe("train.micro_batch_size=auto"))
-    said = settle_micro_batch(recipe("train.micro_batch_size=auto"), experiment)
+    said = choose_micro_batch(recipe("train.micro_batch_size=auto"), experiment)
     assert asked == [20, 16, 8]
-    assert experiment.trainer.take_step.micro_batch_size == 16
+    assert experiment.trainer.accumulation.micro_batch_size == 16
     assert said.startswith("micro-batch 16 of 20: the largest that fits")
 
 
@@ -104,8 +104,8 @@ def test_the_budget_bounds_the_choice():
     totals = [row.total_bytes for row in plan_memory(of_data, [1, 2, 4, 8], cuda=False)]
     bounded = recipe("train.micro_batch_size=auto", f"train.memory_budget={totals[2]}B", "runtime.compiled=false")
     experiment = build_experiment(bounded)
-    said = settle_micro_batch(bounded, experiment)
-    assert experiment.trainer.take_step.micro_batch_size <= 4
+    said = choose_micro_batch(bounded, experiment)
+    assert experiment.trainer.accumulation.micro_batch_size <= 4
     assert "is 4, predicted" in said
 
 
@@ -113,7 +113,7 @@ def test_what_runs_out_of_memory_is_not_taken():
     """A candidate at which memory runs out when it is tried is dropped, and the state is still what it was."""
     of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")
     experiment = build_experiment(of)
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     with FailingAllocator([*step.model.parameters(), *step.model.buffers()]) as allocator:
         allocator.set(limit_bytes=plan_memory(of.with_images(32, 10), [4], cuda=False)[0].total_bytes)
         before = state_of(experiment)["model"]
@@ -150,8 +150,8 @@ def test_nothing_fits(tmp_path):
 def test_a_stated_micro_batch_within_the_budget_says_what_is_predicted(tmp_path):
     """The budget is not ignored where the micro-batch is stated."""
     of = recipe("train.micro_batch_size=4", "train.memory_budget=1GiB")
-    assert "at micro-batch 4" in settle_micro_batch(of, build_experiment(of))
-    assert settle_micro_batch(recipe("train.micro_batch_size=4"), build_experiment(of)) == ""
+    assert "at micro-batch 4" in choose_micro_batch(of, build_experiment(of))
+    assert choose_micro_batch(recipe("train.micro_batch_size=4"), build_experiment(of)) == ""
 
 
 @pytest.mark.parametrize("budget", ["much", "0", "-1GiB", "4 gigs"])
@@ -212,7 +212,7 @@ def test_matrix_products_keep_little_of_a_card(monkeypatch):
     monkeypatch.setenv(names[0], ":4096:2")
     monkeypatch.setenv(names[1], "")  # so that it is put back
     monkeypatch.delenv(names[1])
-    switches = {"num_threads": None, "compiled": True, "deterministic": False, "cudnn_benchmark": False, "tf32": False}
+    switches = {"num_threads": None, "deterministic": False, "cudnn_benchmark": False, "tf32": False}
     machine.set_up(torch.device("cpu"), **switches)
     assert names[1] not in os.environ
     machine.set_up(torch.device("cuda"), **switches)

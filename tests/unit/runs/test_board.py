@@ -85,7 +85,7 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
     ]
     assert scalars(events, "memory_mib/activation")[0] == (2, np.float32(peaks[0].activation_bytes / 2**20))
     assert "memory_mib/reserved" not in events.Tags()["scalars"]  # was not measured
-    name, layer = next(iter(kept[0].trainer.take_step.statistics.layers.items()))
+    name, layer = next(iter(kept[0].trainer.accumulation.statistics.layers.items()))
     last = events.Histograms(f"layer_log_std/{name}")[-1].histogram_value
     assert last.num == layer.std.numel()
     assert last.sum == pytest.approx(layer.std.log().sum().item(), rel=1e-5)

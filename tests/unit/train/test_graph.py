@@ -11,6 +11,7 @@ from bln_train.build.experiment import build_experiment
 from bln_train.errors import UsageError
 from bln_train.norm.kernels.table import use_kernels
 from bln_train.records import NoticeRecord
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.cuda_graphs import NUM_STEPS_TO_RECORD, GraphedSteps
 from bln_train.train.recovery import Snapshot
 
@@ -35,7 +36,7 @@ def train(recipe, recorder=None, device="cpu"):
     experiment = build_experiment(recipe)
     if device == "cpu":
         use_kernels(False)  # kernels in C are no operators
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     if recorder is not None:
         step.graphs = GraphedSteps(step, 32, recorder=recorder)
     records = list(experiment.trainer.steps())
@@ -68,12 +69,12 @@ def test_every_part_of_a_step_is_recorded_once():
     experiment = build_experiment(tiny_recipe(train__epochs=6, train__micro_batch_size=1))
     use_kernels(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
-    step = trainer.take_step
+    step = trainer.accumulation
     step.graphs = GraphedSteps(step, 8, recorder=recorder)
     parts = ["begin fold", "micro-step", "end fold", "update", "follow"]
     for n in range(NUM_STEPS_TO_RECORD + 1):
         num_replayed, num_recorded = recorder.num_replayed, recorder.num_recorded
-        totals = step(trainer.data.train, torch.arange(8), 0, n)
+        totals = step(EffectiveBatch(trainer.data.train, torch.arange(8), 0, n))
         assert all(layer.old_moments is None for layer in step.statistics.layers.values())
     micro_steps = len([kind for kind in step.graphs._recordings if kind[0] == "micro-step"])
     assert {kind[0] for kind in step.graphs._recordings} == set(parts)
@@ -81,7 +82,7 @@ def test_every_part_of_a_step_is_recorded_once():
     assert recorder.num_recorded == len(step.graphs._recordings) == len(parts) - 1 + micro_steps
     assert recorder.num_replayed - num_replayed == len(parts) - 1 + 8
     nll = totals.nll.clone()
-    step(trainer.data.train, torch.arange(8, 16), 0, 0)
+    step(EffectiveBatch(trainer.data.train, torch.arange(8, 16), 0, 0))
     assert torch.equal(totals.nll, nll), "a step's totals are the caller's"
     assert len(step.graphs._num_eager) <= 2, "the probe before the update was recorded"
 
@@ -92,7 +93,7 @@ def test_a_large_probe_is_not_recorded_and_changes_nothing():
     expected, _ = train(recipe)
     experiment = build_experiment(recipe)
     use_kernels(False)
-    step = experiment.trainer.take_step
+    step = experiment.trainer.accumulation
     assert step.probe_images > 2
     step.graphs = GraphedSteps(step, 32, recorder=OperatorRecorder(), most_pixels=2 * 32**2)
     list(experiment.trainer.steps())
@@ -116,20 +117,20 @@ def test_the_size_decides_and_a_rollback_forgets_nothing():
     experiment = build_experiment(recipe)
     use_kernels(False)
     trainer, recorder = experiment.trainer, OperatorRecorder()
-    step = trainer.take_step
+    step = trainer.accumulation
     step.graphs = GraphedSteps(step, 32, recorder=recorder, most_pixels=1023)
-    index = torch.arange(8)
-    step(trainer.data.train, index, 0, 0)
-    step(trainer.data.train, index, 0, 0)
+    batch = EffectiveBatch(trainer.data.train, torch.arange(8), 0, 0)
+    step(batch)
+    step(batch)
     assert recorder.num_recorded == 0
     step.graphs.most_pixels = None
     for _ in range(4):
-        totals = step(trainer.data.train, index, 0, 0)
+        totals = step(batch)
     first, loss = recorder.num_recorded, float(totals.loss)
     assert first > 0
     trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
     for _ in range(4):
-        step(trainer.data.train, index, 0, 0)
+        step(batch)
     assert recorder.num_recorded == 2 * first
     assert float(totals.loss) == loss, "a step's totals are the caller's"
 
@@ -141,7 +142,7 @@ def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
     for recorder in (None, OperatorRecorder()):
         experiment = build_experiment(recipe)
         use_kernels(False)
-        step, images, index = experiment.trainer.take_step, experiment.data.train, torch.arange(8)
+        step, batch = experiment.trainer.accumulation, EffectiveBatch(experiment.data.train, torch.arange(8), 0, 0)
         if recorder is not None:
             step.graphs = GraphedSteps(step, 32, recorder=recorder)
         for size in (2, 1):
@@ -149,13 +150,13 @@ def test_a_rollback_lets_the_recordings_go_and_training_goes_on_the_same():
             snapshot.take()
             step.micro_batch_size = size
             for _ in range(3):
-                step(images, index, 0, 0)
+                step(batch)
             snapshot.restore()
         if recorder is not None:
             assert recorder.num_recorded > 1
             assert not step.graphs._recordings
         for _ in range(3):
-            step(images, index, 0, 0)
+            step(batch)
         results.append(experiment.model.state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 

@@ -20,6 +20,7 @@ from bln_train.runs.checkpoint import load_checkpoint
 from bln_train.runs.folder import RunFolder
 from bln_train.train import trainer as trainer_module
 from bln_train.train.health import HealthWatch, layer_health
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.trainer import MAX_SKIPPED_IN_A_ROW
 
 SKIP = {"train__on_nonfinite": "skip", "train__effective_batch_size": 4, "train__micro_batch_size": 4}
@@ -29,15 +30,15 @@ class Poison:
     """Preprocessing that hands out NaN images while `steps` says so, counting the steps of a trainer."""
 
     def __init__(self, trainer, steps):
-        self.inner, self.trainer, self.steps = trainer.take_step.preprocess, trainer, steps
-        trainer.take_step.preprocess = self
+        self.inner, self.trainer, self.steps = trainer.accumulation.preprocess, trainer, steps
+        trainer.accumulation.preprocess = self
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
     def train(self, images, seeds):
         inputs = self.inner.train(images, seeds)
-        if self.trainer.step in self.steps:
+        if self.trainer.num_steps_done in self.steps:
             inputs[-1] = math.nan
         return inputs
 
@@ -70,7 +71,7 @@ def test_a_bad_step_changes_nothing(norm):
     found = state(trainer)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    assert trainer.step == 2
+    assert trainer.num_steps_done == 2
 
 
 def statistics_of(norm):
@@ -179,11 +180,11 @@ def test_momentum_that_gathers_gradients_stops_too():
     trainer = poisoned({2}, optimizer=section)
     before = None
     for _ in trainer.steps():
-        if trainer.step == 2:
-            before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}
+        if trainer.num_steps_done == 2:
+            before = {k: v.clone() for k, v in trainer.accumulation.model.state_dict().items()}
             break
     assert "layer stem" in fault(trainer)
-    assert all(torch.equal(before[k], v) for k, v in trainer.take_step.model.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in trainer.accumulation.model.state_dict().items())
     with pytest.raises(ValueError, match="cannot leave a step out"):
         tiny_recipe(optimizer=section, train__on_nonfinite="skip")
 
@@ -228,12 +229,12 @@ def test_a_spoilt_state_is_never_saved():
     """Weights, statistics or momentum that are not finite are no state to go on from: it is refused by name."""
     trainer = trained(tiny_recipe(), 2)
     assert trainer.state_dict()
-    trainer.take_step.model.blocks[0].norm1.batchless.raw_std.data[1] = math.inf
+    trainer.accumulation.model.blocks[0].norm1.batchless.raw_std.data[1] = math.inf
     with pytest.raises(DivergedError, match=r"after step 2: blocks\.0\.norm1\.0\.raw_std is not finite"):
         trainer.state_dict()
     trainer = trained(tiny_recipe(), 2)
-    weight = trainer.take_step.model.blocks[0].conv1.weight
-    trainer.take_step.optimizer.state[weight]["momentum_buffer"][0] = math.nan
+    weight = trainer.accumulation.model.blocks[0].conv1.weight
+    trainer.accumulation.optimizer.state[weight]["momentum_buffer"][0] = math.nan
     with pytest.raises(DivergedError, match=r"momentum_buffer of blocks\.0\.conv1\.weight is not finite"):
         trainer.state_dict()
 
@@ -249,7 +250,7 @@ def test_skipped_steps_leave_no_trace(norm, optimizer):
     snapshots, records = {}, []
     for record in trainer.steps():
         records.append(record)
-        snapshots[trainer.step] = {key: value.clone() for key, value in state(trainer).items()}
+        snapshots[trainer.num_steps_done] = {key: value.clone() for key, value in state(trainer).items()}
     for before, after in ((1, 2), (4, 5)):
         if after in snapshots:
             assert all(torch.equal(snapshots[before][k], snapshots[after][k]) for k in snapshots[before])
@@ -284,7 +285,7 @@ def test_skipping_has_an_end():
     many = {**SKIP, "train__max_steps": 16}
     trainer = poisoned(set(range(3, 16)), **many)
     assert f"after {MAX_SKIPPED_IN_A_ROW} skipped steps in a row" in fault(trainer)
-    assert trainer.step == 3 + MAX_SKIPPED_IN_A_ROW
+    assert trainer.num_steps_done == 3 + MAX_SKIPPED_IN_A_ROW
     trainer = poisoned(set(range(3, 16)) - {9}, **many)
     assert [r.num_skipped_steps for r in advance(trainer) if isinstance(r, EpochRecord)] == [6, 6]
 
@@ -294,29 +295,29 @@ def test_resume_remembers_the_count():
     recipe = {**SKIP, "train__max_steps": 16}
     first = poisoned(set(range(3, 30)), **recipe)
     for _ in first.steps():
-        if first.step > 8:
+        if first.num_steps_done > 8:
             break
     second = poisoned(set(range(3, 30)), **recipe)
     second.load_state_dict(first.state_dict())
     fault(second)
-    assert second.step == 3 + MAX_SKIPPED_IN_A_ROW
+    assert second.num_steps_done == 3 + MAX_SKIPPED_IN_A_ROW
 
 
 def test_fp16_overflow_is_the_scalers():
     """A gradient that overflows at a loss scale is no fault, stopping or skipping; a loss that is not finite is."""
     for mode in ("stop", "skip"):
         trainer = build_experiment(tiny_recipe(train__precision="fp32", train__on_nonfinite=mode)).trainer
-        trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+        trainer.accumulation.loss_scale = LossScale("cpu", init_scale=3e38)
         with torch.no_grad():
-            trainer.take_step.model.fc.weight.mul_(20)  # larger gradients below
+            trainer.accumulation.model.fc.weight.mul_(20)  # larger gradients below
         records = advance(trainer, 2)
         assert len([r for r in records if isinstance(r, StepRecord)]) == 2
         assert trainer._skipped == 0
-        assert trainer.take_step.scaler.get_scale() < 3e38
+        assert trainer.accumulation.loss_scale.get_scale() < 3e38
     trainer = poisoned({1}, train__precision="fp32")
-    trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.accumulation.loss_scale = LossScale("cpu", init_scale=2.0)
     assert "step 2: the loss is nan" in fault(trainer)
-    assert trainer.take_step.scaler.get_scale() == 2.0
+    assert trainer.accumulation.loss_scale.get_scale() == 2.0
 
 
 # Statistics gone astray

@@ -21,6 +21,7 @@ from bln_train.records import MemoryRecord, NoticeRecord
 from bln_train.runs.checkpoint import load_checkpoint
 from bln_train.runs.folder import RunFolder
 from bln_train.train.evaluate import Evaluation, evaluate
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.optim import MomentumAccumulatingSGD
 from bln_train.train.recovery import Snapshot, is_out_of_memory
 from bln_train.train.step import AccumulationStep
@@ -66,7 +67,7 @@ def watched(allocator, trainer):
     def counted(function, is_step):
         def call(*arguments):
             if is_step:
-                attempts.append((trainer.step, allocator.live_bytes))
+                attempts.append((trainer.num_steps_done, allocator.live_bytes))
             first = allocator.num_allocations
             out = function(*arguments)
             numbers.extend(range(first + 1, allocator.num_allocations + 1))
@@ -97,7 +98,7 @@ def undisturbed(config):
 
 def failing_run(trainer, **settings):
     """Train under an allocator that fails; returns it, the notices, what was alive at each attempt, and where it may fail."""
-    step = trainer.take_step
+    step = trainer.accumulation
     existing = [*step.model.parameters(), *step.model.buffers(), step.preprocess.mean, step.preprocess.std]
     existing += [tensor for part in (DATA.train, DATA.test) for tensor in (part.images, part.labels)]
     allocator = FailingAllocator(existing)
@@ -112,11 +113,11 @@ def check_no_scar(trainer, allocator, attempts, expected):
     """One failure, one more attempt at half the micro-batch, from the live bytes that the first began with."""
     again = [(before, after) for before, after in pairwise(attempts) if before[0] == after[0]]
     if len(attempts) == 3:
-        assert trainer.take_step.micro_batch_size == 4  # evaluation alone was disturbed
+        assert trainer.accumulation.micro_batch_size == 4  # evaluation alone was disturbed
     else:
         ((before, after),) = again
         assert before[1] - 8 <= after[1] <= before[1]  # MomentumAccumulatingSGD's last norm is let go
-        assert trainer.take_step.micro_batch_size == 2
+        assert trainer.accumulation.micro_batch_size == 2
     assert allocator.num_failures == 1
     assert largest_difference(expected, state(trainer)) < 1e-10
 
@@ -148,7 +149,7 @@ PARTS = {
 def places(config):
     """The number of the last allocation in each part of a step: {(part, step): number}."""
     found, trainer = {}, small_trainer(config)
-    model = trainer.take_step.model
+    model = trainer.accumulation.model
     allocator = FailingAllocator([*model.parameters(), *model.buffers()])
 
     def noted(name, function):
@@ -156,7 +157,7 @@ def places(config):
             first = allocator.num_allocations
             out = function(*arguments, **settings)
             if allocator.num_allocations > first:
-                found[name, trainer.step] = allocator.num_allocations
+                found[name, trainer.num_steps_done] = allocator.num_allocations
             return out
 
         return call
@@ -164,7 +165,7 @@ def places(config):
     with pytest.MonkeyPatch.context() as patch, allocator:
         for owner, name in PARTS[config]:
             patch.setattr(owner, name, noted(name, getattr(owner, name)))
-        warm_up(trainer.take_step)
+        warm_up(trainer.accumulation)
         allocator.set()
         advance(trainer)
     return found
@@ -186,14 +187,14 @@ def test_every_part_of_a_step_is_rolled_back(config, part, step):
 
 def everything(trainer):
     """All that a step may change, as values and as places in memory."""
-    step, optimizer = trainer.take_step, trainer.take_step.optimizer
+    step, optimizer = trainer.accumulation, trainer.accumulation.optimizer
     entries = {
         (n, key): value for n, p in enumerate(step.parameters) for key, value in optimizer.state.get(p, {}).items()
     }
     tensors = {**step.model.state_dict(keep_vars=True), **{k: v for k, v in entries.items() if torch.is_tensor(v)}}
     places = {name: (t.data_ptr(), t.detach().clone(), t.grad is None) for name, t in tensors.items()}
     rest = {k: v for k, v in entries.items() if not torch.is_tensor(v)}
-    return places, rest, torch.get_rng_state(), step.scaler.state_dict() if step.scaler else None
+    return places, rest, torch.get_rng_state(), step.loss_scale.state_dict()
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, "batch", "scaled"])
@@ -204,10 +205,10 @@ def test_a_snapshot_is_exact_and_in_place(config, num_before):
     changes = {"norm": {"name": "batch"}} if config == "batch" else {}
     trainer = small_trainer(config if config in CONFIGS else "preset", **changes)
     if config == "scaled":
-        trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1)
+        trainer.accumulation.loss_scale = LossScale("cpu", init_scale=2.0**8, growth_interval=1)
     if num_before:
         advance(trainer, num_before)
-    before, snapshot = everything(trainer), Snapshot(trainer.take_step)
+    before, snapshot = everything(trainer), Snapshot(trainer.accumulation)
     snapshot.take()
     advance(trainer, num_before + 1)
     torch.rand(3)
@@ -226,7 +227,7 @@ def test_a_snapshot_is_exact_and_in_place(config, num_before):
 def test_snapshots_are_no_memory_of_training():
     """The tracked peak of a run that keeps snapshots, the optimizer's state appearing in it, is that of bare steps."""
     bare = small_trainer()
-    bare.recovering_step = bare.take_step
+    bare.recovering_step = bare.accumulation
     first, second = (
         [r for r in advance(trainer) if isinstance(r, MemoryRecord)][-1] for trainer in (bare, small_trainer())
     )
@@ -252,7 +253,7 @@ def test_a_limit_leads_to_the_micro_batch_that_fits():
     assert "step 1: out of memory at micro-batch 6, 3 (tried to allocate " in notice.text
     assert "goes on with micro-batch 1" in notice.text
     record, alone = trainer.memory_record(), small_trainer("momentum", 1)
-    warm_up(alone.take_step)
+    warm_up(alone.accumulation)
     advance(alone)
     assert record.micro_batch_size == 1
     assert record.peak_bytes == alone.memory_record().peak_bytes
@@ -274,7 +275,7 @@ def test_a_step_that_was_reduced_is_not_taken_again():
         original = BatchlessStatistics.update
 
         def update(*arguments):
-            trainer.take_step.reduced = True  # as the reduction before it would
+            trainer.accumulation.reduced = True  # as the reduction before it would
             return original(*arguments)
 
         patch.setattr(BatchlessStatistics, "update", update)
@@ -289,7 +290,7 @@ def test_other_errors_pass():
         patch.setattr(BatchlessStatistics, "update", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             advance(trainer)
-    assert trainer.take_step.micro_batch_size == 4
+    assert trainer.accumulation.micro_batch_size == 4
     for text in ("CUDA error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
                  "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"):  # fmt: skip
         assert is_out_of_memory(RuntimeError(text))
@@ -307,7 +308,7 @@ def test_the_found_micro_batch_is_remembered():
     for asked, used in ((4, 2), (3, 3), (1, 1)):
         resumed = small_trainer(micro_batch_size=asked)
         resumed.load_state_dict(saved)
-        assert resumed.take_step.micro_batch_size == used
+        assert resumed.accumulation.micro_batch_size == used
         texts = [r.text for r in advance(resumed) if isinstance(r, NoticeRecord)]
         assert len(texts) == (asked == 4)
         assert asked != 4 or "goes on with micro-batch 2, not 4" in texts[0]
@@ -315,14 +316,14 @@ def test_the_found_micro_batch_is_remembered():
     old = {key: value for key, value in saved.items() if "micro_batch_size" not in key}
     resumed = small_trainer()
     resumed.load_state_dict(old)
-    assert resumed.take_step.micro_batch_size == 4
+    assert resumed.accumulation.micro_batch_size == 4
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_evaluation_goes_on_in_halves(place):
     """Loss and accuracy are the same, whichever allocation fails, no image counted twice or left out."""
     trainer = small_trainer()
-    step, was_training = trainer.take_step, trainer.take_step.model.training
+    step, was_training = trainer.accumulation, trainer.accumulation.model.training
     settings = {"device": step.device, "batch_size": 4, "autocast": step.autocast}
     whole = FailingAllocator([])
     with whole:

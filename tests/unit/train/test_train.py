@@ -17,6 +17,7 @@ from bln_train.norm.statistics import BatchlessStatistics
 from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord, MemoryRecord, StepRecord, TimelineRecord, record_from_dict, record_to_dict
 from bln_train.system.rng import draw_integers, draw_uniform, instance_seeds, keep_mask
+from bln_train.train.loss_scale import LossScale
 from bln_train.train.optim import Schedule, parameter_groups
 
 
@@ -142,7 +143,7 @@ def test_draws_are_uniform_and_unrelated():
 
 def with_scaler(recipe, scale):
     trainer = build_experiment(recipe).trainer
-    trainer.take_step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.accumulation.loss_scale = LossScale("cpu", init_scale=scale)
     return trainer
 
 
@@ -159,11 +160,11 @@ def test_overflowing_loss_scale_skips_the_step():
     """Where the scaled gradient overflows, no parameter, statistic or correction moves, and the scale is halved."""
     trainer = with_scaler(tiny_recipe(train__precision="fp32"), 3e38)
     with torch.no_grad():
-        trainer.take_step.model.fc.weight.mul_(20)  # larger gradients below
-    before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}
+        trainer.accumulation.model.fc.weight.mul_(20)  # larger gradients below
+    before = {k: v.clone() for k, v in trainer.accumulation.model.state_dict().items()}
     advance(trainer, 1)
-    assert all(torch.equal(before[k], v) for k, v in trainer.take_step.model.state_dict().items())
-    assert trainer.take_step.scaler.get_scale() < 3e38
+    assert all(torch.equal(before[k], v) for k, v in trainer.accumulation.model.state_dict().items())
+    assert trainer.accumulation.loss_scale.get_scale() < 3e38
 
 
 def test_clipping_bounds_the_update():
@@ -171,10 +172,10 @@ def test_clipping_bounds_the_update():
     recipe = tiny_recipe(norm={"name": "group"}, optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0,
                                                             "clip_norm": 0.01}, schedule={"name": "constant"})  # fmt: skip
     trainer = build_experiment(recipe).trainer
-    before = {k: v.clone() for k, v in trainer.take_step.model.state_dict().items()}
+    before = {k: v.clone() for k, v in trainer.accumulation.model.state_dict().items()}
     (record,) = advance(trainer, 1)
     moved = math.sqrt(
-        sum(float((v - before[k]).square().sum()) for k, v in trainer.take_step.model.state_dict().items())
+        sum(float((v - before[k]).square().sum()) for k, v in trainer.accumulation.model.state_dict().items())
     )
     assert record.grad_norm > 0.01
     assert moved == pytest.approx(0.01, rel=1e-4)

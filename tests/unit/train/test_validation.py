@@ -18,12 +18,13 @@ from bln_train.console import tables
 from bln_train.data.datasets import DataSet, ImageSet, hold_out, load_dataset
 from bln_train.errors import DataError, UsageError
 from bln_train.experiments import compare
-from bln_train.experiments.run import explained_failures, run
+from bln_train.experiments.run import run
 from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord, best_validation
 from bln_train.report.plots import plot_comparison
 from bln_train.runs.checkpoint import load_checkpoint, save_checkpoint
 from bln_train.runs.folder import RunFolder
+from bln_train.train.recovery import explained_failures
 
 SPLIT = {"data__num_train": 60, "data__validation_fraction": 1 / 3}  # 4 of the 6 images of each class are trained on
 
@@ -271,7 +272,7 @@ def test_batchnorm_at_batch_1_says_why():
     """The paper's network normalises dense layers, so BatchNorm on one image has no variance there: an error that says so."""
     sizes = {"train__effective_batch_size": 1, "train__micro_batch_size": 1}
     recipe = tiny_recipe(model__name="paper_cnn", norm={"name": "batch"}, **sizes)
-    with pytest.raises(UsageError, match="one value per channel"), explained_failures(recipe):
+    with pytest.raises(UsageError, match="one value per channel"), explained_failures(recipe.first_micro_batch_size):
         advance(build_experiment(recipe).trainer, 1)
 
 

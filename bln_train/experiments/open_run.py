@@ -68,7 +68,9 @@ def open_run(recipe: Recipe, folder: RunFolder, world: World, *, name: str, resu
     with explained_failures(recipe.first_micro_batch_size):
         said = choose_micro_batch(recipe, experiment, at_most=None if found is None else _that_fitted(recipe, found))
     notices = [*experiment.notices, *([said] if said else [])]
-    recipe = resolved(recipe, micro_batch_size=trainer.accumulation.micro_batch_size)
+    accumulation = trainer.accumulation
+    recompute = all(layer.recompute for layer in accumulation.folded)
+    recipe = resolved(recipe, micro_batch_size=accumulation.micro_batch_size, recompute=recompute)
     begin_together(world, recipe, experiment)
     if found is None and recipe.model.init is not None:
         with explained_failures(recipe.first_micro_batch_size):

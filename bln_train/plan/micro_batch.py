@@ -10,14 +10,17 @@ import torch
 
 from bln_train.build.experiment import Experiment
 from bln_train.errors import DoesNotFitError
+from bln_train.norm.fused.network import set_recompute
 from bln_train.plan.planner import Variant, make_plan, plan_sizes, remedies, why_nothing_fits
 from bln_train.plan.predict import CONTEXT_BYTES, PlanRow, plan_memory
+from bln_train.recipe.norms import BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.system import machine
 from bln_train.system.units import format_bytes, parse_bytes
 from bln_train.train.batches import EffectiveBatch
 from bln_train.train.recovery import Attempt, Snapshot, free_memory
 
+_KEPT = " with convolutions kept and not computed again (norm.recompute: auto)"
 _NUM_TRIED = 3
 _LARGEST_ON_CPU = 64  # larger ones take long to try, and a CPU has long enough loops by then
 
@@ -44,7 +47,8 @@ def choose_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
     said = f"{format_bytes(budget.num_bytes)} ({budget.source})"
     largest, predicted = fitting[-1].micro_batch_size, format_bytes(fitting[-1].total_bytes)
     if train.micro_batch_size != "auto":
-        return f"Predicted {predicted} of {said} at micro-batch {largest}."
+        kept = _keep_outputs(recipe, experiment, largest, budget, context_bytes)
+        return f"Predicted {kept or predicted} of {said} at micro-batch {largest}{_KEPT if kept else ''}."
     text = f"largest that fits {said} is {largest}, predicted {predicted}"
     if accumulation.world.size > 1:
         chosen = largest
@@ -62,7 +66,29 @@ def choose_micro_batch(recipe: Recipe, experiment: Experiment, *, at_most: int |
     accumulation.micro_batch_size = chosen
     if recipe.norm.name == "batch" and chosen < effective:
         text += "; BatchNorm's result depends on it: state the number to have the same one elsewhere"
-    return f"micro-batch {chosen} of {effective}: the {text}."
+    kept = _keep_outputs(recipe, experiment, chosen, budget, context_bytes)
+    return f"micro-batch {chosen} of {effective}: the {text}{f', then {kept}{_KEPT}' if kept else ''}."
+
+
+def _keep_outputs(recipe: Recipe, experiment: Experiment, size: int, budget: machine.Budget, context_bytes: int) -> str:
+    """Keep the outputs of folded convolutions where `norm.recompute` is auto and that fits; the bytes predicted then, or ""."""
+    norm = recipe.norm
+    if (
+        not isinstance(norm, BatchlessNormSection)
+        or norm.recompute != "auto"
+        or not experiment.trainer.accumulation.folded
+    ):
+        return ""
+    keeping = recipe.model_copy(update={"norm": norm.model_copy(update={"recompute": False})})
+    of_data = keeping.with_images(experiment.input.image_size, len(experiment.input.class_names))
+    rows = plan_memory(of_data, [size], cuda=experiment.device.type == "cuda", context_bytes=context_bytes)
+    fitting = [row for row in rows if row.total_bytes <= budget.num_bytes]
+    if experiment.trainer.accumulation.world.size > 1:
+        fitting = _agree(experiment, rows, fitting)
+    if not fitting:
+        return ""
+    set_recompute(experiment.model, False)
+    return format_bytes(fitting[0].total_bytes)
 
 
 def _budget(recipe: Recipe, device: torch.device) -> tuple[machine.Budget, int]:

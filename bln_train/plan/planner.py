@@ -96,6 +96,8 @@ def _proposals(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if isinstance(norm, BatchlessNormSection):
         if not norm.fold:
             yield "norm.fold=true", ""
+        elif norm.recompute is False:
+            yield "norm.recompute=true", "each convolution runs once more"
     elif norm.name != "none":
         yield "norm={name: batchless}", "another norm"
     if isinstance(optimizer, SgdSection) and optimizer.accumulate_into == "gradient":

@@ -26,12 +26,13 @@ def resolved(
     num_processes: int | None = None,
     probe_images: int | None = None,
     micro_batch_size: int | None = None,
+    recompute: bool | None = None,
 ) -> Recipe:
     """The recipe with a number in the place of each `auto`, of those that are known: None is not known yet."""
     norm: dict[str, Any] = {}
     if isinstance(recipe.norm, BatchlessNormSection):
         norm = {"channel_groups": recipe.channel_groups, "init_images": recipe.num_init_images}
-        norm["probe_images"] = probe_images
+        norm |= {"probe_images": probe_images, "recompute": recompute}
         norm["correction_parts"] = num_processes if recipe.norm.correction_rate else None
     elif isinstance(recipe.norm, PaperNormSection) or (
         isinstance(recipe.norm, BatchNormSection) and recipe.num_init_images

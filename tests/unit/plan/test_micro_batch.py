@@ -109,6 +109,29 @@ def test_the_budget_bounds_the_choice():
     assert "is 4, predicted" in said
 
 
+@pytest.mark.parametrize("stated", [True, False], ids=["", "and the micro-batch"])
+def test_recompute_auto_keeps_convolutions_where_that_fits_the_budget(stated):
+    """Both sides of the bound, with the same result as what was asked for; without a budget they are computed again."""
+    size = "train.micro_batch_size=4" if stated else "train.micro_batch_size=auto"
+    kept, again = (
+        plan_memory(recipe(f"norm.recompute={value}").with_images(32, 10), [4], cuda=False)[0].total_bytes
+        for value in ("false", "true")
+    )
+    assert kept > 1.1 * again
+    for budget, recomputes in ((kept, False), (kept - 1, True)):
+        of = recipe(size, f"train.memory_budget={budget}B")
+        experiment = build_experiment(of)
+        assert all(layer.recompute for layer in experiment.trainer.accumulation.folded)
+        said = choose_micro_batch(of, experiment, at_most=None if stated else 4)
+        if experiment.trainer.accumulation.micro_batch_size == 4:
+            assert [layer.recompute for layer in experiment.trainer.accumulation.folded] == [recomputes] * 7
+            assert ("norm.recompute: auto" in said) != recomputes
+    unbounded = recipe("train.micro_batch_size=4")
+    experiment = build_experiment(unbounded)
+    assert choose_micro_batch(unbounded, experiment) == ""
+    assert all(layer.recompute for layer in experiment.trainer.accumulation.folded)
+
+
 def test_what_runs_out_of_memory_is_not_taken():
     """A candidate at which memory runs out when it is tried is dropped, and the state is still what it was."""
     of = recipe("train.micro_batch_size=auto", "runtime.compiled=false")

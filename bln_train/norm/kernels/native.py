@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bln_train.norm.kernels.layout import channels_last, positions_of
+from bln_train.norm.kernels.layout import channels_last, in_order_of, positions_of
 from bln_train.norm.kernels.library import TYPES, address, library
 from bln_train.norm.kernels.table import Correction, Epilogue, Gradients
 
@@ -41,6 +41,7 @@ class Native:
     ) -> Tensor:
         """See `Backend`."""
         found = torch.empty(2, y.shape[1], dtype=y.dtype)
+        residual = _like(residual, y)
         failed = library(TYPES[y.dtype]).follow(
             address(y), address(residual), address(probe), address(unit), len(y), positions_of(y), y.shape[1], relu, eps,
             _num_threads(y), address(found),
@@ -67,11 +68,17 @@ def _forward(
     results: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:  # fmt: skip
     """Run the kernel; results are sums, those of the probe, and nll."""
+    residual = _like(residual, y)
     failed = library(TYPES[y.dtype]).forward(
         address(y), address(z), address(residual), address(epilogue.table), epilogue.group_size, epilogue.group_eps, len(y),
         positions_of(y), y.shape[1], num_probe, epilogue.relu, _num_threads(y), *map(address, results),
     )  # fmt: skip
     _check(failed, "forward pass")
+
+
+def _like(residual: Tensor | None, y: Tensor) -> Tensor | None:
+    """The residual in y's dtype and memory order; a copy only of what is not."""
+    return None if residual is None else in_order_of(residual.to(y.dtype), y)
 
 
 def _num_threads(tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
 """What surrounds a folded convolution on CUDA, forward and backward, by Triton's kernels and by PyTorch's operators.
 
-    python benchmarks/epilogue.py --device cuda [--dtype float32] [--graph] [--repeats 50]
+    python benchmarks/epilogue.py --device cuda [--dtype float32] [--groups 8] [--graph] [--repeats 50]
 
 Shapes are those of ResNet-20 and ResNet-50, channels-last, relu, with the residual sum where a block ends. Microseconds are medians
 of repeats by CUDA events, both paths by turns; with --graph those of a replay, where the host launches nothing. GB/s counts what
@@ -13,11 +13,10 @@ import statistics
 import sys
 
 import torch
-from bln_train.norm.kernels.epilogue import Row, backward, forward_
 
-from bln_train.norm.kernels.backend import why_not_triton
-from bln_train.norm.kernels.feedback import BalanceRow
-from bln_train.norm.kernels.table import use_kernels
+from bln_train.norm.kernels.backend import EAGER, TRITON, why_not_triton
+from bln_train.norm.kernels.feedback import no_feedback
+from bln_train.norm.kernels.table import Correction, Epilogue, Gradients, Row
 from bln_train.system import machine
 
 LAYERS = {  # channels, side, whether a residual comes in
@@ -37,35 +36,34 @@ LAYERS = {  # channels, side, whether a residual comes in
 _WARM_UPS = 3
 
 
-def directions(shape, has_residual, dtype, device):
-    """Both directions of a layer as functions without arguments, and the bytes that each has to move."""
-    drawn = [torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(3)]
-    y, grad_out, residual = drawn[0], drawn[1], drawn[2] if has_residual else None
+def directions(shape, has_residual, groups, dtype, device):
+    """Both directions of a layer as functions of the backend, and the bytes that each has to move."""
+    y, grad_z, residual, new = (
+        torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last) for _ in range(4)
+    )
+    residual, inner = (residual, grad_z) if has_residual else (None, None)
     table = torch.zeros(len(Row), shape[1], device=device)
-    table[Row.SCALE] = 0.5  # repeated in place it stays finite
-    vectors, nll, weight = torch.zeros_like(table[:4]), table.new_zeros(()), table.new_ones(())
-    sums = table.new_zeros(shape[0], 2, shape[1])
-    prior, state = torch.zeros_like(table[:2]), torch.full_like(table[: len(BalanceRow)], torch.inf)
-    state[: BalanceRow.TO_COME] = 0
+    table[[Row.INNER, Row.INVERSE, Row.OUTER]] = 0.5  # repeated in place it stays finite
+    epilogue = Epilogue(table, shape[1] // groups if groups else 0, 1e-5, relu=True)
+    nll, sums = table.new_zeros(()), table.new_ones(shape[0], 2, shape[1])
+    running = torch.zeros_like(table[:2])
+    correction = Correction(table.new_ones(()), running, no_feedback(running))
+    gradients = Gradients(new, inner, torch.zeros(6 if groups else 4, shape[1], device=device))
 
-    def there():
-        forward_(y, residual, table, "relu", 0.0, nll)
+    def there(backend):
+        backend.forward(y, y, residual, epilogue, nll, None)
 
-    def back():
-        backward(
-            grad_out, y, None, residual, table, sums, weight, "relu", 0.0, vectors, prior=prior, state=state,
-            wants_grad=has_residual, may_overwrite=False,
-        )  # fmt: skip
+    def back(backend):
+        backend.backward(grad_z, y, y, sums, epilogue, correction, gradients)
 
-    return {"forward": (there, (2 + has_residual) * y.nbytes), "backward": (back, (3 + 2 * has_residual) * y.nbytes)}
+    return {"forward": (there, (2 + has_residual) * y.nbytes), "backward": (back, (4 + has_residual) * y.nbytes)}
 
 
-def prepared(work, wanted, graph):
-    """The work on one of the paths, after what it does only the first time."""
+def prepared(work, backend, graph):
+    """The work by a backend, after what it does only the first time."""
 
     def run():
-        use_kernels(wanted)
-        work()
+        work(backend)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,6 +94,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--groups", type=int, default=8, help="of channels; 0 for none")
     parser.add_argument("--graph", action="store_true")
     parser.add_argument("--repeats", type=int, default=50)
     args = parser.parse_args()
@@ -116,16 +115,17 @@ def main():
             for channels, side, has_residual in layers:
                 shape = (num_images, channels, side, side)
                 for name, (work, num_bytes) in directions(
-                    shape, has_residual, getattr(torch, args.dtype), device
+                    shape, has_residual, args.groups, getattr(torch, args.dtype), device
                 ).items():
-                    paths = [prepared(work, wanted, args.graph) for wanted in (False, True)]
+                    paths = [prepared(work, backend, args.graph) for backend in (EAGER, TRITON)]
                     times = [[microseconds(path) for path in paths] for _ in range(args.repeats)]
                     theirs, ours = (statistics.median(own) for own in zip(*times, strict=True))
                     print(f"{network:9} {num_images:6} {channels:9} {side:5} {'yes' if has_residual else 'no':>9}  {name:9} "
                           f"{theirs:11.1f} {ours:10.1f} {theirs / ours:15.2f} {num_bytes / theirs / 1e3:13.0f} "
                           f"{num_bytes / ours / 1e3:12.0f}")  # fmt: skip
     how = "replayed" if args.graph else "launched"
-    print(f"{how}, {args.dtype}, medians of {args.repeats}; {machine.device_name(device)}, torch {torch.__version__}")
+    what = f"{args.dtype}, groups: {args.groups}, medians of {args.repeats}"
+    print(f"{how}, {what}; {machine.device_name(device)}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

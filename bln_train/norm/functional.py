@@ -171,7 +171,7 @@ class _BatchlessNormFunction(torch.autograd.Function):
                 seen = torch.stack((wide.sum(axis), (wide * of_x).sum(axis)), 1) / (num_positions * nonzero(grad_nll))
                 moments = torch.stack((of_x.mean(axis), (of_x * of_x).mean(axis)), 1)
                 taken = corrections(
-                    correction, no_feedback(correction) if feedback is None else feedback, seen, moments
+                    correction, no_feedback(correction) if feedback is None else feedback, seen, moments, grad_nll
                 )
                 offset, slope_xhat = (taken * (-grad_nll)).unsqueeze(axis + 1).unbind(1)
                 rows = torch.addcmul(images * gain, torch.addcmul(offset, positions, slope_xhat), gain).view(

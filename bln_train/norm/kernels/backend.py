@@ -42,7 +42,7 @@ class Backend(Protocol):
         """Write the epilogue of y into z, which may be y.
 
         Args:
-            residual: of y's shape; its dtype and memory order may be others.
+            residual: of y's shape; in another memory order or dtype only where `backend_for` knew it.
             nll: (), gains the likelihood of the N images.
             probe: how many of the first images are the probe's, and (2, C), which gains their sums of y and y^2.
 

@@ -210,6 +210,8 @@ def _map_back(
     if correction.running is not None and correction.state is not None and correction.loss_weight is not None:
         weight = correction.loss_weight
         means = torch.stack((sum_h, along_h), 1) / (num_positions * nonzero(weight))
-        along_one, along_xhat = corrections(correction.running, correction.state, means, of_x / num_positions).unbind(1)
+        along_one, along_xhat = corrections(
+            correction.running, correction.state, means, of_x / num_positions, weight
+        ).unbind(1)
         shift, slope = shift + weight * along_one, slope + weight * along_xhat
     return -inner * shift, -inner * inverse * slope, scale

@@ -84,10 +84,13 @@ static int forward_rows(const REAL *y, REAL *z, const REAL *residual, const REAL
     return 0;
 }
 
+/* In this order a NaN stays one, which fmax would hide. */
+static inline double at_least(double bound, double v) { return v < bound ? bound : v; }
+
 /* m and r of a group, from the sums of xhat and of its square over `count` values. */
 static void group_moments(double total, double square, double count, REAL eps, double *mean, double *scale) {
     *mean = total / count;
-    *scale = 1 / sqrt(fmax(square / count - *mean * *mean, 0) + eps);
+    *scale = 1 / sqrt(at_least(0, square / count - *mean * *mean) + eps);
 }
 
 /* The map of y, (2, channels), with groups, from an image's sums of y and y^2, (2, channels). */
@@ -210,7 +213,8 @@ typedef struct {
 
 /* That of the image that comes next, whose mean of xhat^2 is `second`. */
 static inline Taken taken_from(Correction of, long channels, long c, double second) {
-    const double rest = fmax(of.state[TO_COME * channels + c], HORIZON), damping = sqrt(fmin(LARGEST_SQUARE / (1 + second), 1));
+    const double rest = at_least(HORIZON, of.state[TO_COME * channels + c]);
+    const double damping = 1 / sqrt(at_least(1, (1 + second) / LARGEST_SQUARE));
     return (Taken){damping * (of.running[c] + of.state[LEFT_SHIFT * channels + c] / rest),
                    damping * (of.running[channels + c] + of.state[LEFT_SLOPE * channels + c] / rest), damping};
 }
@@ -265,8 +269,11 @@ static void back_through_image(const Backward *of, Groups groups, Correction cor
                 map[2 * channels + c] = (REAL)(inner * of_g);
             }
             if (!along) continue;
-            const double sum_h = of_g * along[c] - shift_g * positions - slope_g * of_x;
-            const double along_h = of_g * inverse * along[channels + c] - shift_g * of_x - slope_g * of_square;
+            double sum_h = of_g * along[c], along_h = of_g * inverse * along[channels + c];
+            if (groups.size) { /* of 0 * infinity a NaN would come */
+                sum_h -= shift_g * positions + slope_g * of_x;
+                along_h -= shift_g * of_x + slope_g * of_square;
+            }
             vectors[2 * channels + c] += along_h;
             vectors[3 * channels + c] += sum_h;
             if (!correction.state || correction.weight == 0) continue;
@@ -344,7 +351,7 @@ int backward(const REAL *grad_z, const REAL *z, const REAL *y, const REAL *table
                 backward_tile(&of, begin + top, begin + smaller(top + height, num_positions), maps + n * 3 * channels, 0);
             }
     }
-    if (!failed) likelihood_back(table, sums, correction.weight, num_images, num_positions, channels, vectors);
+    if (!failed && loss_weight) likelihood_back(table, sums, correction.weight, num_images, num_positions, channels, vectors);
     for (long i = 2 * channels; !failed && i < (group_size ? 6 : 4) * channels; i++) vectors[i] += (REAL)total[i];
     free(total);
     free(maps);
@@ -364,13 +371,13 @@ int follow(REAL *y, const REAL *residual, const REAL *table, const REAL *unit, l
     int failed = !sums || !map || forward_rows(y, 0, 0, 0, num_rows, channels, 0, threads, sums);
     for (long c = 0; !failed && c < channels; c++) {
         const double one = unit ? unit[c] : 1, shift = sums[c] * one / num_rows;
-        const double variance = fmax(sums[channels + c] * one * one / num_rows - shift * shift, 0);
+        const double variance = at_least(0, sums[channels + c] * one * one / num_rows - shift * shift);
         const double old_std = table[STD * channels + c], guard = (1e-4 + 1.0 / num_rows) * old_std * old_std;
         const double ratio = sqrt((variance + guard) / (table[OLD_VARIANCE * channels + c] + guard));
-        const double std = fmax(old_std * ratio, eps), change = shift + table[DRIFT * channels + c];
+        const double std = at_least(eps, old_std * ratio), change = shift + table[DRIFT * channels + c];
         const double scale = table[GAMMA * channels + c] / std;
         found[c] = (REAL)change;
-        found[channels + c] = (REAL)(isnan(old_std * ratio) ? old_std * ratio : std); /* fmax would hide it */
+        found[channels + c] = (REAL)std;
         map[c] = (REAL)(scale * one);
         map[channels + c] = (REAL)(table[BETA * channels + c] - scale * change);
     }

@@ -66,24 +66,29 @@ def nonzero(weight: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.inf, weight)
 
 
-def corrections(running: Tensor, state: Tensor, means: Tensor, moments: Tensor) -> Tensor:
+def corrections(running: Tensor, state: Tensor, means: Tensor, moments: Tensor, weight: Tensor) -> Tensor:
     """(A, B) of each image of a micro-batch, (N, 2, C); the state goes on to the images after them.
+
+    An image of weight 0 has no gradient, from which nothing is taken out: it leaves the state as it is.
 
     Args:
         running: (2, C), of earlier batches.
         state: (len(StateRow), C).
         means: (N, 2, C), of g and of g*xhat.
         moments: (N, 2, C), means of xhat and of xhat^2.
+        weight: () of each image in the loss.
     """
     found = torch.empty_like(means)
     left, rest = state[: StateRow.TO_COME], state[StateRow.TO_COME]
     damping = (LARGEST_SQUARE / (1 + moments[:, 1])).clamp(max=1).sqrt()
-    for of_image, own, (first, second), factor in zip(found, means, moments, damping, strict=True):
+    counts = (weight != 0).to(state.dtype)
+    parts = zip(found, means, moments, damping, damping * counts, strict=True)
+    for of_image, own, (first, second), factor, share in parts:
         torch.addcdiv(running, left, rest.clamp(min=HORIZON), out=of_image)
         of_image *= factor
         shift, slope = of_image
-        left += factor * (own - torch.stack((shift + slope * first, shift * first + slope * second)))
-        rest -= 1
+        left += share * (own - torch.stack((shift + slope * first, shift * first + slope * second)))
+        rest -= counts
     return found
 
 

@@ -40,7 +40,8 @@ class Native:
         self, y: Tensor, residual: Tensor | None, probe: Tensor, unit: Tensor | None, eps: float, *, relu: bool
     ) -> Tensor:
         """See `Backend`."""
-        residual, found = _like(residual, y), torch.empty(2, y.shape[1], dtype=y.dtype)
+        found = torch.empty(2, y.shape[1], dtype=y.dtype)
+        residual = _like(residual, y)
         failed = library(TYPES[y.dtype]).follow(
             address(y), address(residual), address(probe), address(unit), len(y), positions_of(y), y.shape[1], relu, eps,
             _num_threads(y), address(found),
@@ -76,7 +77,7 @@ def _forward(
 
 
 def _like(residual: Tensor | None, y: Tensor) -> Tensor | None:
-    """The residual in y's dtype and memory order."""
+    """The residual in y's dtype and memory order; a copy only of what is not."""
     return None if residual is None else in_order_of(residual.to(y.dtype), y)
 
 

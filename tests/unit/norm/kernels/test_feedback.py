@@ -9,7 +9,9 @@ from bln_train.build.experiment import build_experiment
 from bln_train.data.datasets import ImageSet
 from bln_train.errors import UsageError
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
-from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE, BalanceRow, regression
+from bln_train.norm.kernels.feedback import begin_feedback, no_feedback, regression
+from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE, StateRow
+from bln_train.norm.update import update_layers
 from bln_train.train.distributed import World
 
 
@@ -34,7 +36,7 @@ def corrected(norm, x, g, sizes, announced):
 
 @pytest.mark.parametrize("std", [1.0, 0.4])  # with the second xhat^2 is 6 on average
 def test_what_is_left_over_is_spread_over_the_images_to_come(std):
-    """Each image loses d * (prior + left / (N - k + HORIZON)); what is left over at last is in the state, and small."""
+    """Each image loses d * (running + left / (N - k + HORIZON)); what is left over at last is in the state, and small."""
     norm, x, g = drawn(std=std)
     norm.correction.copy_(torch.tensor([[0.2], [-0.1]], dtype=x.dtype).expand(2, 3))
     found = corrected(norm, x, g, 1, len(x))
@@ -47,7 +49,7 @@ def test_what_is_left_over_is_spread_over_the_images_to_come(std):
         left += d * torch.stack((image.mean((1, 2)), (image * xhat[k]).mean((1, 2))))
         rest = g[k] - norm.correction[0].view(-1, 1, 1) - norm.correction[1].view(-1, 1, 1) * xhat[k]
         constant += torch.stack((rest.mean((1, 2)), (rest * xhat[k]).mean((1, 2))))
-    torch.testing.assert_close(norm.balance[: BalanceRow.TO_COME], left, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(norm.feedback[: StateRow.TO_COME], left, rtol=1e-10, atol=1e-10)
     assert left.norm() < 0.85 * constant.norm()
 
 
@@ -58,29 +60,29 @@ def test_no_split_changes_it():
         for sizes in (1, 7, 40):
             norm, x, g = drawn(std=0.7)
             found.append(
-                {"g": corrected(norm, x, g, sizes, announced), "state": norm.balance[: BalanceRow.TO_COME].clone()}
+                {"g": corrected(norm, x, g, sizes, announced), "state": norm.feedback[: StateRow.TO_COME].clone()}
             )
         assert largest_difference(found[0], found[1]) < 1e-12
         assert largest_difference(found[0], found[2]) < 1e-12
 
 
-def test_without_a_number_the_prior_is_taken():
+def test_without_a_number_the_running_correction_is_taken():
     """As where `begin` was never called, or the batch is over."""
     norm, x, g = drawn()
     norm.correction.fill_(0.1)
     xhat = ((x - norm.mean.view(-1, 1, 1)) / norm.std.view(-1, 1, 1)).detach()
     torch.testing.assert_close(corrected(norm, x, g, 4, None), g - 0.1 - 0.1 * xhat, rtol=1e-10, atol=1e-12)
-    assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
-    for over in (lambda: norm.update(40), norm.discard):
+    assert bool(norm.feedback[StateRow.TO_COME].isinf().all())
+    for over in (lambda: update_layers([norm], 40), norm.discard):
         corrected(norm, x, g, 4, 40)
-        assert bool(norm.balance[: BalanceRow.TO_COME].any())
+        assert bool(norm.feedback[: StateRow.TO_COME].any())
         over()
-        assert bool(norm.balance[BalanceRow.TO_COME].isinf().all())
-        assert not norm.balance[: BalanceRow.TO_COME].any()
+        assert bool(norm.feedback[StateRow.TO_COME].isinf().all())
+        assert not norm.feedback[: StateRow.TO_COME].any()
 
 
-def test_a_layer_used_twice_is_not_balanced():
-    """Its images come in another order with each split: it keeps to the prior, and law 1."""
+def test_a_layer_used_twice_has_no_feedback():
+    """Its images come in another order with each split: it keeps to the running correction, and law 1."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -105,6 +107,36 @@ def test_a_layer_used_twice_is_not_balanced():
     assert largest_difference(found[0], found[2]) < 1e-12
 
 
+def test_an_image_of_weight_0_leaves_nothing_over():
+    """Nothing was taken out of its gradient, which is 0; the images around it get what they get without it."""
+    found = []
+    for inside in (False, True):
+        norm, x, g = drawn(8)
+        norm.correction.fill_(0.2)
+        statistics = BatchlessStatistics(norm)
+        statistics.begin(8)
+        for n, (part, of_part) in enumerate(zip(x.split(2), g.split(2), strict=True)):
+            if inside and n == 2:
+                (0.0 * ((norm(3 * part) * of_part).sum() + statistics.nll())).backward()
+            inputs = part.clone().requires_grad_()
+            ((norm(inputs) * of_part).sum() + statistics.nll()).backward()
+        found.append({"last": inputs.grad, "state": norm.feedback.clone()})
+    assert largest_difference(*found) < 1e-12
+
+
+def test_batches_begin_with_nothing_left_over():
+    """In place, and of several layers at once; without a number, as without feedback, nothing is to be spread."""
+    states = [torch.ones(3, 4), torch.ones(3, 2)]
+    begin_feedback([], 5)
+    begin_feedback(states, 5)
+    for state in states:
+        assert not state[: StateRow.TO_COME].any()
+        assert bool((state[StateRow.TO_COME] == 5 + HORIZON).all())
+    begin_feedback(states, None)
+    assert torch.equal(states[0], no_feedback(torch.ones(2, 4)))
+    assert bool(states[0][StateRow.TO_COME].isinf().all())
+
+
 def test_regression_leaves_nothing_over():
     """Also of values that are not standardised; of values that hardly vary it takes little."""
     x, g = torch.randn(2, 1000, 4, dtype=torch.float64) * 1.7 + 0.4
@@ -119,7 +151,7 @@ def test_regression_leaves_nothing_over():
     assert bool((regressed(1e-3 * x)[1].abs() < 0.1 * slope.abs()).all())
 
 
-def test_the_prior_follows_the_regression():
+def test_the_running_correction_follows_the_regression():
     """update averages the batch's own coefficients, whatever the deviation in force."""
     norm, x, g = drawn(std=0.5)
     statistics = BatchlessStatistics(norm)
@@ -133,7 +165,7 @@ def test_the_prior_follows_the_regression():
     torch.testing.assert_close(norm.correction, 0.1 * expected, rtol=1e-9, atol=1e-12)
 
 
-def test_parts_are_balanced_apart():
+def test_parts_have_a_feedback_each():
     """`norm.correction_parts`: each part begins anew, with its own number of images, whatever the micro-batch."""
     for micro in (1, 4):
         norm = {"name": "batchless", "correction_parts": 3}
@@ -143,7 +175,7 @@ def test_parts_are_balanced_apart():
         list(step._balanced(step_images(), torch.arange(16), 0, 0))
         assert lengths == [6, 5, 5]
         assert all(
-            float(layer.balance[BalanceRow.TO_COME, 0]) == 5 + HORIZON for layer in step.statistics.layers.values()
+            float(layer.feedback[StateRow.TO_COME, 0]) == 5 + HORIZON for layer in step.statistics.layers.values()
         )
 
 

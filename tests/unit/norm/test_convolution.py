@@ -106,7 +106,7 @@ def test_a_folded_layer_is_the_same_with_and_without(is_kept):
     norm = BatchlessNorm2d(32, dtype=torch.float64)
     norm.set_statistics(torch.randn(32).double() / 3, 1 + torch.rand(32).double())
     layers = [
-        FoldedConvNorm(*parts, activation="relu", output_is_kept=is_kept)
+        FoldedConvNorm(*parts, relu=True, recompute=not is_kept)
         for parts in ((conv, norm), copy.deepcopy((conv, norm)))
     ]
     x = torch.randn(3, 16, 9, 9).double().contiguous(memory_format=LAST)

@@ -99,14 +99,15 @@ def test_many_images_and_low_precision_are_left_to_pytorch():
     assert direct_convolution(conv, x.bfloat16(), weight.bfloat16()) is None
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "computed again"])
-def test_a_folded_layer_is_the_same_with_and_without(recompute):
+@pytest.mark.parametrize("is_kept", [True, False], ids=["", "computed again"])
+def test_a_folded_layer_is_the_same_with_and_without(is_kept):
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 32, 3, 2, 1).double().to(memory_format=LAST)
     norm = BatchlessNorm2d(32, dtype=torch.float64)
     norm.set_statistics(torch.randn(32).double() / 3, 1 + torch.rand(32).double())
     layers = [
-        FoldedConvNorm(*parts, relu=True, recompute=recompute) for parts in ((conv, norm), copy.deepcopy((conv, norm)))
+        FoldedConvNorm(*parts, relu=True, recompute=not is_kept)
+        for parts in ((conv, norm), copy.deepcopy((conv, norm)))
     ]
     x = torch.randn(3, 16, 9, 9).double().contiguous(memory_format=LAST)
     results = []

@@ -12,6 +12,7 @@ from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.kernels.feedback import begin_feedback, no_feedback, regression
 from bln_train.norm.kernels.table import HORIZON, LARGEST_SQUARE, StateRow
 from bln_train.norm.update import update_layers
+from bln_train.train.batches import EffectiveBatch
 from bln_train.train.distributed import World
 
 
@@ -172,7 +173,7 @@ def test_parts_have_a_feedback_each():
         step = build_experiment(tiny_recipe(norm=norm, train__micro_batch_size=micro)).trainer.accumulation
         begin, lengths = step.statistics.begin_part, []
         step.statistics.begin_part = lambda num, begin=begin, lengths=lengths: (lengths.append(num), begin(num))
-        list(step._balanced(step_images(), torch.arange(16), 0, 0))
+        list(step._share_of(EffectiveBatch(step_images(), torch.arange(16), 0, 0)))
         assert lengths == [6, 5, 5]
         assert all(
             float(layer.feedback[StateRow.TO_COME, 0]) == 5 + HORIZON for layer in step.statistics.layers.values()

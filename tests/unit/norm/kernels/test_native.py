@@ -24,13 +24,13 @@ from conformance import (
 )
 from helpers import advance, largest_difference, state, tiny_recipe
 
+from bln_train.build import runtime
 from bln_train.build.experiment import build_experiment
 from bln_train.norm.kernels import library
 from bln_train.norm.kernels.backend import EAGER, FAKE_TRITON, NATIVE, backend_for
 from bln_train.norm.kernels.fake import FakeKernels
 from bln_train.norm.kernels.table import pretending, use_kernels
 from bln_train.norm.standardize import RawGradient, centre_filters, filter_scale
-from bln_train.system import machine
 
 pytestmark = pytest.mark.skipif(bool(library.why_not_compiled()), reason="needs a C compiler")
 # More rows than a tile, fewer, and one; more channels than fit a tile of the smallest height.
@@ -207,7 +207,7 @@ def test_whole_runs_agree_and_say_which_path_they_took():
     for wanted in (True, False):
         experiment = build_experiment(tiny_recipe(runtime={"device": "cpu", "compiled": wanted}))
         experiment.trainer.load_state_dict(start)
-        assert machine.environment(experiment.device)["compiled"] is wanted
+        assert runtime.environment(experiment.device)["compiled"] is wanted
         advance(experiment.trainer)
         found.append(state(experiment.trainer))
     assert largest_difference(*found) < 1e-10

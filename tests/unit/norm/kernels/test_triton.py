@@ -14,6 +14,7 @@ from conformance import FIRST, LAST, Layer
 from helpers import tiny_recipe
 
 from bln_train.build import experiment as build
+from bln_train.build import runtime
 from bln_train.memory.tracker import StorageTracker
 from bln_train.norm.kernels import backend, triton
 from bln_train.norm.kernels.backend import EAGER, FAKE_TRITON, TRITON, backend_for
@@ -21,7 +22,6 @@ from bln_train.norm.kernels.library import why_not_compiled
 from bln_train.norm.kernels.table import Correction, Gradients, StateRow, pretending, pretends, use_kernels
 from bln_train.norm.kernels.triton import Triton
 from bln_train.plan.predict import plan_memory
-from bln_train.system import machine
 
 
 @pytest.fixture(autouse=True)
@@ -299,7 +299,7 @@ def test_whole_runs_agree_and_say_which_path_they_took():
         experiment = build.build_experiment(
             tiny_recipe(runtime={"device": "cuda", "compiled": wanted, "deterministic": True})
         )
-        assert machine.environment(experiment.device)["compiled"] is wanted
+        assert runtime.environment(experiment.device)["compiled"] is wanted
         assert backend.why_not_triton(experiment.device) == ""
         # Filters are centred in float32 when a network is made, which kernels and operators round otherwise.
         start = start or copy.deepcopy(experiment.model.state_dict())

@@ -17,10 +17,10 @@ from torch import nn
 
 from bln_train.memory.tracker import StorageTracker
 from bln_train.models.build import build_model, norm_factory
-from bln_train.models.zoo import build_torchvision_model
+from bln_train.models.library_models import build_torchvision_model
 from bln_train.norm import initialize_statistics
 from bln_train.norm.batchless import _BatchlessNorm
-from bln_train.norm.calibrate.strata import find_strata
+from bln_train.norm.calibrate.levels import find_levels
 from bln_train.system.machine import device_name
 from bln_train.system.units import format_bytes
 
@@ -100,9 +100,9 @@ def main():
     net = net.to(x.dtype)
     expected = whole_sample(net, x)
     net_names = norms_of(net)
-    strata = find_strata(net.eval(), net_names.values(), x[:1])
+    levels = find_levels(net.eval(), net_names.values(), x[:1])
     print(
-        f"{args.model}, {args.images} images of {args.size}x{args.size}: {len(net_names)} norms in {len(strata)} strata"
+        f"{args.model}, {args.images} images of {args.size}x{args.size}: {len(net_names)} norms in {len(levels)} levels"
     )
     print(
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "

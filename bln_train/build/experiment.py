@@ -17,7 +17,7 @@ from bln_train.data.datasets import DataSet
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
-from bln_train.models.trained import build_trained_model
+from bln_train.models.pretrained import build_trained_model
 from bln_train.norm.fused.network import fuse
 from bln_train.norm.kernels.backend import why_not_triton
 from bln_train.norm.kernels.library import why_not_compiled
@@ -268,7 +268,7 @@ def build_network(
     shortcut, standardize = recipe.model.shortcut or "A", recipe.weight_standardization
     try:
         if is_foreign(model_name):
-            from bln_train.models.zoo import build_foreign_model  # torchvision.models takes long to import
+            from bln_train.models.library_models import build_foreign_model  # torchvision.models takes long to import
 
             model, notices = build_foreign_model(
                 model_name, num_classes, init=init, dtype=dtype, weight_standardization=standardize, **common

@@ -17,7 +17,7 @@ from bln_train.build.first_statistics import calibration_sample
 from bln_train.errors import BlnError, CheckpointError, RecipeError, UsageError
 from bln_train.models.build import build_model, norm_factory
 from bln_train.models.names import is_foreign
-from bln_train.models.trained import (
+from bln_train.models.pretrained import (
     check_fit,
     copy_weights,
     listed,
@@ -162,7 +162,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _read(source: str) -> _Source:
     if is_foreign(source):
-        from bln_train.models.zoo import pretrained_network  # torchvision.models takes long to import
+        from bln_train.models.library_models import pretrained_network  # torchvision.models takes long to import
 
         try:
             network = pretrained_network(source)
@@ -233,7 +233,7 @@ def _network(recipe: Recipe, state: dict[str, Tensor]) -> nn.Module:
         raise CheckpointError(f"the weights have no classifier, so they are not of {recipe.model.name}")
     try:
         if is_foreign(recipe.model.name):
-            from bln_train.models.zoo import original
+            from bln_train.models.library_models import original
 
             return original(recipe.model.name, rows[-1])
         shortcut, size = recipe.model.shortcut or "A", recipe.data.image_size or 32

@@ -19,7 +19,7 @@ from bln_train.build.experiment import assemble, network_on
 from bln_train.data.datasets import DataSet, ImageSet
 from bln_train.norm.kernels.table import kernels_are_wanted, pretending, use_kernels
 from bln_train.plan.allocator import BLOCK_BYTES, MIB, Block, CachingAllocator
-from bln_train.plan.trace import HollowTracker, Trace
+from bln_train.plan.trace import FakeTracker, Trace
 from bln_train.recipe.norms import BatchlessNormSection
 from bln_train.recipe.recipe import Recipe
 from bln_train.system.machine import WORKSPACE_BYTES
@@ -77,7 +77,7 @@ def plan_memory(
 ) -> list[PlanRow]:
     """Predict the peak memory of training at each micro-batch size; computes nothing but shapes.
 
-    Sizes of tensors are affine in the images of the micro-batch, and what is alive when does not depend on them. So hollow steps
+    Sizes of tensors are affine in the images of the micro-batch, and what is alive when does not depend on them. So fake steps
     of two or three sizes tell those of all; a size whose step goes another way is run by itself.
 
     Args:
@@ -187,7 +187,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
     found: dict[int, Trace] = {}
     twins: dict[int, Trace] = {}
     with pretending("native"):
-        with HollowTracker([]):
+        with FakeTracker([]):
             step = assemble(recipe, model, data, preprocess, images, device).trainer.accumulation
             _make_state(step)
         # One image is in channels-first and channels-last order at once; below the number of its images the probe works in parts.
@@ -213,7 +213,7 @@ def _traces(recipe: Recipe, sizes: Sequence[int]) -> tuple[dict[int, Trace], dic
 
 
 def _trace(step: AccumulationStep, data: DataSet, size: int, *, passes_only: bool = False) -> Trace:
-    """One hollow step with two micro-batches; the probe has all its images.
+    """One fake step with two micro-batches; the probe has all its images.
 
     Args:
         passes_only: stop when gradients are ready.
@@ -223,7 +223,7 @@ def _trace(step: AccumulationStep, data: DataSet, size: int, *, passes_only: boo
     forwards: list[int] = []
     gradients: set[int] = set()
     ready = 0
-    tracker = HollowTracker([*model.parameters(), *model.buffers(), *_state(optimizer), *step.gradients()])
+    tracker = FakeTracker([*model.parameters(), *model.buffers(), *_state(optimizer), *step.gradients()])
 
     def note_gradients() -> None:
         nonlocal ready

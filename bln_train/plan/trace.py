@@ -1,6 +1,6 @@
 """The lives of all tensor storages in one training step: what is allocated, when it goes, and how its size grows with the images.
 
-The step runs hollow: operators on large tensors allocate their results and compute nothing, so that memory is never touched and
+The step runs fake: operators on large tensors allocate their results and compute nothing, so that memory is never touched and
 time goes by the number of operators alone.
 
 An event is one operator. A storage born at event b that dies at event d is alive when the operators b, ..., d have run; what
@@ -121,7 +121,7 @@ class Growth:
     """(E + 1,) int64."""
 
 
-class HollowTracker(StorageTracker):
+class FakeTracker(StorageTracker):
     """Writes down when each storage is born and dies, and lets operators on large tensors do nothing but allocate.
 
     Shapes and strides of their results are those that PyTorch gives on its meta device. Small tensors, with at most `SMALL_BYTES`

@@ -1,4 +1,4 @@
-"""Initialise statistics from data: stratum after stratum, each normalised before the next is observed."""
+"""Initialise statistics from data: level after level, each normalised before the next is observed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bln_train.norm.base import LikelihoodNorm
+from bln_train.norm.calibrate.levels import find_levels
 from bln_train.norm.calibrate.moments import Moments, Passes, evaluating, observe
-from bln_train.norm.calibrate.strata import find_strata
 from bln_train.norm.fused.network import folded_layers
 
 
@@ -23,7 +23,7 @@ def initialize_statistics(
 ) -> list[str]:
     """Set each norm's mean and standard deviation to those of its input over a sample, the norms before it being set so.
 
-    Norms whose inputs depend on no norm that is still to be set form a stratum (see `strata.find_strata`; one image shows which)
+    Norms whose inputs depend on no norm that is still to be set form a level (see `levels.find_levels`; one image shows which)
     and are observed together, in forwards that end as soon as the last of them has seen its input. Memory is one micro-batch's
     inference. The result does not depend on how the sample is split (moments are float64). A norm used at several places gets
     the moments of all its inputs; one whose output comes back into it, those of its first uses, whose inputs do not depend on it.
@@ -51,10 +51,10 @@ def initialize_statistics(
         first = next(iter(micro_batches()), None)
         if first is None:
             raise ValueError("there are no images to initialise statistics from")
-        strata = find_strata(model, norms, first[:1])
+        levels = find_levels(model, norms, first[:1])
         del first
-        for stratum in strata:
-            for norm, moments in observe(model, micro_batches, stratum, passes).items():
+        for level in levels:
+            for norm, moments in observe(model, micro_batches, level, passes).items():
                 if _set_statistics(norm, moments):
                     floored.append(norm)
     return [name for norm, name in norms.items() if norm in floored]

@@ -19,7 +19,7 @@ from bln_train.errors import CheckpointError, UsageError
 from bln_train.experiments.run import run
 from bln_train.export.migrate import migrate
 from bln_train.models.build import build_model, norm_factory
-from bln_train.models.trained import read_weights, write_state
+from bln_train.models.pretrained import read_weights, write_state
 from bln_train.norm import BatchlessNorm, BatchlessNorm3d, BatchlessStatistics, convert_batchnorm, convert_to_batchnorm
 from bln_train.norm.convert.layers import NormAct, is_batchnorm
 from bln_train.norm.convert.state_dicts import (

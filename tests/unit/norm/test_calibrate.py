@@ -1,4 +1,4 @@
-"""Initialisation by strata: against the whole sample in float64; warnings are errors."""
+"""Initialisation by levels: against the whole sample in float64; warnings are errors."""
 
 import copy
 
@@ -15,8 +15,8 @@ from bln_train.norm import (
     initialize_statistics,
     layer_likelihoods,
 )
+from bln_train.norm.calibrate.levels import find_levels
 from bln_train.norm.calibrate.moments import Moments
-from bln_train.norm.calibrate.strata import find_strata
 
 
 def conv(cin, cout):
@@ -45,7 +45,7 @@ class Branches(nn.Module):
         return self.last(self.head(F.relu(y).mean((2, 3))))
 
 
-BRANCH_STRATA = [["stem.1"], ["left.0.1", "right.1", "down.1"], ["left.1.1"], ["dense.1"], ["last"]]
+BRANCH_LEVELS = [["stem.1"], ["left.0.1", "right.1", "down.1"], ["left.1.1"], ["dense.1"], ["last"]]
 
 
 class Shared(nn.Module):
@@ -84,10 +84,10 @@ def sample(num=30):
     return 2 + 3 * torch.randn(num, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def named_strata(net, x):
+def named_levels(net, x):
     names = {module: name for name, module in net.named_modules()}
     norms = [m for m in names if isinstance(m, BatchlessNorm1d | BatchlessNorm2d)]
-    return [[names[n] for n in stratum] for stratum in find_strata(net.eval(), norms, x)]
+    return [[names[n] for n in level] for level in find_levels(net.eval(), norms, x)]
 
 
 def inputs_of(net, x):
@@ -118,9 +118,9 @@ def check_statistics(net, x, only_first=()):
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("split", [1, 7, 64])
 def test_branches_are_observed_together_and_equal_the_whole_sample(split, passes):
-    """Parallel branches are one stratum; statistics are the whole sample's to 1e-12 for any split and passes."""
+    """Parallel branches are one level; statistics are the whole sample's to 1e-12 for any split and passes."""
     net, x = double(Branches()), sample()
-    assert named_strata(net, x[:1]) == BRANCH_STRATA
+    assert named_levels(net, x[:1]) == BRANCH_LEVELS
     net.train()
     assert initialize_statistics(net, lambda: x.split(split), passes=passes) == []
     assert net.training
@@ -154,14 +154,14 @@ class Escapes(nn.Module):
 def test_dependencies_through_numbers_and_in_place_writes_are_seen():
     """A number read off a norm's output makes what follows depend on it; a view written in place marks its base."""
     net = double(Escapes())
-    assert named_strata(net, sample(1)) == [["second", "first"], ["fourth", "third"]]
+    assert named_levels(net, sample(1)) == [["second", "first"], ["fourth", "third"]]
     net.second.forward = lambda x: x.mul_(2)
     net.forward = lambda x: (net.first(x), net.second(x), net.third(x))
-    assert named_strata(net, sample(1)) == [["first", "second"], ["third"]]
+    assert named_levels(net, sample(1)) == [["first", "second"], ["third"]]
 
 
-def test_forwards_end_at_the_stratum():
-    """A forward ends at its stratum's last norm."""
+def test_forwards_end_at_the_level():
+    """A forward ends at its level's last norm."""
     net, x = double(Branches()), sample(8)
     images = dict.fromkeys(("stem.0", "left.1.0", "dense.0", "head"), 0)
 
@@ -171,9 +171,9 @@ def test_forwards_end_at_the_stratum():
     for name in images:
         net.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: count(name, args))
     initialize_statistics(net, lambda: x.split(3))
-    # `down` of the second stratum runs last; it, the third, fourth and fifth run the stem
+    # `down` of the second level runs last; it, the third, fourth and fifth run the stem
     expected = {"stem.0": 40, "left.1.0": 32, "dense.0": 24, "head": 8}
-    assert images == {name: number + 1 for name, number in expected.items()}  # one image shows the strata
+    assert images == {name: number + 1 for name, number in expected.items()}  # one image shows the levels
 
 
 @pytest.mark.parametrize("where", ["network", "sample", "interrupt"])

@@ -17,7 +17,7 @@ from bln_train.experiments import sweep
 from bln_train.plan.allocator import BLOCK_BYTES, MIB, CachingAllocator
 from bln_train.plan.planner import largest_fit, plan_sizes
 from bln_train.plan.predict import CONTEXT_BYTES, plan_memory
-from bln_train.plan.trace import HollowTracker
+from bln_train.plan.trace import FakeTracker
 from bln_train.recipe.load import load_recipe
 from bln_train.system.units import parse_bytes
 from bln_train.train.cuda_graphs import MOST_PIXELS
@@ -102,7 +102,7 @@ def test_a_plan_computes_nothing():
         assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2**31
 
 
-def test_a_hollow_step_leaves_kernels_and_settings_as_they_were():
+def test_a_fake_step_leaves_kernels_and_settings_as_they_were():
     """After a plan, training runs compiled kernels as before, and its results are what they were."""
     from bln_train.norm.kernels.library import library
     from bln_train.norm.kernels.table import kernels_are_wanted
@@ -113,7 +113,7 @@ def test_a_hollow_step_leaves_kernels_and_settings_as_they_were():
     assert kernels_are_wanted() == wanted
 
 
-def test_hollow_operators_allocate_what_real_ones_do():
+def test_fake_operators_allocate_what_real_ones_do():
     """Shapes, strides and bytes of results, views included, are those of real operators; small tensors hold real values."""
     x = torch.randn(4, 8, 32, 32).to(memory_format=torch.channels_last)
     weight = torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last)
@@ -132,13 +132,13 @@ def test_hollow_operators_allocate_what_real_ones_do():
         )
 
     real = work()
-    with HollowTracker([x, weight]) as tracker:
-        hollow = work()
-    for a, b in zip(real, hollow, strict=True):
+    with FakeTracker([x, weight]) as tracker:
+        fake = work()
+    for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-    assert hollow[4].tolist() == [0, 2, 4, 6, 8]
-    assert hollow[3].tolist() == [1.0] * 16
-    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (x, weight, *hollow)}
+    assert fake[4].tolist() == [0, 2, 4, 6, 8]
+    assert fake[3].tolist() == [1.0] * 16
+    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (x, weight, *fake)}
     assert tracker.live_bytes == sum(alive.values())
 
 

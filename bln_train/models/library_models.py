@@ -19,7 +19,7 @@ from torchvision import models
 from bln_train.errors import CheckpointError, UsageError
 from bln_train.models.layers import NormFactory
 from bln_train.models.names import TIMM, TORCHVISION
-from bln_train.models.trained import batchnorm_like, check_groups, listed, load_trained, trained_norm
+from bln_train.models.pretrained import batchnorm_like, check_groups, listed, load_trained, trained_norm
 from bln_train.norm.convert.layers import replace_batchnorms, with_activation_of
 from bln_train.norm.dropout import keep_masks
 from bln_train.norm.replace import replace_modules

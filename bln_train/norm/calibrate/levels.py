@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 from bln_train.norm.calibrate.moments import on_input
 
 Norms = frozenset[nn.Module]
-Stratum = dict[nn.Module, frozenset[int]]
+Level = dict[nn.Module, frozenset[int]]
 """Its norms, and which of each one's uses in a forward count, from 0."""
 _NONE: Norms = frozenset()
 
@@ -90,10 +90,10 @@ def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable
 
 
 @torch.no_grad()
-def find_strata(model: nn.Module, norms: Iterable[nn.Module], x: Tensor) -> list[Stratum]:
+def find_levels(model: nn.Module, norms: Iterable[nn.Module], x: Tensor) -> list[Level]:
     """Run `model` once on x, as it is, and put norms in the order in which they can be settled.
 
-    Norms of one stratum can be settled together once those of all earlier strata are.
+    Norms of one level can be settled together once those of all earlier levels are.
 
     All uses of a norm count, so it is settled when all its inputs are. Where that goes in a circle (a norm whose output comes
     back into it), the first norm of the circle in execution order is settled from those of its uses whose inputs are, its
@@ -115,11 +115,11 @@ def find_strata(model: nn.Module, norms: Iterable[nn.Module], x: Tensor) -> list
     finally:
         for handle in hooks:
             handle.remove()
-    return _in_strata(uses)
+    return _in_levels(uses)
 
 
-def _in_strata(uses: dict[nn.Module, list[Norms]]) -> list[Stratum]:
-    left, settled, strata = dict(uses), set[nn.Module](), list[Stratum]()
+def _in_levels(uses: dict[nn.Module, list[Norms]]) -> list[Level]:
+    left, settled, levels = dict(uses), set[nn.Module](), list[Level]()
     while left:
         ready = {norm: frozenset(range(len(of))) for norm, of in left.items() if all(need <= settled for need in of)}
         if not ready:  # a circle
@@ -128,5 +128,5 @@ def _in_strata(uses: dict[nn.Module, list[Norms]]) -> list[Stratum]:
         for norm in ready:
             del left[norm]
         settled.update(ready)
-        strata.append(ready)
-    return strata
+        levels.append(ready)
+    return levels

@@ -17,7 +17,7 @@ from bln_train.build.trained_run import evaluate_checkpoint
 from bln_train.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, RecipeError, UsageError
 from bln_train.experiments.run import run
 from bln_train.models.build import norm_factory
-from bln_train.models.zoo import build_torchvision_model
+from bln_train.models.library_models import build_torchvision_model
 from bln_train.norm import BatchlessNorm2d, BatchlessStatistics
 from bln_train.norm.convert.layers import to_batchless
 from bln_train.norm.dropout import InstanceDropout, InstanceStochasticDepth, set_instance_seeds
@@ -63,7 +63,7 @@ def init_file(reference, tmp_path):
 
 
 def built(init=None, name="resnet18", norm="batchless", num_classes=10, **settings):
-    """Straight from the zoo, without a recipe: the network in eval mode, in float64, and its notices."""
+    """Straight from the library, without a recipe: the network in eval mode, in float64, and its notices."""
     model, notices = build_torchvision_model(
         name,
         num_classes,

@@ -61,7 +61,13 @@ class LikelihoodNorm(nn.Module, ABC):
     def end_batch(self, num_images: int) -> Tensor:
         """End an effective batch of `num_images` whose statistics an optimizer moves; norm/update.py ends those of the others.
 
+        Args:
+            num_images: of the batch.
+
         Returns: () the layer's nll per image, unweighted, averaged over channels; NaN where it is not known.
+
+        Raises:
+            NotImplementedError: the layer's statistics are moved by norm/update.py.
         """
         raise NotImplementedError
 

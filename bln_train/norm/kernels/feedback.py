@@ -1,29 +1,29 @@
 """The correction: what is taken out of each image's gradient, so that as little as possible of the batch's is left.
 
 BatchNorm's backward takes from the gradient g of the normalised values its regression on 1 and xhat over the batch. One image at a
-time the batch's is not known before its last image. Known are `running`, the average of earlier batches, and what the images before
-this one have left over. The latter is spread over the images to come:
+time that regression is not known before the last image. Known are `running`, the average of earlier batches, and what the images
+before this one have left over. The latter is spread over the images to come:
 
     (A, B) of image k  =  d * (running + (left over by images 0 to k-1) / (N - k + HORIZON))
     left over by an image  =  d * (its means of g and g*xhat  -  [[1, m1], [m1, m2]] (A, B))
     d  =  min(1, sqrt(LARGEST_SQUARE / (1 + m2)))                              m1, m2: its means of xhat and xhat^2
 
-With independent images the residual at the end of the batch has the variance of N * HORIZON / (N + HORIZON) images instead of N.
-The means are counted as they are: where statistics lag behind, m2 is not 1. Taking out B * xhat as if it were 1 would leave
-(1 - m2) * B, layer after layer.
+With independent images the residual of the batch has the variance of N * HORIZON / (N + HORIZON) images, not of N. The means are
+counted as they are: where statistics lag behind, m2 is not 1. Taking out B * xhat as if it were 1 would leave (1 - m2) * B, layer
+after layer.
 
-d bounds the correction whatever the inputs. Without it an image multiplies what is left by 1 - [[1, m1], [m1, m2]] / (N-k+HORIZON),
-which grows geometrically where a channel is many deviations wide. With it the regressors of an image, d * (1, xhat), have a mean
-square of at most c = LARGEST_SQUARE. Each image is then one step of a least-mean-squares filter whose step size is below 1 / c.
-Its energy balance (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996) gives, where g' is g without the running
-part, h is g' without the part of what is left, and w = (N - k + HORIZON) / (N + HORIZON):
+d bounds the correction whatever the inputs. Without it an image multiplies the residual by 1 - [[1, m1], [m1, m2]] / (N-k+HORIZON).
+That grows geometrically where a channel is many deviations wide. With d the regressors of an image, d * (1, xhat), have a mean square
+of at most c = LARGEST_SQUARE. Each image is then one step of a least-mean-squares filter whose step size is below 1 / c. The energy
+balance of such filters is known (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996). Let e be g without the running
+part, f be e without the part of the residual, and w = (N - k + HORIZON) / (N + HORIZON). Then:
 
-    sum of w * mean h^2  <=  sum of w * mean g'^2 / (1 - c / HORIZON)           sums over images, means over positions
+    sum of w * mean f^2  <=  sum of w * mean e^2 / (1 - c / HORIZON)            sums over images, means over positions
     mean (running part)^2  <=  c * |running|^2,    |running|^2  <=  (4 + 10) * mean g^2 of earlier batches
 
 No image sees a later one, so any split into micro-batches gives the same. The order of the images counts.
 
-Legend as in norm/functional.py. A and B are per position, for a loss that weighs each image with 1.
+Legend as in docs/method.md. A and B are per position, for a loss that weighs each image with 1.
 
 Source: the feedback of Online Normalization (Chiley et al., arXiv 1905.05894), here within a batch.
 """

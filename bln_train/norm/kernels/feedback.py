@@ -15,8 +15,8 @@ after layer.
 d bounds the correction whatever the inputs. Without it an image multiplies the residual by 1 - [[1, m1], [m1, m2]] / (N-k+HORIZON).
 That grows geometrically where a channel is many deviations wide. With d the regressors of an image, d * (1, xhat), have a mean
 square of at most c = LARGEST_SQUARE. Each image is then one step of a least-mean-squares filter whose step size is below 1 / c. The
-energy balance of such filters is known (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996). Let e be g without the
-running part. Let f be e without the part of the residual, and w = (N - k + HORIZON) / (N + HORIZON). Then:
+energy balance of such filters is known (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996). Let e be g without
+the running part. Let f be e without the part of the residual, and w = (N - k + HORIZON) / (N + HORIZON). Then:
 
     sum of w * mean f^2  <=  sum of w * mean e^2 / (1 - c / HORIZON)            sums over images, means over positions
     mean (running part)^2  <=  c * |running|^2,    |running|^2  <=  (4 + 10) * mean g^2 of earlier batches

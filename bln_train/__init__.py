@@ -1,7 +1,7 @@
 """bln-train: train convolutional networks one image at a time; any split of the effective batch gives the same result.
 
-The names in `__all__` are what a program may rely on; they are imported when they are first used, so that neither
-`import bln_train` nor `bln-train --help` loads torch.
+A program may rely on the names in `__all__`. They are imported at first use, so neither `import bln_train` nor
+`bln-train --help` loads torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""Image folders, train/<class>/* and test/<class>/*: what is there, and everything that is wrong with it in one error.
+"""Image folders, train/<class>/* and test/<class>/*: their images, and all their problems in one error.
 
-Files are decoded as jpeg, png, bmp, webp or gif, whatever they are called, and as nothing else. Grey, palette, CMYK and 1-bit
-images become RGB; alpha is dropped, so that a transparent pixel has the colour stored under it; of a moving image the first
-frame is taken; EXIF rotation is not applied. Images of one channel of more than 8 bits are refused, of colour channels of 16
-bits the upper 8 are read.
+Files are decoded as jpeg, png, bmp, webp or gif, whatever their names, and as nothing else.
+
+    grey, palette, CMYK, 1-bit         become RGB
+    alpha                              is dropped; a transparent pixel has the colour stored under it
+    a moving image                     gives its first frame
+    EXIF rotation                      is not applied
+    one channel of more than 8 bits    is refused
+    colour channels of 16 bits         are read by their upper 8 bits
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Drawn images of ten shapes: a data set that needs no download, hard enough to tell trainers apart.
 
-Shapes are signed distances d(p), negative inside, on a rotated, scaled and shifted pixel grid; coverage is
+A shape is a signed distance d(p), negative inside, on a rotated, scaled and shifted pixel grid. Coverage is
 clamp(1/2 - d, 0, 1) with d in pixels. Uniform draws, sums, products and square roots come out the same on any machine.
 """
 

@@ -1,7 +1,7 @@
 """A grid of runs side by side: each cell a run folder of its own, made by a process of its own. No torch here.
 
-A process per cell gives each its own process peak and its own failures, and makes an interrupted comparison resumable by
-the means a run already has.
+With its own process each cell has its own peak memory and its own failures. An interrupted comparison resumes as each
+of its runs does.
 """
 
 from __future__ import annotations

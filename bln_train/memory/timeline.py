@@ -1,7 +1,7 @@
-"""Live bytes through one optimizer step, by what they are for.
+"""Live bytes through one optimizer step, by what a storage is for (`KINDS`).
 
-The first micro-step, in which gradients come to be, and the last are kept operator by operator. Those between are alike: each is
-folded into one point, the largest count of any of them, so that what is written down does not grow with the effective batch.
+The first micro-step, which allocates the gradients, and the last are kept operator by operator. The micro-steps between
+are alike. Each is folded into one point, its largest count, so the record does not grow with the effective batch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Dropout and stochastic depth whose masks belong to the images, so that what follows the weights sees those of training.
+"""Dropout and stochastic depth whose masks belong to the images, so that the probe runs with the masks of training.
 
-The statistics follow the weights by running the batch's first images again (norm/probe.py): with other masks what differs would be
-taken for what the step did. A mask is a hash of its image's seed. Who draws the seeds is, in this order,
+The probe runs the first images of the batch again after the step (norm/probe.py). With other masks the statistics would
+follow the masks as well as the step. A mask is a hash of its image's seed. The seeds come from the first of these that
+is set:
 
     `seeds`         set for each forward, as the trainer does, by (seed, epoch, image)
-    `batch_seed`    set by `BatchlessStatistics.begin`: then the seed of an image is that of its place in the effective batch
-    nobody          and then each layer is the ordinary one
+    `batch_seed`    set by `BatchlessStatistics.begin`; a seed then follows from the place in the effective batch
+    neither         each layer is the ordinary one
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The maths of Batchless Normalization (Berger & Uc Cetina, arXiv 2212.14729) and its autograd function.
 
-Legend of shapes
-    N  images of a micro-batch     C  channels     S  positions of one image (1 for a dense layer, H*W for a map)
-    a  (N, C, *spatial)  input
-"Rows" are a memory-order view in which the channel axis broadcasts: (N*S, C) of a channels-last tensor, whose sums over
-axis 0 are the fastest on a CPU, or (N, C, S) otherwise.
+Symbols and shapes are those of docs/method.md; a, (N, C, *spatial), is the input.
+
+"Rows" are a view in memory order in which the channel axis broadcasts. A channels-last tensor has rows (N*S, C), whose
+sums over axis 0 are the fastest on a CPU. Any other tensor has rows (N, C, S).
 """
 
 from __future__ import annotations

@@ -1,16 +1,21 @@
-"""The statistics follow the weights: what a step did to the probe's images moves each layer's mean and standard deviation.
+"""The statistics follow the weights: each layer's mean and std move by what the step did to the probe's images.
 
     mean += mean_new - mean_old;  log std += log(std_new / std_old)
 
-*_old are moments of the images that the training forward saw under the old weights, *_new those under the new ones, layer after
-layer. The images are the same on both sides, so their sampling noise cancels; what upstream layers changed has already been
-normalised away in part. Following in full undoes at once what the step did to mean and scale, where a corrected gradient
-(kernels/feedback.py) meant to do nothing; half of it is no better, a quarter much worse (recipes/RESULTS.md). The ratio is of
-std^2 + (1e-4 + 1/n) * std_now^2 for n positions: where images barely vary it says nothing, and of few values, as the two that a
-dense layer has of two images, it says little: now and then they all but agree, and their ratio would multiply the deviation by
-any number, step after step.
+mean_old and std_old are moments of the probe's images in the training forward, under the old weights. mean_new and
+std_new are their moments under the new weights, layer after layer. The images are the same on both sides, so their
+sampling noise cancels. The changes of earlier layers have in part been normalised away before a layer is measured.
 
-Everything that needs no image is worked out before and after, layers of one kind side by side, (L, C) at a time.
+Following in full undoes at once what the step did to mean and scale, which a corrected gradient (kernels/feedback.py)
+was meant to leave alone. Following by half is no better, by a quarter much worse (recipes/RESULTS.md).
+
+std_new / std_old is taken after adding (1e-4 + 1/n) * std^2 to both variances, for n positions, because:
+
+* Where images barely vary the ratio says nothing.
+* Few values say little about a variance. A dense layer has two values from two images. Now and then these all but
+  agree, and their ratio would multiply std by any number, step after step.
+
+Arithmetic that needs no image is done before and after the probe's forward, on L layers of one kind at once, (L, C).
 """
 
 from __future__ import annotations

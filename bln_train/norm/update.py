@@ -1,7 +1,6 @@
-"""What the gradients of one effective batch say to batchless layers: correction, natural step, the probe's moments.
+"""Updates of batchless layers from the gradients of an effective batch: correction, natural step, the probe's moments.
 
-Layers of one kind are worked out side by side, (L, C) at a time: their vectors are short, and each call costs more than its
-arithmetic.
+L layers of one kind are computed at once, (L, C). Their vectors are short, and a call costs more than its arithmetic.
 """
 
 from __future__ import annotations

@@ -1,10 +1,16 @@
 """What PyTorch's CUDA allocator takes from the device for a sequence of allocations, in numbers alone.
 
-Requests are rounded up to 512 B. Those up to 1 MiB share segments of 2 MiB, those below 10 MiB segments of 20 MiB, larger ones have
-segments of their own, rounded up to 2 MiB. A request takes the smallest free block of its pool that is large enough, and splits
-it where enough is left; freed neighbours become one block again. Segments stay for later requests, until the device is full: then
-those that are wholly free are given back before one more is taken. Here the device always counts as full, so that the largest sum
-of segments is what training cannot do without.
+Requests are rounded up to 512 B. Their size decides the segment:
+
+    up to 1 MiB        shares segments of 2 MiB
+    below 10 MiB       shares segments of 20 MiB
+    larger             has a segment of its own, rounded up to 2 MiB
+
+A request takes the smallest free block of its pool that is large enough. The block is split where enough is left. Freed
+neighbours become one block again.
+
+Segments stay for later requests until the device is full. Then wholly free segments are given back before a new one is
+taken. Here the device always counts as full, so the largest sum of segments is the least that training needs.
 
 Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch, default settings.
 """

@@ -1,10 +1,10 @@
-"""The lives of all tensor storages in one training step: what is allocated, when it goes, and how its size grows with the images.
+"""The lives of all tensor storages in one training step: birth, death, and how size grows with the images.
 
-The step runs fake: operators on large tensors allocate their results and compute nothing, so that memory is never touched and
-time goes by the number of operators alone.
+The step runs fake: operators on large tensors allocate their results and compute nothing. So memory is never touched,
+and the time depends on the number of operators alone.
 
-An event is one operator. A storage born at event b that dies at event d is alive when the operators b, ..., d have run; what
-is alive before the first operator is born at event 0.
+An event is one operator. A storage born at event b that dies at event d is alive when the operators b, ..., d have run.
+A storage that is alive before the first operator is born at event 0.
 """
 
 from __future__ import annotations

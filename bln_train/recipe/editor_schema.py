@@ -1,8 +1,12 @@
-"""The JSON Schema of recipes for editors, and the line that tells them of it. No torch here.
+"""The JSON Schema of recipes for editors, and the line in a recipe that names it. No torch here.
 
-It is pydantic's with what editors need: every description says what may stand there and the default; a section chosen by its name
-is a choice by `if`, so that a typo is an unknown key of that choice and not "none of four"; a norm's preset has its own defaults.
-Draft-07, which editors know best.
+It is pydantic's schema with additions for editors:
+
+* Every description names the allowed values and the default.
+* A section chosen by its name is a choice by `if`. A typo is then an unknown key of that choice, not "none of four".
+* A norm's preset has its own defaults.
+
+The draft is draft-07, which editors know best.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Numbers in the place of a recipe's `auto`: what a run wrote down holds wherever it goes on. No torch here.
 
-`weight_standardization`, `channel_groups` and `init_images` follow from the recipe; recipe.py has their rules. `correction_parts`
-is known with the processes, `probe_images` with the network. The batch sizes and `recompute` are known with the device's memory.
+`weight_standardization`, `channel_groups` and `init_images` follow from the recipe; recipe.py has their rules.
+`correction_parts` is known with the processes, `probe_images` with the network. The batch sizes and `recompute` are
+known with the device's memory.
 """
 
 from __future__ import annotations

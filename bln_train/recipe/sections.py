@@ -1,7 +1,7 @@
-"""The sections of a recipe but its norm: frozen, with units, ranges and defaults. No torch here.
+"""All sections of a recipe except its norm: frozen, with units, ranges and defaults. No torch here.
 
-A section whose settings depend on its name (optimizer, schedule; the norm in `norms.py`) is a union by that name, so a
-setting that would be ignored is an unknown key.
+A section whose settings depend on its name is a union by that name: optimizer, schedule, and the norm in `norms.py`. So
+a setting that would be ignored is an unknown key.
 """
 
 from __future__ import annotations

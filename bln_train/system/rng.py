@@ -1,10 +1,11 @@
 """Random draws as a pure function of (seed, epoch, image, purpose).
 
-A generator that is stepped along hands out numbers in the order it is asked, so splitting a batch differently, adding a
-process or resuming changes what each image gets. Here each draw is a hash of what it is for: the split, the device and
-the number of processes cannot change it, nothing has to be saved, and no memory grows with the effective batch.
-The mixers are the finalizers of MurmurHash3 (32 bits) and SplitMix64 (Steele et al. 2014); torch integers wrap around,
-as those need, and shift right arithmetically, so the sign bits are masked off.
+A stateful generator hands out numbers in the order of the requests. Another split of the batch, another process or a
+resume would then change what each image gets. Here each draw is a hash of its purpose. So the split, the device and the
+number of processes cannot change it. Nothing has to be saved, and no memory grows with the effective batch.
+
+The mixers are the finalizers of MurmurHash3 (32 bits) and SplitMix64 (Steele et al. 2014). They need integers that wrap
+around, as torch's do. torch shifts right arithmetically, so the sign bits are masked off.
 """
 
 from __future__ import annotations

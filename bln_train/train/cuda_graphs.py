@@ -1,9 +1,11 @@
-"""Steps recorded once and replayed.
+"""Steps recorded once as CUDA graphs and replayed.
 
-At one small image the host takes longer to launch a step's kernels than the device to run them, and so it does for the many short
-vectors that are worked out between two micro-steps of different weights. A CUDA graph launches all of them at once. It replays
-addresses, so everything that is recorded reads and writes where it did then: the images, the sums, the gradients, the folded
-layers' constants, what the probe's images leave.
+At one small image the host launches a step's kernels more slowly than the device runs them. The same
+holds for the many short vectors computed between two micro-steps of different weights. A CUDA graph launches all
+kernels at once.
+
+A graph replays addresses, so recorded work reads and writes the same memory each time. These are the images, the sums,
+the gradients, the constants of folded layers, and the results of the probe's images.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Several processes that share each effective batch: PyTorch's process group behind one operation, a sum.
 
-A process takes a contiguous share of every batch, so nothing random has to be exchanged: each draw is a function of (seed, epoch,
-image). What an optimizer step needs from the others it gets once, in one flat buffer (`reduce_step`); everything after that
-every process computes for itself, from equal numbers to equal numbers.
+A process takes a contiguous share of every batch. No random numbers are exchanged, since each draw is a function of
+(seed, epoch, image). An optimizer step gets everything it needs from the other processes at once, in one flat buffer
+(`reduce_step`). Every process computes the rest for itself, from equal numbers to equal numbers.
 """
 
 from __future__ import annotations

@@ -10,29 +10,6 @@ import bln_train
 
 PACKAGE = Path(bln_train.__file__).parent
 MOST_WORDS = 25
-# Modules whose sentences are still longer. Take one off when it holds; add none.
-NOT_YET = {
-    "__init__",
-    "data.image_folder",
-    "data.shapes",
-    "experiments.compare",
-    "memory.timeline",
-    "norm.convert.state_dicts",
-    "norm.dropout",
-    "norm.functional",
-    "norm.fused.function",
-    "norm.kernels.convolution",
-    "norm.kernels.triton_kernels",
-    "norm.probe",
-    "norm.update",
-    "plan.allocator",
-    "plan.trace",
-    "recipe.editor_schema",
-    "recipe.sections",
-    "system.rng",
-    "train.cuda_graphs",
-    "train.distributed",
-}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -59,11 +36,4 @@ def test_a_long_sentence_is_found():
 @pytest.mark.parametrize("name", MODULES)
 def test_no_sentence_is_long(name):
     words, sentence = longest(MODULES[name])
-    if name in NOT_YET:
-        assert words > MOST_WORDS, f"{name} holds: take it off NOT_YET"
-    else:
-        assert words <= MOST_WORDS, f"{words} words: {sentence}"
-
-
-def test_the_list_has_no_other_names():
-    assert set(MODULES) >= NOT_YET
+    assert words <= MOST_WORDS, f"{words} words: {sentence}"

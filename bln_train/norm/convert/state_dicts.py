@@ -1,12 +1,12 @@
-"""BatchNorm to Batchless Normalization and back in state dicts, whose layers are known by their keys alone.
+"""BatchNorm to Batchless Normalization and back in state dicts, where layers are known by their keys alone.
 
     BatchNorm   P.running_mean, P.running_var, P.num_batches_tracked    and, where affine, P.weight, P.bias
-    batchless   P.mean, P.raw_std, P.correction           and the same
+    batchless   P.mean, P.raw_std, P.correction                         and the same
 
-A converted state dict is that of the converted network: raw_std is log std, corrections start at 0.
+A converted state dict equals that of the converted network: raw_std is log std, corrections start at 0.
 
-A batchless layer with groups of channels behind it is in a plain file one layer too, with the groups' weight and bias and, as
-P.num_groups, their number; in a network (BatchlessChannelNorm) it is P.0 and P.1.
+A network holds a batchless layer with groups of channels (BatchlessChannelNorm) as two layers, P.0 and P.1. A plain
+file holds it as one layer P, with weight and bias of the groups and their number, P.num_groups.
 """
 
 from __future__ import annotations

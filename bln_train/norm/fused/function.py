@@ -1,25 +1,28 @@
 """The autograd function of convolutions + batchless norms + groups of channels + residual sums + relus, run as one.
 
-The statistics do not depend on the batch, so the norm is an affine map per channel, and the operation is
+The statistics do not depend on the batch, so the norm is an affine map per channel. The operation is
 
-    y  = conv(x, w) + (b - mean) / iw        iw: scale of a standardised filter (norm/standardize.py), 1 for a plain one
-    z  = relu(gamma / std * iw * y + beta + r)
+    y = conv(x, w) + (b - mean) / iw
+    z = relu(gamma / std * iw * y + beta + residual)
 
-The two sums per channel that the statistics need are taken on the way. Backward needs x, which the layer before keeps as its z, and
-z. Its convolution takes
+with iw the scale of a standardised filter (norm/standardize.py), 1 for a plain one. The statistics need two sums per
+channel, which are taken in the same pass. Backward needs z, and x, which the layer before keeps as its z. Backward
+gives the convolution's own backward
 
-    gradient of y = s * (g - p * (A + B * xhat))      g = gz * relu'(z),  s = gamma / std * iw,  p: weight of one image in the loss
+    gradient of y = s * (g - p * (A + B * xhat))      g = gz * relu'(z),  s = gamma / std * iw
 
-where (A, B) is the image's correction (kernels/feedback.py). kernels/eager.py has the same with groups of channels.
+where gz is the gradient of z, (A, B) the image's correction (kernels/feedback.py), and p its weight in the loss.
+kernels/eager.py has the same with groups of channels.
 
-The correction needs xhat = iw / std * y. With `recompute` z is written over y, and backward runs the convolution again: then
-nothing is kept that a network without norms does not keep. Without it y is kept beside z, which is what BatchNorm keeps.
+The correction needs xhat = iw / std * y. With `recompute` z is written over y, and backward runs the convolution again.
+Then nothing is kept that a network without norms does not keep. Without `recompute` y is kept beside z, which is what
+BatchNorm keeps.
 
-Layers that follow each other are one function: between them no node of the autograd engine is visited, what is saved is let go
-layer by layer, and a gradient that nobody else can see is overwritten by the next. Its values are numbered, the inputs first,
-then the output of each step.
+Successive layers are one function, a chain, for three reasons. The autograd engine visits no node between them. Saved
+tensors are freed layer by layer. A gradient that nothing else can read is overwritten by the next one.
 
-Legend: N images, C channels, other shapes as in norm/functional.py; "per channel" is (C,).
+The values of a chain are numbered, the inputs first, then the output of each step. Symbols and shapes are those of
+docs/method.md; "per channel" is (C,).
 """
 
 from __future__ import annotations

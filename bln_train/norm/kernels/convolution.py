@@ -1,10 +1,11 @@
 """Convolutions of few small images by a compiled kernel (kernels/convolution.c) instead of PyTorch's.
 
-At one 32x32 image PyTorch's convolutions spend as long on looking up, reordering and allocating as on arithmetic. The kernel
-computes the same sums from the tensors as they lie, and adds the filters' gradient to where it gathers; from some millions of
-products on, or with wide layers, the library's blocking for caches wins, and is used.
+At one 32x32 image PyTorch's convolutions spend as long on lookup, reordering and allocation as on arithmetic. The
+kernel computes the same sums from the tensors as they lie in memory. It adds the filters' gradient to the accumulated
+one in place. From some millions of products on, or with wide layers, PyTorch's blocking for caches is faster, and
+PyTorch is used.
 
-Legend: N images, C channels, H height, W width.
+N are images, C channels, H height, W width.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ With independent images the residual of the batch has the variance of N * HORIZO
 counted as they are: where statistics lag behind, m2 is not 1. Taking out B * xhat as if it were 1 would leave (1 - m2) * B, layer
 after layer.
 
-d bounds the correction whatever the inputs. Without it an image multiplies the residual by 1 - [[1, m1], [m1, m2]] / (N-k+HORIZON).
-That grows geometrically where a channel is many deviations wide. With d the regressors of an image, d * (1, xhat), have a mean
-square of at most c = LARGEST_SQUARE. Each image is then one step of a least-mean-squares filter whose step size is below 1 / c. The
-energy balance of such filters is known (Hassibi, Sayed & Kailath, IEEE Trans. Signal Processing 44(2), 1996). Let e be g without
-the running part. Let f be e without the part of the residual, and w = (N - k + HORIZON) / (N + HORIZON). Then:
+d bounds the correction whatever the inputs. Without it an image multiplies the residual by
+1 - [[1, m1], [m1, m2]] / (N - k + HORIZON). That grows geometrically where a channel is many deviations wide. With d the
+regressors of an image, d * (1, xhat), have a mean square of at most c = LARGEST_SQUARE. Each image is then one step of a
+least-mean-squares filter whose step size is below 1 / c. The energy balance of such filters is known (Hassibi, Sayed &
+Kailath, IEEE Trans. Signal Processing 44(2), 1996). Let f be g without the running part, and e be f without the part of the
+residual. With w = (N - k + HORIZON) / (N + HORIZON):
 
-    sum of w * mean f^2  <=  sum of w * mean e^2 / (1 - c / HORIZON)            sums over images, means over positions
+    sum of w * mean e^2  <=  sum of w * mean f^2 / (1 - c / HORIZON)            sums over images, means over positions
     mean (running part)^2  <=  c * |running|^2,    |running|^2  <=  (4 + 10) * mean g^2 of earlier batches
 
 No image sees a later one, so any split into micro-batches gives the same. The order of the images counts.

@@ -2,13 +2,13 @@
 
 eager.py says what they compute.
 
-A tile is of one image: positions along AXIS, which is 0 where channels are adjacent in memory and 1 where positions are. A program
-walks some tiles of an image one after the other and keeps their sums in registers, so that partials, (N * programs of an image,
-NUM_SUMS, C), are small; a second kernel adds those in their order. No atomics: the same shape on the same device gives the same
-bits.
+A tile belongs to one image. Its positions lie along AXIS: 0 where channels are adjacent in memory, 1 where positions
+are. A program walks some tiles of an image one after the other and keeps their sums in registers. So `partials`,
+(N * programs of an image, NUM_SUMS, C), is small. A second kernel adds the partial sums in order. There are no
+atomics: the same shape on the same device gives the same bits.
 
-REAL is the precision of tables and sums, in which everything between load and store is computed; tensors may be of a lower one.
-Offsets are 64-bit. What may be None says so.
+REAL is the precision of tables and sums. Everything between load and store is computed in it; tensors may have a lower
+precision. Offsets are 64-bit. Arguments that may be None are documented as such.
 """
 
 import torch

@@ -16,6 +16,7 @@ from bln_train.data.augment import Preprocess
 from bln_train.data.datasets import DataSet
 from bln_train.errors import UsageError
 from bln_train.models.build import build_model, norm_factory
+from bln_train.models.layers import NormFactory
 from bln_train.models.names import is_foreign
 from bln_train.models.pretrained import build_trained_model
 from bln_train.norm.fused.network import fuse
@@ -237,33 +238,9 @@ def build_network(
         UsageError: the network cannot be built so.
         CheckpointError: the trained weights of model.init are missing, damaged or of another network.
     """
-    section = recipe.norm
-    settings: dict[str, Any] = {}
-    name: str = section.name
-    if isinstance(section, BatchlessNormSection):
-        name = "batchless"  # the presets are one layer
-        of_the_run = {
-            "name",
-            "probe_images",
-            "init_images",
-            "fold",
-            "recompute",
-            "correction_parts",
-        }
-        settings = section.model_dump(exclude=of_the_run)
-        settings |= {"channel_groups": recipe.channel_groups}
-    elif isinstance(section, PaperNormSection):
-        name = "paper"
-        settings = section.model_dump(
-            exclude={"name", "statistics_rate", "init_images"}
-        )  # the optimizer's and the run's business
-    elif isinstance(section, GroupNormSection):
-        settings = {"num_groups": section.num_groups}
-    elif isinstance(section, BatchNormSection):
-        settings = {"momentum": section.momentum}
     torch.manual_seed(recipe.train.seed)
     dtype, notices = machine.weight_dtype(recipe.train.precision), list[str]()
-    common: dict[str, Any] = {"norm": norm_factory(name, **settings), "image_size": image_size}
+    common: dict[str, Any] = {"norm": _norm(recipe), "image_size": image_size}
     model_name, init = recipe.model.name, recipe.model.init if initialize else None
     shortcut, standardize = recipe.model.shortcut or "A", recipe.weight_standardization
     try:
@@ -290,11 +267,26 @@ def build_network(
         raise UsageError(f"model {recipe.model.name} with norm {recipe.norm.name}: {error}") from error
     model = model.to(dtype)
     for module in model.modules():
-        if isinstance(
-            module, StandardizedConv2d
-        ):  # as training keeps them, folded or not; in the precision of training
-            centre_filters(module.weight)
+        if isinstance(module, StandardizedConv2d):
+            centre_filters(module.weight)  # as training keeps them, folded or not; in the precision of training
     return model, notices
+
+
+def _norm(recipe: Recipe) -> NormFactory:
+    """The factory of the recipe's norm, with the settings of its layers."""
+    section = recipe.norm
+    if isinstance(section, BatchlessNormSection):
+        of_the_run = {"name", "probe_images", "init_images", "fold", "recompute", "correction_parts"}
+        settings = section.model_dump(exclude=of_the_run) | {"channel_groups": recipe.channel_groups}
+        return norm_factory("batchless", **settings)  # the presets are one layer
+    if isinstance(section, PaperNormSection):
+        of_optimizer_and_run = {"name", "statistics_rate", "init_images"}
+        return norm_factory("paper", **section.model_dump(exclude=of_optimizer_and_run))
+    if isinstance(section, GroupNormSection):
+        return norm_factory(section.name, num_groups=section.num_groups)
+    if isinstance(section, BatchNormSection):
+        return norm_factory(section.name, momentum=section.momentum)
+    return norm_factory(section.name)
 
 
 def _why_not_compiled(device: torch.device) -> str:

@@ -132,22 +132,9 @@ def make_plan(
         budget_bytes, source = budget.num_bytes, budget.source
         context_bytes = 0 if context_bytes is None else context_bytes
     context = CONTEXT_BYTES if context_bytes is None else context_bytes
-    done = []
-    for variant in variants:
-        sizes = micro_batch_sizes
-        if variant.recipe is not None and not sizes:
-            sizes = plan_sizes(variant.recipe.train.effective_batch_size)
-        done.append(predict(variant, sizes, cuda=cuda, context_bytes=context))
-    if not any(variant.rows or variant.problem for variant in done):
-        raise UsageError(
-            f"every micro-batch ({', '.join(map(str, micro_batch_sizes))}) is above the effective batch",
-            "Name smaller ones, or set train.effective_batch_size.",
-        )
+    done = _predict_all(variants, micro_batch_sizes, cuda=cuda, context_bytes=context)
     recipe = next((variant.recipe for variant in done if variant.recipe is not None), None)
     assert recipe is not None, "the command has refused a plan of nothing"
-    too_large = [v for v in done if v.rows and budget_bytes is not None and largest_fit(v.rows, budget_bytes) is None]
-    nothing_fits = bool(too_large) and len(too_large) == sum(bool(v.rows) for v in done)
-    help_with = too_large[0] if nothing_fits else None
     return {
         "model": recipe.model.name,
         "images": f"{recipe.image_size}x{recipe.image_size}, {recipe.num_classes} classes",
@@ -176,13 +163,38 @@ def make_plan(
         "problems": {variant.name: variant.problem for variant in done if variant.problem},
         "remedies": [
             asdict(remedy)
-            for remedy in (
-                []
-                if help_with is None or help_with.recipe is None
-                else remedies(help_with.recipe, cuda=cuda, context_bytes=context)
-            )
+            for remedy in _remedies_of_first(done, budget_bytes=budget_bytes, cuda=cuda, context_bytes=context)
         ],
     }
+
+
+def _predict_all(
+    variants: Sequence[Variant], micro_batch_sizes: Sequence[int], *, cuda: bool, context_bytes: int
+) -> list[Variant]:
+    """The variants with their rows; raises UsageError where each size is above every effective batch."""
+    done = []
+    for variant in variants:
+        sizes = micro_batch_sizes
+        if variant.recipe is not None and not sizes:
+            sizes = plan_sizes(variant.recipe.train.effective_batch_size)
+        done.append(predict(variant, sizes, cuda=cuda, context_bytes=context_bytes))
+    if not any(variant.rows or variant.problem for variant in done):
+        raise UsageError(
+            f"every micro-batch ({', '.join(map(str, micro_batch_sizes))}) is above the effective batch",
+            "Name smaller ones, or set train.effective_batch_size.",
+        )
+    return done
+
+
+def _remedies_of_first(
+    done: Sequence[Variant], *, budget_bytes: int | None, cuda: bool, context_bytes: int
+) -> list[Remedy]:
+    """Remedies for the first variant with rows; none without a budget, and none if any variant fits it."""
+    predicted = [variant for variant in done if variant.rows]
+    if budget_bytes is None or any(largest_fit(variant.rows, budget_bytes) is not None for variant in predicted):
+        return []
+    recipe = next((variant.recipe for variant in predicted), None)
+    return [] if recipe is None else remedies(recipe, cuda=cuda, context_bytes=context_bytes)
 
 
 def why_nothing_fits(document: dict[str, Any]) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from bln_train.system.units import parse_bytes
 
 DATA_SETS = ("shapes", "cifar10", "cifar100")
 _COMMENTS_FROM = 32  # column
+_Line = tuple[str, str]  # YAML, and the comment behind it
 
 
 def problem_with_data(data: str) -> str:
@@ -63,12 +64,26 @@ def compose_recipe(file: Path, *, data: str, model: str, memory: str = "", init:
     Raises:
         RecipeError: the answers do not go together.
     """
-    folder, foreign = data not in DATA_SETS, is_foreign(model)
-    epochs = 10 if init else 5 if data == "shapes" else 30
+    text_and_comments = [
+        *_header(file, data, model, memory),
+        *_data_section(data, model),
+        *_model_section(model, init),
+        ("norm:", ""),
+        ("  name: batchless", "to compare: bln-train compare RECIPE --norm batch,batchless,group"),
+        *_train_section(data, model, memory, init),
+        *_optimizer_and_schedule(model, init),
+    ]
+    lines = (f"{line:{_COMMENTS_FROM}} # {comment}" if comment else line for line, comment in text_and_comments)
+    text = with_modeline("\n".join(lines) + "\n", file.parent)
+    parse_recipe(text, origin=str(file))
+    return text
+
+
+def _header(file: Path, data: str, model: str, memory: str) -> list[_Line]:
     called = printable(shlex.quote(str(file)))
     budget = f" --budget {shlex.quote(memory)}" if memory else ""
     batches = f"effective batch {_effective_batch(data, model)}, micro-batch {'auto' if memory else 1}"
-    sections: list[tuple[str, str]] = [
+    return [
         (f"# {model} on {printable(data)}, {batches}.", ""),
         ("#", ""),
         (f"#   bln-train check {called}", ""),
@@ -77,55 +92,61 @@ def compose_recipe(file: Path, *, data: str, model: str, memory: str = "", init:
         ("#", ""),
         ("# An editor that knows YAML schemas shows every other setting, its range and its default, and a run folder's", ""),
         ("# recipe.yaml has all of them. Settings behind a # are suggestions.", ""),
-        ("data:", ""),
-        (f"  name: {'folder' if folder else data}", ""),
     ]  # fmt: skip
-    if folder:
-        sections += [
+
+
+def _data_section(data: str, model: str) -> list[_Line]:
+    lines = [("data:", ""), (f"  name: {data if data in DATA_SETS else 'folder'}", "")]
+    if data not in DATA_SETS:
+        lines += [
             (f"  root: {_quoted(data)}", "train/<class>/* and test/<class>/*"),
-            (f"  image_size: {224 if foreign else 32}", "pixels"),
+            (f"  image_size: {224 if is_foreign(model) else 32}", "pixels"),
         ]
-    sections += [
+    return [
+        *lines,
         ("  # num_train: 1000", "a subset with the same number of each class, for a first try"),
         ("  # validation_fraction: 0.2", "held out of the training images; the test images are then for the end"),
-        ("model:", ""),
-        (f"  name: {model}", ""),
     ]
+
+
+def _model_section(model: str, init: str) -> list[_Line]:
+    lines = [("model:", ""), (f"  name: {model}", "")]
     if init:
-        sections.append(
+        lines.append(
             (f"  init: {_quoted(init)}", "trained weights, of which only the head is new where classes differ")
         )
-    elif foreign:
-        sections.append(("  # init: pretrained", "trained weights; or a file, see `bln-train migrate`"))
-    sections += [
-        ("norm:", ""),
-        ("  name: batchless", "to compare: bln-train compare RECIPE --norm batch,batchless,group"),
+    elif is_foreign(model):
+        lines.append(("  # init: pretrained", "trained weights; or a file, see `bln-train migrate`"))
+    return lines
+
+
+def _train_section(data: str, model: str, memory: str, init: str) -> list[_Line]:
+    lines = [
         ("train:", ""),
-        (f"  epochs: {epochs}", ""),
+        (f"  epochs: {10 if init else 5 if data == 'shapes' else 30}", ""),
         (f"  effective_batch_size: {_effective_batch(data, model)}", "images behind one optimizer step"),
     ]
     if memory:
-        sections += [
+        lines += [
             ("  micro_batch_size: auto", "the fastest that fits the budget; the result is the same"),
             (f"  memory_budget: {_quoted(memory)}", "bytes of the device, CUDA's context included"),
         ]
     else:
-        sections.append(("  micro_batch_size: 1", "images in memory at once; the result is the same for any"))
-    sections += [
-        ("  # precision: bf16", "activations of half the size"),
+        lines.append(("  micro_batch_size: 1", "images in memory at once; the result is the same for any"))
+    return [*lines, ("  # precision: bf16", "activations of half the size")]
+
+
+def _optimizer_and_schedule(model: str, init: str) -> list[_Line]:
+    return [
         ("optimizer:", ""),
         ("  name: sgd", ""),
         (f"  lr: {'1.0e-3' if init else '0.1'}", "peak" if init else "peak; with model.init rather 1.0e-3"),
-        (f"  weight_decay: {'1.0e-4' if foreign else '5.0e-4'}", ""),
+        (f"  weight_decay: {'1.0e-4' if is_foreign(model) else '5.0e-4'}", ""),
         ("  # accumulate_into: momentum", "the same training with one buffer of the weights' size less"),
         ("schedule:", ""),
         ("  name: cosine", ""),
         (f"  warmup_epochs: {0.0 if init else 0.5}", "fewer than train.epochs"),
     ]
-    lines = (f"{line:{_COMMENTS_FROM}} # {comment}" if comment else line for line, comment in sections)
-    text = with_modeline("\n".join(lines) + "\n", file.parent)
-    parse_recipe(text, origin=str(file))
-    return text
 
 
 def _effective_batch(data: str, model: str) -> int:

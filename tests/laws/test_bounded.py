@@ -123,6 +123,7 @@ def test_no_input_makes_the_gradients_longer(path, micro, groups, dtype):
 def test_what_is_left_never_grows_by_itself():
     """Images without a gradient make what is left smaller, however wide their channels, in any order."""
     generator = torch.Generator().manual_seed(0)
+    running = torch.zeros(2, C, dtype=torch.float64)
     for scale in SCALES:
         xhat = scale * torch.randn(200, 50, C, generator=generator, dtype=torch.float64) + torch.randn(200, 1, C)
         state = torch.randn(len(StateRow), C, generator=generator, dtype=torch.float64)
@@ -130,7 +131,7 @@ def test_what_is_left_never_grows_by_itself():
         sizes = []
         for image in xhat:
             moments = torch.stack((image.mean(0), image.square().mean(0)))[None]
-            corrections(torch.zeros(2, C, dtype=torch.float64), state, torch.zeros_like(moments), moments)
+            corrections(running, state, torch.zeros_like(moments), moments, torch.ones((), dtype=torch.float64))
             sizes.append(state[: StateRow.TO_COME].norm(dim=0))
         assert bool((torch.stack(sizes).diff(dim=0) <= 1e-12).all())
 

@@ -1,12 +1,14 @@
 """Inputs far from what statistics expect: whole steps stay finite, and no statistic leaves the range of what was seen."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from bln_train.norm import BatchlessChannelNorm, BatchlessNorm2d, BatchlessStatistics, fold_once, folded_layers, fuse
+from bln_train.paper.layer import PaperNorm2d
 
 N, C = 8, 16
 KINDS = ["normal", "zero", "one value", "a value for each channel", "one image of many wide", "dead, then awake"]
@@ -31,10 +33,15 @@ def images_of(kind, scale, step):
 
 def network(groups, settings):
     torch.manual_seed(0)
-    norms = [BatchlessChannelNorm(C, 4, **settings) if groups else BatchlessNorm2d(C, **settings) for _ in range(2)]
+    make = {
+        True: partial(BatchlessChannelNorm, C, 4),
+        False: partial(BatchlessNorm2d, C),
+        "paper": partial(PaperNorm2d, C),
+    }
+    norms = [make[groups](**settings) for _ in range(2)]
     convs = [nn.Conv2d(C, C, 1, bias=False) for _ in norms]
-    return nn.Sequential(convs[0], *([*norms[0]] if groups else [norms[0]]), nn.ReLU(), convs[1],
-                         *([*norms[1]] if groups else [norms[1]]), nn.Flatten(), nn.Linear(9 * C, 3))  # fmt: skip
+    return nn.Sequential(convs[0], *([*norms[0]] if groups is True else [norms[0]]), nn.ReLU(), convs[1],
+                         *([*norms[1]] if groups is True else [norms[1]]), nn.Flatten(), nn.Linear(9 * C, 3))  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:the statistics of")  # they are meant to be far off
@@ -46,7 +53,7 @@ def network(groups, settings):
         (False, {}, torch.optim.SGD),
         (True, {}, torch.optim.SGD),
         (False, {"statistics_rate": 1e-3}, torch.optim.SGD),
-        (False, {"statistics": "gradient", "correction_rate": 0.0}, torch.optim.Adam),
+        ("paper", {}, torch.optim.Adam),
     ],
     ids=["plain", "groups", "slow", "optimizer"],
 )

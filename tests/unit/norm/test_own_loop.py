@@ -451,6 +451,7 @@ def test_dropout_of_a_converted_network_keeps_laws_1_and_2(drop, fused):
             torch.testing.assert_close(end[name], one, rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:the statistics of")  # they are meant to stay
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("drop", DROPS)
 def test_without_a_step_the_probe_of_dropped_images_moves_nothing(drop, fused):

@@ -299,7 +299,7 @@ def test_other_errors_pass():
 
 def test_the_found_micro_batch_is_remembered():
     """A checkpoint holds the micro-batch in use and the one asked for: the same request goes on with what was found, and says so;
-    another request is taken; a checkpoint of before loads."""
+    another request is taken."""
     trainer = small_trainer()
     failing_run(trainer, fail_at=30)
     saved = trainer.state_dict()
@@ -313,10 +313,6 @@ def test_the_found_micro_batch_is_remembered():
         assert len(texts) == (asked == 4)
         assert asked != 4 or "goes on with micro-batch 2, not 4" in texts[0]
         assert resumed.state_dict()["asked_micro_batch_size"] == asked
-    old = {key: value for key, value in saved.items() if "micro_batch_size" not in key}
-    resumed = small_trainer()
-    resumed.load_state_dict(old)
-    assert resumed.accumulation.micro_batch_size == 4
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])

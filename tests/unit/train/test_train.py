@@ -49,8 +49,8 @@ def test_schedules_equal_pytorchs():
 
 def test_parameter_groups():
     """Weights decay; biases and norms do not; statistics have their own rate, or no optimizer when natural."""
-    for name, expected in (("natural", {"decay", "no_decay"}), ("gradient", {"decay", "no_decay", "statistics"})):
-        model = build_model("resnet8", 10, norm=norm_factory("batchless", statistics=name))
+    for name, expected in (("batchless", {"decay", "no_decay"}), ("paper", {"decay", "no_decay", "statistics"})):
+        model = build_model("resnet8", 10, norm=norm_factory(name))
         groups = {
             g["name"]: g
             for g in parameter_groups(model, BatchlessStatistics(model), weight_decay=0.1, statistics_lr=0.7)

@@ -149,7 +149,7 @@ def test_resume_with_other_processes_and_micro_batches():
 
 
 def test_a_step_is_one_collective_of_the_gradients_size():
-    """A step sends one buffer whatever the micro-batch: gradients, and per norm channel at most 4 probe sums and 2 statistics."""
+    """A step sends one buffer whatever the micro-batch: gradients, and per norm channel 2 probe sums and 2 statistics."""
     for micro in (1, 10):
         recipe = tiny_recipe(**RAGGED | {"train__micro_batch_size": micro})
         sent = []
@@ -169,9 +169,9 @@ def test_a_step_is_one_collective_of_the_gradients_size():
         layers = trainer.accumulation.statistics.layers.values()
         gradients = sum(p.numel() for p in trainer.accumulation.model.parameters())
         channels = sum(layer.num_features for layer in layers)
-        counts = 2 * (len(list(trainer.accumulation.model.parameters())) + 4 * len(layers) + 1) + 2
+        counts = 2 * (len(list(trainer.accumulation.model.parameters())) + 3 * len(layers) + 1) + 2
         assert {number for number, _ in sent} == {1}
-        assert {size for _, size in sent} == {8 * (gradients + 6 * channels + counts)}
+        assert {size for _, size in sent} == {8 * (gradients + 4 * channels + counts)}
 
 
 class Wrapped:

@@ -28,10 +28,11 @@ import torch
 from torch import nn
 
 from bln_train.build.experiment import build_experiment
-from bln_train.norm import balance
-from bln_train.norm.kernels.feedback import BalanceRow, balance_images, regression
+from bln_train.norm.kernels import feedback
+from bln_train.norm.kernels.table import StateRow
 from bln_train.recipe.load import load_recipe
 from bln_train.records import EpochRecord
+from bln_train.train.batches import EffectiveBatch
 
 RATE, PROBE_IMAGES, INIT_IMAGES, EPS = 0.1, 8, 128, 1e-6
 
@@ -117,15 +118,16 @@ class Norm(nn.Module):
         if self.left is not None:
             return self.left
         own = of_images.mean(0)
-        self.seen = tuple(regression(own, moments.mean(0)) if kind in ("regression", "balanced") else own)
+        self.seen = tuple(feedback.regression(own, moments.mean(0)) if kind in ("regression", "balanced") else own)
         if kind in ("batch", "regression"):
             return self.seen
         if kind != "balanced":
             return self.shift, self.slope
-        state = torch.zeros(len(BalanceRow), *self.shift.shape)
-        state[BalanceRow.TO_COME] = len(of_images) + self.options.horizon
-        balance.HORIZON = self.options.horizon
-        return balance_images(torch.stack((self.shift, self.slope)), state, of_images, moments).unbind(1)
+        state = torch.zeros(len(StateRow), *self.shift.shape)
+        state[StateRow.TO_COME] = len(of_images) + self.options.horizon
+        feedback.HORIZON = self.options.horizon
+        running = torch.stack((self.shift, self.slope))
+        return feedback.corrections(running, state, of_images, moments, torch.ones(())).unbind(1)
 
     def update(self):
         """After a batch."""
@@ -153,6 +155,12 @@ def replace_norms(model, options):
     return found
 
 
+def load(step, images, index, epoch):
+    """A network's input of the images of an epoch, and their labels."""
+    batch = EffectiveBatch(images, index, 0, epoch).first(len(index), step.device)
+    return step.preprocess.train(batch.images, batch.seeds), batch.labels
+
+
 def prepare(experiment, options):
     """Make the trainer's steps those of `Norm`s: settle before the optimizer's step, update and follow after it."""
     model, step = experiment.model, experiment.trainer.accumulation
@@ -171,7 +179,7 @@ def prepare(experiment, options):
     model.train()
     with torch.no_grad():
         all_layers(initializes=True)
-        model(step._load_first(experiment.data.train, torch.arange(INIT_IMAGES), INIT_IMAGES, 0, 0)[0])
+        model(load(step, experiment.data.train, torch.arange(INIT_IMAGES), 0)[0])
         all_layers(initializes=False)
     accumulate, optimize = step.accumulate, step.optimizer.step
 
@@ -217,7 +225,7 @@ def print_errors(experiment, options):
             layer.shift.zero_(), layer.slope.zero_()
         found[kind] = []
         for n, index in enumerate(batches):
-            inputs, labels, _ = step._load_first(experiment.data.train, index, 128, 0, n)
+            inputs, labels = load(step, experiment.data.train, index, n)
             model.zero_grad()
             torch.nn.functional.cross_entropy(model(inputs), labels).backward()
             for layer in layers:
@@ -241,7 +249,7 @@ def main():
     """Train once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--correction", default="balanced", choices=CORRECTIONS)
-    parser.add_argument("--horizon", type=float, default=balance.HORIZON, help="of a balanced correction, in images")
+    parser.add_argument("--horizon", type=float, default=feedback.HORIZON, help="of a balanced correction, in images")
     parser.add_argument("--errors", type=int, default=0, help="batches on which gradients are compared afterwards")
     parser.add_argument("--images", type=int, default=32, help="through which it is settled")
     parser.add_argument("--apart", action="store_true", help="as if one at a time were in memory")

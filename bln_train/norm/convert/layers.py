@@ -107,7 +107,7 @@ def to_batchless(norm: nn.Module, **settings: Any) -> nn.Module:
     settings.setdefault("eps", min(_LARGEST_EPS, float(std.min())))
     target = next((new for old, new in _TO_BATCHLESS.items() if isinstance(norm, old)), BatchlessNorm2d)
     layer = target(len(mean), affine=affine, device=mean.device, dtype=mean.dtype, **settings)
-    layer.batchnorm_eps = float(norm.eps)  # type: ignore[arg-type]
+    layer.batchnorm_eps = float(norm.eps)  # type: ignore[arg-type]  # to mypy an attribute of a module is a tensor
     copy_batchnorm(norm, layer)
     layer.train(norm.training)
     return with_activation_of(norm, layer)
